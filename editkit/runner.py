@@ -1,0 +1,153 @@
+"""The loop: applies batches of edits one after another and yields what it saw. It neither logs nor writes; the session does.
+
+It yields three kinds of value: a `StepRecord` after every step, `EvalRecord`s at milestones, and the `RunState` wherever a checkpoint is due.
+Going on from a yielded state gives the same records and the same bits as never having stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from editkit.lazy import torch
+from editkit.linalg.lowrank import is_finite
+from editkit.linalg.solve import least_squares
+from editkit.linalg.spectral import Spectrum, extreme_singular_values
+from editkit.linalg.telemetry import module_record
+from editkit.restraints.base import AbstractTotalRestraint, LeastSquares
+from editkit.state import RunState, generator_states, restore_generators
+from editkit.timing import Stopwatch
+from editkit.trajectory import Collapse, Trajectory
+from editkit.types import EvalRecord, StepRecord
+from editkit.views import corrections, evaluate, measure
+
+if TYPE_CHECKING:
+    from editkit.linalg.lowrank import Update
+
+Event = StepRecord | EvalRecord | RunState
+
+
+def run_edits(job: Trajectory, state: RunState | None = None) -> Iterator[Event]:
+    """Edits from the beginning, or on from `state`. Raises Collapse after the state was yielded, if told to stop there."""
+    job.model.edit(job.editor.modules(job.model))
+    if state is None:
+        state = begin(job)
+        yield StepRecord(step=0, modules=describe(job, state.spectra, {}))
+        if job.schedule.is_milestone(0):
+            yield from evaluate(job, state)
+        yield state
+    else:
+        job.model.restore(state.totals)
+        restore_generators(state.rng)
+    for step in range(state.step + 1, job.schedule.last_step + 1):
+        record, state_after = take_step(job, step, state)
+        if record.nonfinite and job.on_collapse == "stop":
+            yield state  # the last sound one: going on from it meets the same collapse again
+            yield record
+            raise Collapse(record)
+        state = state_after
+        yield record
+        if job.schedule.is_milestone(step):
+            yield from evaluate(job, state)
+        if step == job.schedule.last_step:
+            for name, restraint in job.restraints.totals.items():
+                if restraint.apply_at == "end":
+                    restrain_trajectory(job, restraint, state)
+                    state = replace(state, totals=job.model.totals())
+                    yield from measure(job, state, name)
+        if job.schedule.has_checkpoint(step) or job.should_stop():
+            yield state
+        if job.should_stop():
+            return
+
+
+def begin(job: Trajectory) -> RunState:
+    """The state of the unedited model: contexts, frozen answers, spectra. Reads the model only."""
+    torch.manual_seed(job.seed)  # for editors that draw from the global generators
+    generator = torch.Generator().manual_seed(job.seed)
+    spectra = {module: extreme_singular_values(job.model.weight(module), None) for module in job.editor.modules(job.model)}
+    base_sigma_max = {module: spectrum.sigma_max for module, spectrum in spectra.items()}
+    return RunState(
+        step=0,
+        totals=job.model.totals(),
+        contexts=job.editor.contexts(job.model, generator),
+        editor=job.editor.init(job.model, job.moments),
+        solve={} if job.restraints.solve is None else job.restraints.solve.init(job.model, job.moments),
+        baselines={name: evaluator.baseline(job.model, job.requests) for name, evaluator in job.evaluators.items()},
+        spectra=spectra,
+        base_sigma_max=base_sigma_max,
+        rng=generator_states(),
+    )
+
+
+def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, RunState]:
+    """One batch of edits. The only writes are `model.apply`."""
+    model, editor, requests, clock = job.model, job.editor, job.batch(step), Stopwatch(job.model.device)
+    with clock.phase("target"):
+        plan = editor.plan(model, requests, state.contexts, state.editor, job.restraints.objective)
+    nonfinite = plan.nonfinite
+    problems: list[LeastSquares] = []
+
+    def solve(problem: LeastSquares) -> Update:
+        problems.append(problem)
+        return least_squares(problem, job.moments) if job.restraints.solve is None else job.restraints.solve.solve(problem, state.solve)
+
+    applied: dict[str, tuple[Update, float]] = {}
+    for module in editor.modules(model) if nonfinite is None else ():
+        with clock.phase("solve"):
+            update = editor.propose(model, requests, module, plan, state.editor, job.moments, solve)
+            for restraint in job.restraints.updates:
+                update = restraint.restrain(update, model.weight(module))
+            if not is_finite(update):
+                nonfinite = f"update of {module}"
+                break
+        with clock.phase("apply"):
+            applied[module] = (update, model.apply(module, update))
+    with clock.phase("solve"):
+        editor_state, solve_state = state.editor, state.solve
+        if nonfinite is None:
+            editor_state = editor.observe(model, requests, state.editor)
+            for problem in problems if job.restraints.solve is not None else ():
+                solve_state = job.restraints.solve.observe(problem, solve_state)
+    for restraint in job.restraints.totals.values():
+        if restraint.apply_at == "every" and restraint.every and step % restraint.every == 0:
+            with clock.phase("restrain"):
+                restrain_trajectory(job, restraint, state)
+    with clock.phase("telemetry"):
+        spectra, modules = state.spectra, {}
+        if job.schedule.has_telemetry(step):
+            spectra = {module: extreme_singular_values(model.weight(module), start) for module, start in state.spectra.items()}
+            modules = describe(job, spectra, applied)
+    nonfinite = nonfinite or model.nonfinite_module()
+    record = StepRecord(
+        step=step,
+        requests=tuple(request.id for request in requests),
+        seconds=clock.seconds,
+        target=plan.summary,
+        modules=modules,
+        nonfinite=nonfinite,
+    )
+    state = replace(state, step=step, totals=model.totals(), editor=editor_state, solve=solve_state, spectra=spectra, rng=generator_states())
+    return record, state
+
+
+def restrain_trajectory(job: Trajectory, restraint: AbstractTotalRestraint, state: RunState) -> None:
+    """Writes a restrained total back into the model, so that later edits see it."""
+    for module, correction in corrections(restraint, job.model.totals(), state.base_sigma_max).items():
+        job.model.apply(module, correction)
+
+
+def describe(
+    job: Trajectory, spectra: Mapping[str, Spectrum], applied: Mapping[str, tuple[Update, float]]
+) -> dict[str, Mapping[str, float]]:
+    """The telemetry of every edited matrix."""
+    records = {}
+    for module, spectrum in spectra.items():
+        update, rounding_error = applied.get(module, (None, 0.0))
+        records[module] = module_record(
+            job.model.weight(module), spectrum, update=update, total=job.model.total(module), rounding_error=rounding_error
+        )
+    return records
+
+

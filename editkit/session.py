@@ -1,0 +1,214 @@
+"""One run from its folder's point of view: lock it, load what the runner needs, write down what the runner yields, close it.
+
+Everything that the runner must not do happens here: files, signals, trackers, wall time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from editkit.build import Experiment
+from editkit.errors import ConfigError
+from editkit.files import write_atomically
+from editkit.lazy import torch
+from editkit.linalg.spectral import extreme_singular_values
+from editkit.provenance import environment, peak_memory_bytes
+from editkit.report.figures import draw_figures
+from editkit.runner import Event, run_edits
+from editkit.state import RunState, load_state, read_pointer, save_state
+from editkit.stats.store import build as build_moments
+from editkit.trackers.base import AbstractTracker, RunInfo, Status
+from editkit.trackers.files import EVALS, STEPS, RecordFiles
+from editkit.trajectory import Collapse, Trajectory
+from editkit.types import StepRecord
+from editkit.views import views
+
+DONE, FAILED, PROVENANCE, CONFIG = "DONE", "FAILED.json", "provenance.json", "config.yaml"
+OK, FAILURE = 0, 1  # exit codes; 2 is a ConfigError, 128 + n a stop by signal n
+
+
+def run(experiment: Experiment) -> int:
+    """Runs an experiment to its end, or on from where it was cut off; returns the exit code. Raises ConfigError for what the user can mend."""
+    folder = experiment.folder
+    with locked(folder):
+        if experiment.resume == "never":
+            clear(folder)
+        if (folder / DONE).exists():
+            experiment.tracker.warning(f"already done: {folder} (resume=never runs it anew)")
+            return OK
+        with stop_signals() as received:
+            return execute(experiment, received)
+
+
+def execute(experiment: Experiment, received: Received) -> int:
+    """The run itself, between its first and its last file."""
+    folder, started = experiment.folder, time.time()
+    pointer = read_pointer(folder / "state")
+    state = load_state(folder / "state") if pointer else None
+    job = prepare(experiment, should_stop=lambda: received.number is not None)
+    records = RecordFiles(folder, pointer["record_bytes"] if pointer else {})
+    write_atomically(folder / CONFIG, yaml.safe_dump(experiment.config, sort_keys=False).encode())
+    (folder / FAILED).unlink(missing_ok=True)
+    tracker = experiment.tracker
+    tracker.open(run_info(experiment, job, resumed_at=state.step if state else 0))
+    status: Status = "failed"
+    try:
+        step = state.step if state else -1
+        for event in run_edits(job, state):
+            handle(event, folder, records, tracker)
+            step = event.step
+        # Whatever stops the runner, the last thing that it yields is the state at that point.
+        status = "done" if step == job.schedule.last_step else "interrupted"
+    except Collapse as collapse:
+        status = "collapsed"
+        save_failure(folder, {"kind": "collapse", "error": str(collapse), "step": collapse.record.step})
+    except Exception as error:
+        save_failure(folder, {"kind": "error", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        raise
+    finally:
+        records.close()
+        save_provenance(folder, describe(experiment, job), seconds=time.time() - started, device=job.model.device)
+        draw_figures(folder)
+        if status == "done":
+            write_atomically(folder / DONE, b"")
+        tracker.close(status)
+    return {"done": OK, "collapsed": FAILURE}.get(status, 128 + (received.number or 0))
+
+
+def save_failure(folder: Path, failure: dict[str, Any]) -> None:
+    """FAILED.json: the error, and from which state the same command goes on."""
+    saved = read_pointer(folder / "state")
+    where = {"state": f"state/{saved['file']}", "saved_step": saved["step"]} if saved else {"state": None, "saved_step": None}
+    write_atomically(folder / FAILED, json.dumps(failure | where, indent=1).encode())
+
+
+def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Trajectory:
+    """Loads the model, its second moments and the requests, and checks what could not be checked without them."""
+    torch.set_num_threads(experiment.runtime.threads) if experiment.runtime.threads else None
+    model = experiment.model.load(experiment.runtime.device)
+    editor, restraints = experiment.editor, experiment.restraints
+    moments = build_moments(model, editor.moment_modules(model), experiment.stats)
+    modules = editor.modules(model)
+    if restraints.totals:
+        base_sigma_max = {module: extreme_singular_values(model.weight(module), None).sigma_max for module in modules}
+        if problems := [problem for restraint in restraints.totals.values() for problem in restraint.check(base_sigma_max)]:
+            raise ConfigError(problems)
+    return Trajectory(
+        model=model,
+        editor=editor,
+        restraints=restraints,
+        requests=experiment.data.requests[: experiment.edits],
+        evaluators=experiment.evaluators,
+        schedule=experiment.schedule,
+        moments=moments,
+        seed=experiment.seed,
+        on_collapse=experiment.on_collapse,
+        should_stop=should_stop,
+    )
+
+
+def handle(event: Event, folder: Path, records: RecordFiles, tracker: AbstractTracker) -> None:
+    """Writes one event down, and shows it."""
+    if isinstance(event, RunState):
+        save_state(event, folder / "state", records.sync())
+        return
+    records.append(event)
+    if isinstance(event, StepRecord):
+        tracker.step(event)
+    else:
+        tracker.evaluation(event)
+
+
+def run_info(experiment: Experiment, job: Trajectory, *, resumed_at: int) -> RunInfo:
+    return RunInfo(
+        name=experiment.name,
+        folder=experiment.folder,
+        edits=experiment.edits,
+        batch_size=experiment.schedule.batch_size,
+        views=views(job),
+        config=experiment.config,
+        resumed_at=resumed_at,
+    )
+
+
+def describe(experiment: Experiment, job: Trajectory) -> dict[str, Any]:
+    """The provenance as far as it is known before the first edit."""
+    return environment(job.model.device) | {
+        "model": {"name": job.model.name, "fingerprint": job.model.fingerprint, "dtype": str(job.model.dtype).removeprefix("torch.")},
+        "dataset": {"name": experiment.data.name, "digest": experiment.data.digest, "skipped": dict(experiment.data.skipped)},
+        "statistics": job.moments.digests,
+        "seed": experiment.seed,
+    }
+
+
+def save_provenance(folder: Path, provenance: dict[str, Any], *, seconds: float, device: torch.device) -> None:
+    """Wall time adds up over the parts of a run that was cut off."""
+    path = folder / PROVENANCE
+    before = json.loads(path.read_text()) if path.exists() else {}
+    measured = {
+        "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
+        "sessions": before.get("sessions", 0) + 1,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+    write_atomically(path, json.dumps(provenance | measured, indent=1).encode())
+
+
+def clear(folder: Path) -> None:
+    """Removes what an earlier run of this cell wrote."""
+    for name in (STEPS, EVALS, DONE, FAILED, PROVENANCE, CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("state", "figures", "samples"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process a run; the lock goes with the process that holds it. Raises ConfigError where another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{folder} is being written by another process: wait for it, or change the experiment or the seed.") from None
+        yield
+
+
+@dataclass
+class Received:
+    """The signal that asked the run to stop, once one did."""
+
+    number: int | None = None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Received]:
+    """Turns the first SIGTERM, SIGUSR1 or Ctrl-C into a request to save and stop after the edit at hand; a second Ctrl-C stops at once."""
+    received = Received()
+
+    def note(number: int, _frame: object) -> None:
+        if received.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.number = number
+
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+        yield received
+        return
+    former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,50 @@
+"""The record files of a run: `steps.jsonl` and `evals.jsonl`, one JSON object a line (DESIGN section 5).
+
+They are only ever appended to. A checkpoint notes their lengths; going on from it cuts them back to these, so that a killed run leaves no
+record twice and no half line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from editkit.errors import ConfigError
+from editkit.types import EvalRecord, StepRecord, as_json
+
+STEPS, EVALS = "steps.jsonl", "evals.jsonl"
+
+
+class RecordFiles:
+    """Both files, open for appending."""
+
+    def __init__(self, folder: Path, record_bytes: Mapping[str, int]) -> None:
+        """Cuts the files back to `record_bytes` (a file that is not named starts empty). Raises ConfigError where one is shorter than that."""
+        self._files: dict[str, IO[bytes]] = {}
+        for name in (STEPS, EVALS):
+            path, length = folder / name, record_bytes.get(name, 0)
+            found = path.stat().st_size if path.exists() else 0
+            if found < length:
+                raise ConfigError(f"{path} has {found} bytes, but the checkpoint was made at {length}: records were lost. Start anew with resume=never.")
+            file = open(path, "ab")
+            file.truncate(length)
+            self._files[name] = file
+
+    def append(self, record: StepRecord | EvalRecord) -> None:
+        name = STEPS if isinstance(record, StepRecord) else EVALS
+        self._files[name].write(json.dumps(as_json(record), allow_nan=False).encode() + b"\n")
+        self._files[name].flush()
+
+    def sync(self) -> dict[str, int]:
+        """Waits until everything is on the disk; the files' lengths in bytes."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
