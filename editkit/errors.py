@@ -1,0 +1,22 @@
+"""The one error that is the user's to fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """A choice that cannot work: a wrong value, a missing file, a malformed record.
+
+    Holds every problem that was found, so that one run shows them all. Each says what is wrong (with its config key, file or record), what
+    was given, and what is allowed.
+    """
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)

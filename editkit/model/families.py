@@ -1,0 +1,86 @@
+"""Where the parts of a network are: one line of names per architecture, the names that transformers 5 gives them."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from editkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from editkit.lazy import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """The names of an architecture's modules. A layer is an int, everything that the methods give back is a dotted name."""
+
+    base: str  # the network without its head, with the final norm
+    blocks: str  # the list of transformer blocks
+    final_norm: str
+    mlp_in_block: str = "mlp"
+    down_projection_in_block: str = "mlp.down_proj"  # from the MLP's inner width back to the residual stream
+
+    def block(self, layer: int) -> str:
+        return f"{self.blocks}.{layer}"
+
+    def mlp(self, layer: int) -> str:
+        return f"{self.blocks}.{layer}.{self.mlp_in_block}"
+
+    def down_projection(self, layer: int) -> str:
+        return f"{self.blocks}.{layer}.{self.down_projection_in_block}"
+
+
+def known_families() -> dict[str, Family]:
+    """The families by `config.model_type`."""
+    llama = Family(base="model", blocks="model.layers", final_norm="model.norm")
+    return {
+        "gpt2": Family(base="transformer", blocks="transformer.h", final_norm="transformer.ln_f", down_projection_in_block="mlp.c_proj"),
+        "gptj": Family(base="transformer", blocks="transformer.h", final_norm="transformer.ln_f", down_projection_in_block="mlp.fc_out"),
+        "gpt_neox": Family(
+            base="gpt_neox",
+            blocks="gpt_neox.layers",
+            final_norm="gpt_neox.final_layer_norm",
+            down_projection_in_block="mlp.dense_4h_to_h",
+        ),
+        "llama": llama,
+        "mistral": llama,
+        "qwen2": llama,
+        "qwen3": llama,
+        "gemma": llama,
+        "gemma2": llama,
+        "gemma3_text": llama,
+    }
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `config.model_type`. Raises ConfigError for one that is not in the table."""
+    families = known_families()
+    if model_type not in families:
+        raise ConfigError(
+            f"model.id: the architecture {model_type!r} is not known. Known: {', '.join(sorted(families))}. "
+            "Give model.family the name of one that has the same module names, or the names themselves."
+        )
+    return families[model_type]
+
+
+def check_family(family: Family, network: torch.nn.Module) -> int:
+    """The number of layers. Raises ConfigError where a name of the family is no module of the network, with the nearest names that are."""
+    names = [name for name, _ in network.named_modules() if name]
+    problems = [_missing(name, names) for name in (family.base, family.blocks, family.final_norm) if name not in names]
+    if problems:
+        raise ConfigError(problems)
+    num_layers = sum(name.startswith(f"{family.blocks}.") and name.count(".") == family.blocks.count(".") + 1 for name in names)
+    for layer in range(num_layers):
+        problems += [_missing(name, names) for name in (family.mlp(layer), family.down_projection(layer)) if name not in names]
+    if not num_layers:
+        problems = [f"model.family: {family.blocks!r} holds no layers."]
+    if problems:
+        raise ConfigError(problems[:4])  # the first layer tells as much as all of them
+    return num_layers
+
+
+def _missing(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return f"model.family: the network has no module {name!r}. Nearest: {', '.join(near) or 'none'}."
