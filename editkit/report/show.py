@@ -1,0 +1,96 @@
+"""A run's table on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from editkit.errors import ConfigError
+from editkit.report.load import RunRecords, load_run
+from editkit.report.tables import Table, caption, default_protocol, editing_protocols, edits_by_step, formatted, summarise
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.console import ConsoleOptions, RenderableType
+    from rich.table import Table as RichTable
+
+
+GAP = 2  # blanks between two columns
+
+
+def show(folder: Path, *, protocol: str | None = None) -> Summary:
+    """The final table of a run, from its files, to be printed by a rich console; `protocol` None: `probability` where it was measured.
+
+    Raises ConfigError for a folder that holds no run, malformed files, or a protocol that was not measured.
+    """
+    run = load_run(folder)
+    measured = editing_protocols(run.evals)
+    if protocol is not None and protocol not in measured:
+        raise ConfigError(
+            f"{folder} has no editing metrics by the protocol '{protocol}'. Measured: {', '.join(map(str, measured)) or 'none'}."
+        )
+    return Summary(title=f"{folder} ({run.status})", table=run_table(run, protocol=protocol))
+
+
+def run_table(run: RunRecords, *, protocol: str | None = None) -> Table:
+    """The summary of a run as a value; `tables.markdown` makes of it what a README wants."""
+    return summarise(run.steps, run.evals, edits=edits_by_step(run.steps), protocol=protocol or default_protocol(run.evals))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A table that fits itself to the terminal: a group of rows for each view; columns without room go on below, no number is cut."""
+
+    title: str
+    table: Table
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        if not self.table.rows:
+            yield Text(f"{self.title}: no milestone was measured yet.")
+            return
+        texts = [formatted(self.table, row) for row in self.table.rows]
+        yield Text(self.title, style="bold")
+        for places in _bands(self.table, texts, width=options.max_width):
+            yield _band(self.table, texts, places)
+        yield Text(caption(self.table), style="italic")
+
+
+def _bands(table: Table, texts: Sequence[Sequence[str]], *, width: int) -> list[list[int]]:
+    """The columns, in as few bands as fit."""
+    left = max(4, *(len(row.view) for row in table.rows)) + max(5, *(len(str(row.edits)) for row in table.rows)) + GAP + 2
+    bands: list[list[int]] = [[]]
+    room = width - left
+    for place, column in enumerate(table.columns):
+        longest_word = max(map(len, column.title.split()))  # a title may wrap between words
+        needed = max(longest_word, *(len(text[place]) for text in texts)) + GAP
+        if needed > room and bands[-1]:
+            bands.append([])
+            room = width - left
+        bands[-1].append(place)
+        room -= needed
+    return bands
+
+
+def _band(table: Table, texts: Sequence[Sequence[str]], places: Sequence[int]) -> RichTable:
+    """Some of the columns."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP // 2), collapse_padding=True)
+    drawn.add_column("view", no_wrap=True)
+    drawn.add_column("edits", justify="right", no_wrap=True)
+    for place in places:
+        longest_word = max(map(len, table.columns[place].title.split()))
+        width = max(longest_word, *(len(row[place]) for row in texts))
+        drawn.add_column(Text(table.columns[place].title), justify="right", min_width=width)
+    for view, group in groupby(zip(table.rows, texts, strict=True), key=lambda pair: pair[0].view):
+        for place, (row, text) in enumerate(group):
+            drawn.add_row(Text(view if place == 0 else ""), str(row.edits), *(text[column] for column in places))
+        drawn.add_section()
+    return drawn

@@ -1,0 +1,240 @@
+"""From records to the summary of a run: a row per view and milestone, a column per metric.
+
+A column holds numbers of one protocol, one timing and one version of a task; records that differ there are refused, not averaged or
+overwritten (DESIGN section 6). Pure: records in, values out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from editkit.errors import ConfigError
+from editkit.types import EvalRecord, StepRecord
+
+if TYPE_CHECKING:
+    import pandas
+
+EDITING_ORDER = ("efficacy", "generalization", "locality", "portability", "score")
+ALL_EDITS_SO_FAR = ("before", "milestone", None)  # the timings that a milestone's row may hold: "before" is step 0, on the edits to come
+WEIGHT_COLUMNS = {"condition_number": "condition number", "l1_norm": "L1 norm"}  # title by metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One number of a table. Fractions stay in [0, 1] here; `value` is None where it was not finite."""
+
+    value: float | None
+    stderr: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    title: str
+    is_fraction: bool  # printed in percent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    view: str
+    edits: int
+    cells: tuple[Cell | None, ...]  # one per column; None: not measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows are grouped by view, the trajectory's own first, and go up in edits."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    protocol: str | None  # of the editing metrics
+
+
+def is_summarised(record: EvalRecord) -> bool:
+    """Whether a milestone's summary shows it: the state of all edits so far, as fractions; not how large differences of probability are."""
+    return record.timing in ALL_EDITS_SO_FAR and record.kind != "weights" and not record.metric.endswith("_magnitude")
+
+
+def edits_by_step(steps: Iterable[StepRecord]) -> dict[int, int]:
+    """How many edits are in the model after each step; the steps must be complete from the first on."""
+    edits, total = {0: 0}, 0
+    for record in sorted(steps, key=lambda record: record.step):
+        total += len(record.requests)
+        edits[record.step] = total
+    return edits
+
+
+def editing_protocols(evals: Iterable[EvalRecord]) -> tuple[str | None, ...]:
+    """The protocols of the editing metrics, in the order in which they were written."""
+    return tuple(dict.fromkeys(record.protocol for record in evals if record.kind == "editing" and is_summarised(record)))
+
+
+def default_protocol(evals: Sequence[EvalRecord]) -> str | None:
+    """`probability` (that of the PRUNE paper) where it was measured, otherwise the first one that was."""
+    found = editing_protocols(evals)
+    return "probability" if "probability" in found or not found else found[0]
+
+
+def summarise(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, edits: Mapping[int, int], protocol: str | None) -> Table:
+    """The table of a run.
+
+    `edits` is the number of edits at each measured step (see `edits_by_step`); `protocol` is that of the editing metrics, None to take
+    whatever is there if it is one.
+
+    The weights' columns are over all edited matrices: the largest condition number, the sum of the L1 norms.
+    Raises ConfigError if a column would mix protocols, timings or task versions, or holds two numbers for one view and step.
+    """
+    chosen = [record for record in evals if is_summarised(record) and (record.kind != "editing" or protocol in (None, record.protocol))]
+    keys = sorted(dict.fromkeys(_key(record) for record in chosen), key=_place)  # sorted is stable: tasks keep the file's order
+    by_key = {key: [record for record in chosen if _key(record) == key] for key in keys}
+    for key, records in by_key.items():
+        _check_unmixed(" ".join(part for part in key if part), records)
+    columns = tuple(Column(title=_title(key, keys), is_fraction=key[0] != "language") for key in keys)
+    cells = {(key, record.view, record.step): _cell(record) for key, records in by_key.items() for record in records}
+    weights = weight_cells(steps, evals)
+    places = sorted({(record.view, record.step) for record in chosen}, key=lambda place: place[1])
+    rows = tuple(
+        Row(
+            view=view,
+            edits=edits.get(step, step),
+            cells=(
+                *(cells.get((key, view, step)) for key in keys),
+                *(weights.get((view, step), {}).get(metric) for metric in WEIGHT_COLUMNS),
+            ),
+        )
+        for current in dict.fromkeys(record.view for record in chosen)
+        for view, step in places
+        if view == current
+    )
+    columns += tuple(Column(title=title, is_fraction=False) for title in WEIGHT_COLUMNS.values())
+    return Table(columns=columns, rows=rows, protocol=protocol)
+
+
+def weight_cells(steps: Iterable[StepRecord], evals: Sequence[EvalRecord]) -> dict[tuple[str, int], dict[str, Cell]]:
+    """Condition number and L1 norm by (view, step).
+
+    The trajectory's own come from the steps; those of a restrained view, whose weights exist only while it is measured, from evaluations of
+    the kind "weights" (metric `condition_number` or `l1_norm`, task = the matrix).
+    """
+    trajectory = evals[0].view if evals else ""  # the runner measures the trajectory's own view first
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for step in steps:
+        for figures in step.modules.values():
+            for metric in WEIGHT_COLUMNS:
+                if metric in figures:
+                    found.setdefault((trajectory, step.step), {}).setdefault(metric, []).append(figures[metric])
+    for record in evals:
+        if record.kind == "weights" and record.metric in WEIGHT_COLUMNS and record.view != trajectory:
+            value = math.nan if record.value is None else record.value
+            found.setdefault((record.view, record.step), {}).setdefault(record.metric, []).append(value)
+    return {
+        place: {
+            metric: _finite_cell(_largest(values) if metric == "condition_number" else sum(values)) for metric, values in metrics.items()
+        }
+        for place, metrics in found.items()
+    }
+
+
+def frame(table: Table) -> pandas.DataFrame:
+    """The values as a DataFrame indexed by (view, edits); fractions in [0, 1], nan where nothing finite was measured."""
+    import pandas
+
+    index = pandas.MultiIndex.from_tuples([(row.view, row.edits) for row in table.rows], names=["view", "edits"])
+    values = [[math.nan if cell is None or cell.value is None else cell.value for cell in row.cells] for row in table.rows]
+    return pandas.DataFrame(values, index=index, columns=[column.title for column in table.columns], dtype=float)
+
+
+def markdown(table: Table, *, stderr: bool = False) -> str:
+    """A GitHub table, fractions in percent, with the standard errors if asked for."""
+    titles = ["view", "edits", *(column.title for column in table.columns)]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    lines += [[row.view, str(row.edits), *formatted(table, row, stderr=stderr)] for row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(table)}\n"
+
+
+def caption(table: Table) -> str:
+    """What the numbers are, in one line."""
+    protocol = f"Editing metrics by the protocol '{table.protocol}', over all edits so far" if table.protocol else "Over all edits so far"
+    return f"{protocol} (row 0: the unedited model on the edits to come); metrics and tasks in percent; n/f: not finite; -: not measured."
+
+
+def formatted(table: Table, row: Row, *, stderr: bool = False) -> list[str]:
+    """A row's numbers as text."""
+    return [_text(cell, column, stderr=stderr) for cell, column in zip(row.cells, table.columns, strict=True)]
+
+
+def number(value: float) -> str:
+    """Three or four figures, as a person reads them: 41.2, 1,234, 3.1e+07."""
+    if not math.isfinite(value):
+        return "n/f"
+    if value != 0 and not 1e-2 <= abs(value) < 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.1f}"
+
+
+def _text(cell: Cell | None, column: Column, *, stderr: bool) -> str:
+    if cell is None:
+        return "-"
+    if cell.value is None:
+        return "n/f"
+    if not column.is_fraction:
+        return number(cell.value)
+    error = f" ± {100 * cell.stderr:.1f}" if stderr and cell.stderr is not None else ""
+    return f"{100 * cell.value:.1f}{error}"
+
+
+def _cell(record: EvalRecord) -> Cell:
+    return Cell(value=record.value, stderr=record.stderr, n=record.n)
+
+
+_Key = tuple[Literal["editing", "downstream", "language"] | str, str, str, str]  # kind, suite, task, metric
+
+
+def _key(record: EvalRecord) -> _Key:
+    return record.kind, record.suite or "", record.task or "", record.metric
+
+
+def _place(key: _Key) -> tuple[int, int]:
+    kind, _, _, metric = key
+    kinds = ("editing", "downstream", "language")
+    order = EDITING_ORDER.index(metric) if metric in EDITING_ORDER else len(EDITING_ORDER) - 1
+    return kinds.index(kind) if kind in kinds else len(kinds), order if kind == "editing" else 0
+
+
+def _title(key: _Key, keys: Sequence[_Key]) -> str:
+    """The shortest name that tells this column from the others: the task, with its metric or suite where it must."""
+    kind, suite, task, metric = key
+    if not task:
+        return metric
+    alike = [other for other in keys if other[2] == task]
+    named_suite = f"{suite}/{task}" if suite and len({other[1] for other in alike}) > 1 else task
+    return f"{named_suite} {metric}" if kind == "editing" or len({other[3] for other in alike}) > 1 else named_suite
+
+
+def _check_unmixed(name: str, records: Sequence[EvalRecord]) -> None:
+    for field in ("protocol", "task_version"):
+        values = list(dict.fromkeys(getattr(record, field) for record in records))
+        if len(values) > 1:
+            given = ", ".join(str(value) for value in values)
+            raise ConfigError(
+                f"one column of the table would mix values of {field}: '{name}' was measured with {given}. Choose one of them."
+            )
+    seen: set[tuple[str, int]] = set()
+    for record in records:
+        place = (record.view, record.step)
+        if place in seen:
+            raise ConfigError(
+                f"'{name}' was measured twice for view '{record.view}' at step {record.step}: the table cannot say which one counts."
+            )
+        seen.add(place)
+
+
+def _finite_cell(value: float) -> Cell:
+    return Cell(value=value if math.isfinite(value) else None)
+
+
+def _largest(values: Sequence[float]) -> float:
+    return math.nan if any(math.isnan(value) for value in values) else max(values)

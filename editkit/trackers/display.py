@@ -1,0 +1,176 @@
+"""One run on the screen: what the `Console` tracker opens."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from typing import TYPE_CHECKING
+
+from editkit.errors import ConfigError
+from editkit.report.tables import Table, default_protocol, formatted, number, summarise
+from editkit.trackers.base import RunInfo, Status
+from editkit.trackers.watch import Watch
+from editkit.types import EvalRecord, StepRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+ENDINGS = {
+    "done": "done",
+    "interrupted": "interrupted, state saved",
+    "collapsed": "stopped at a number that is not finite",
+    "failed": "failed",
+}
+
+
+def say_warning(text: str, *, out: Console | None = None) -> None:
+    """Shows a warning, above the progress bar where there is one."""
+    from rich.console import Console
+
+    (out or Console(highlight=False)).print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
+class Display:
+    """Follows one run's records. Holds those of the milestones only: a run of 10,000 edits must not fill the memory."""
+
+    def __init__(self, info: RunInfo, watch: Watch) -> None:
+        from rich.console import Console
+
+        self._info = info
+        self._watch = watch
+        self._out = Console(highlight=False)
+        self._steps: dict[int, StepRecord] = {}  # the measured ones, by step
+        self._evals: dict[tuple[object, ...], EvalRecord] = {}
+        self._last: StepRecord | None = None
+        self._condition = math.nan  # the newest that was measured, the largest over the matrices
+        self._seconds, self._edits = 0.0, 0  # spent on edits in this session, measuring left out
+        self._started = time.monotonic()
+        if info.resumed_at:
+            self._recall()
+        past = f", going on after step {info.resumed_at}" if info.resumed_at else ""
+        self._say(f"{info.name}: {info.edits} edits; views: {', '.join(info.views)}{past}")
+        self._bar: Progress | None = _progress(self._out) if self._out.is_terminal else None
+        if self._bar is not None:
+            self._bar.add_task("", total=info.edits, completed=self._edits_at(info.resumed_at), figures="")
+            self._bar.start()
+
+    def step(self, record: StepRecord) -> None:
+        self._say_milestone()
+        self._last = record
+        for text in self._watch.look(record):
+            self.warn(text)
+        self._condition = max((figures.get("condition_number", math.nan) for figures in record.modules.values()), default=self._condition)
+        if record.step == 0:
+            self._steps[0] = record
+        self._edits += len(record.requests)
+        self._seconds += sum(record.seconds.values())
+        if self._bar is not None:
+            self._bar.update(
+                self._bar.task_ids[0],
+                completed=self._edits_at(record.step),
+                figures=", ".join([*self._figures(), f"condition number {number(self._condition)}"]),
+            )
+
+    def evaluation(self, record: EvalRecord) -> None:
+        if self._last is not None and self._last.step == record.step:
+            self._steps[record.step] = self._last
+        self._evals[_identity(record)] = record
+
+    def warn(self, text: str) -> None:
+        say_warning(text, out=self._out)
+
+    def close(self, status: Status) -> None:
+        from editkit.report.show import Summary
+
+        self._say_milestone()
+        if self._bar is not None:
+            self._bar.stop()
+        title = f"{self._info.name}: {ENDINGS[status]}"
+        self._out.print()
+        try:
+            self._out.print(Summary(title=title, table=self._table(list(self._evals.values()))))
+        except ConfigError as error:  # a table that cannot be drawn must not cost the run
+            self._say(f"{title}; no table: {error}")
+        if self._watch.num_nonfinite:
+            self.warn(f"{self._watch.num_nonfinite} steps had numbers that are not finite")
+        self._say(f"records, state and figures: {self._info.folder}")
+
+    def _recall(self) -> None:
+        """What came before this session, from the run's files: the final table and the thresholds are those of the whole run."""
+        from editkit.report.load import load_run
+
+        try:
+            past = load_run(self._info.folder)
+        except ConfigError as error:
+            self.warn(f"the table will begin after step {self._info.resumed_at}: {error}")
+            return
+        self._evals = {_identity(record): record for record in past.evals if record.step <= self._info.resumed_at}
+        measured = {0} | {record.step for record in self._evals.values()}
+        for record in past.steps:
+            if record.step <= self._info.resumed_at:
+                list(self._watch.look(record))  # it warned of these then
+                if record.step in measured:
+                    self._steps[record.step] = record
+
+    def _say(self, text: str) -> None:
+        self._out.print(text, markup=False, soft_wrap=True)
+
+    def _say_milestone(self) -> None:
+        """A line when a milestone's measurements are complete, which is known when something else comes."""
+        if self._last is None:
+            return
+        evals = [record for record in self._evals.values() if record.step == self._last.step]
+        if not evals:
+            return
+        try:
+            table = self._table(evals)
+        except ConfigError as error:
+            self.warn(str(error))
+            return
+        parts = [f"{self._edits_at(self._last.step)}/{self._info.edits} edits", *self._figures()]
+        for row in table.rows:
+            measured = zip(table.columns, formatted(table, row), row.cells, strict=True)
+            parts.append(f"{row.view}: " + ", ".join(f"{column.title} {text}" for column, text, cell in measured if cell is not None))
+        self._say(" | ".join(parts))
+
+    def _table(self, evals: list[EvalRecord]) -> Table:
+        edits = {record.step: self._edits_at(record.step) for record in evals}
+        protocol = default_protocol(evals)
+        return summarise(list(self._steps.values()), evals, edits=edits, protocol=protocol)
+
+    def _edits_at(self, step: int) -> int:
+        return min(step * self._info.batch_size, self._info.edits)
+
+    def _figures(self) -> list[str]:
+        """How fast, how long still, and how the last edit went."""
+        figures = []
+        if self._edits and self._last is not None:
+            remaining = self._info.edits - self._edits_at(self._last.step)
+            # The wall time, measuring included: later milestones measure more edits, so this is a little too hopeful.
+            left_s = (time.monotonic() - self._started) / self._edits * remaining
+            figures.append(f"{self._seconds / self._edits:.2f} s/edit")
+            if remaining:
+                figures.append(f"{datetime.timedelta(seconds=round(left_s))} left")
+            if "loss" in self._last.target:
+                figures.append(f"loss {self._last.target['loss']:.3g}")
+        return figures
+
+
+def _identity(record: EvalRecord) -> tuple[object, ...]:
+    """What one measurement is of: a run that goes on may repeat the last milestone."""
+    return (record.step, record.view, record.kind, record.suite, record.task, record.metric, record.protocol, record.timing)
+
+
+def _progress(out: Console) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("edits"),
+        TextColumn("{task.fields[figures]}", markup=False),
+    )
+    return Progress(*columns, console=out)

@@ -1,0 +1,31 @@
+"""Nothing on the screen: for sweeps, where the files say it all."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from editkit.trackers.base import AbstractTracker, RunInfo, Status
+from editkit.types import EvalRecord, StepRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(AbstractTracker):
+    """Shows nothing; warnings go to the log."""
+
+    def open(self, run: RunInfo) -> None:
+        pass
+
+    def step(self, record: StepRecord) -> None:
+        pass
+
+    def evaluation(self, record: EvalRecord) -> None:
+        pass
+
+    def warning(self, text: str) -> None:
+        log.warning(text)
+
+    def close(self, status: Status) -> None:
+        pass
