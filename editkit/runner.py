@@ -56,9 +56,10 @@ def run_edits(job: Trajectory, state: RunState | None = None) -> Iterator[Event]
                     restrain_trajectory(job, restraint, state)
                     state = replace(state, totals=job.model.totals())
                     yield from measure(job, state, name)
-        if job.schedule.has_checkpoint(step) or job.should_stop():
+        stopping = job.should_stop()  # asked once: the answer may change while the state is written
+        if job.schedule.has_checkpoint(step) or stopping:
             yield state
-        if job.should_stop():
+        if stopping:
             return
 
 
@@ -91,7 +92,9 @@ def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, 
 
     def solve(problem: LeastSquares) -> Update:
         problems.append(problem)
-        return least_squares(problem, job.moments) if job.restraints.solve is None else job.restraints.solve.solve(problem, state.solve)
+        if job.restraints.solve is None:
+            return least_squares(problem, job.moments)
+        return job.restraints.solve.solve(problem, state.solve, job.moments)
 
     applied: dict[str, tuple[Update, float]] = {}
     for module in editor.modules(model) if nonfinite is None else ():
@@ -109,7 +112,7 @@ def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, 
         if nonfinite is None:
             editor_state = editor.observe(model, requests, state.editor)
             for problem in problems if job.restraints.solve is not None else ():
-                solve_state = job.restraints.solve.observe(problem, solve_state)
+                solve_state = job.restraints.solve.observe(problem, solve_state, job.moments)
     for restraint in job.restraints.totals.values():
         if restraint.apply_at == "every" and restraint.every and step % restraint.every == 0:
             with clock.phase("restrain"):
@@ -128,7 +131,9 @@ def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, 
         modules=modules,
         nonfinite=nonfinite,
     )
-    state = replace(state, step=step, totals=model.totals(), editor=editor_state, solve=solve_state, spectra=spectra, rng=generator_states())
+    state = replace(
+        state, step=step, totals=model.totals(), editor=editor_state, solve=solve_state, spectra=spectra, rng=generator_states()
+    )
     return record, state
 
 
@@ -149,5 +154,3 @@ def describe(
             job.model.weight(module), spectrum, update=update, total=job.model.total(module), rounding_error=rounding_error
         )
     return records
-
-

@@ -81,9 +81,12 @@ def execute(experiment: Experiment, received: Received) -> int:
     finally:
         records.close()
         save_provenance(folder, describe(experiment, job), seconds=time.time() - started, device=job.model.device)
-        draw_figures(folder)
         if status == "done":
             write_atomically(folder / DONE, b"")
+        try:
+            draw_figures(folder)
+        except Exception as error:  # the figures can be drawn again, the run cannot
+            tracker.warning(f"no figures: {type(error).__name__}: {error}")
         tracker.close(status)
     return {"done": OK, "collapsed": FAILURE}.get(status, 128 + (received.number or 0))
 

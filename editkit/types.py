@@ -66,7 +66,7 @@ class EvalRecord:
 
     step: int
     view: str  # "unrestrained", or the name of a restraint on the total
-    kind: str  # "editing", "downstream" or "language"
+    kind: str  # "editing", "downstream", "language", or "weights" (of a restrained view; task = the matrix)
     metric: str
     value: float | None
     stderr: float | None

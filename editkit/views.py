@@ -6,9 +6,12 @@ A restraint on the total that acts at evaluation changes only what is measured: 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from editkit.linalg.spectral import extreme_singular_values
+from editkit.linalg.telemetry import module_record
 from editkit.restraints.base import AbstractTotalRestraint
 from editkit.state import RunState
 from editkit.trajectory import Trajectory
@@ -34,6 +37,17 @@ def evaluate(job: Trajectory, state: RunState) -> Iterator[EvalRecord]:
         if restraint.apply_at == "evaluation":
             with job.model.temporarily(corrections(restraint, state.totals, state.base_sigma_max)):
                 yield from measure(job, state, name)
+                yield from weigh(job, state, name)
+
+
+def weigh(job: Trajectory, state: RunState, view: str) -> Iterator[EvalRecord]:
+    """The weights of a restrained view, which no step record can hold: they exist only while they are looked at."""
+    for module, start in state.spectra.items():
+        weight_OI = job.model.weight(module)
+        figures = module_record(weight_OI, extreme_singular_values(weight_OI, start), None, state.totals[module])
+        for metric in ("condition_number", "sigma_max", "sigma_min", "l1_norm"):
+            value = figures[metric] if math.isfinite(figures[metric]) else None
+            yield EvalRecord(step=state.step, view=view, kind="weights", task=module, metric=metric, value=value, stderr=None, n=1)
 
 
 def trajectory_view(job: Trajectory) -> str:

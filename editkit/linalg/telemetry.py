@@ -1,0 +1,37 @@
+"""What is recorded about an edited matrix after every step: the values of `modules` in `steps.jsonl`.
+
+Shape letters: O d_out, I d_in.
+"""
+
+from __future__ import annotations
+
+from editkit.lazy import torch
+from editkit.linalg import lowrank
+from editkit.linalg.lowrank import Update
+from editkit.linalg.spectral import Spectrum
+from editkit.linalg.total import Total
+
+
+def module_record(
+    weight_OI: torch.Tensor, spectrum: Spectrum, update: Update | None, total: Total, *, rounding_error: float = 0.0
+) -> dict[str, float]:
+    """The figures of one matrix as the model uses it now, in float64; nan where something is not finite.
+
+    `spectrum` is that of `weight_OI`; `update` is this step's (None at step 0), `total` the sum with it. `rounding_error` is what
+    `EditableModel.apply` returned: the part of the update that the storage dtype lost, relative. `l1_norm` is the sum of the absolute
+    entries, `l1_mean` that over their number.
+    """
+    l1_norm = float(torch.linalg.vector_norm(weight_OI, ord=1, dtype=torch.float64))
+    return {
+        "condition_number": spectrum.condition_number,
+        "sigma_max": spectrum.sigma_max,
+        "sigma_min": spectrum.sigma_min,
+        "l1_norm": l1_norm,
+        "l1_mean": l1_norm / weight_OI.numel(),
+        "frobenius": lowrank.frobenius(weight_OI),
+        "update_frobenius": 0.0 if update is None else lowrank.frobenius(update),
+        "update_sigma_max": 0.0 if update is None else lowrank.sigma_max(update),
+        "total_frobenius": total.frobenius(),
+        "total_sigma_max": total.sigma_max(),
+        "rounding_error": rounding_error,
+    }
