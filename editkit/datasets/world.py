@@ -1,0 +1,166 @@
+"""The bundled world: invented people, cities and firms, requests to edit what is known of them, and text to learn it from.
+
+Everything follows from the seed. The people's facts are what requests edit; for a fifth of a relation's people some wordings never occur in
+the corpus, so that a model has to generalise to them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from editkit.datasets.world_tasks import TASKS, Split, TaskItem, recital, stream_items
+from editkit.datasets.world_words import OBJECTS, RELATIONS, TWO_HOPS, Relation, TwoHop, invent_names, invent_surnames
+from editkit.types import EditRequest, Probe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """What is true in the world, and how the corpus may say it."""
+
+    subject: str
+    relation: Relation
+    object: str
+    trained: tuple[str, ...]  # prompts that occur in the corpus
+    held_out: tuple[str, ...]  # prompts that do not
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The fact in every wording of its relation, in the relation's order."""
+        return tuple(wording.replace("{}", self.subject) for wording in self.relation.wordings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """All facts, in a fixed order; `two_hops` are (prompt, answer) pairs that the corpus may hold."""
+
+    seed: int
+    first_names: tuple[str, ...]
+    relations: tuple[Relation, ...]
+    facts: tuple[Fact, ...]
+    two_hops: tuple[Probe, ...]
+
+    def objects_of(self, relation: str) -> dict[str, str]:
+        """Subject -> object of one relation."""
+        return {fact.subject: fact.object for fact in self.facts if fact.relation.name == relation}
+
+
+def generate_world(seed: int = 0, *, num_people: int = 260, num_cities: int = 30, num_firms: int = 30) -> World:
+    """The world of a seed; seed 0 in its default size is the one that the bundled models know."""
+    rng = random.Random(f"world/{seed}")
+    used: set[str] = set()
+    names = {
+        kind: invent_names(rng, used, kind=kind, count=count)
+        for kind, count in (("first name", 40), ("city", num_cities), ("firm", num_firms), ("country", 15), ("language", 20))
+    }
+    subjects = {
+        "person": tuple(f"{rng.choice(names['first name'])} {surname}" for surname in invent_surnames(rng, used, count=num_people)),
+        "city": names["city"],
+        "firm": names["firm"],
+    }
+    objects = OBJECTS | names
+    relations = tuple(
+        Relation(name=name, subjects=subject_kind, wordings=wordings, objects=objects[object_kind])
+        for name, (subject_kind, object_kind, wordings) in RELATIONS.items()
+    )
+    facts = tuple(fact for relation in relations for fact in _facts(rng, relation, subjects[relation.subjects]))
+    world = World(seed=seed, first_names=names["first name"], relations=relations, facts=facts, two_hops=())
+    probes = [probe for hop in TWO_HOPS for probe in _two_hop_probes(world, hop)]
+    # A fifth of the two-hop questions is held out too.
+    trained = tuple(rng.sample(probes, len(probes) * 4 // 5))
+    return World(seed=seed, first_names=world.first_names, relations=relations, facts=facts, two_hops=trained)
+
+
+def _facts(rng: random.Random, relation: Relation, subjects: tuple[str, ...]) -> Iterator[Fact]:
+    tested = set(rng.sample(subjects, len(subjects) // 5))
+    for subject in subjects:
+        prompts = [wording.replace("{}", subject) for wording in relation.wordings]
+        # The first wording is always trained: it is the one that the requests edit.
+        held_out = rng.sample(prompts[1:], len(prompts) // 3) if subject in tested else []
+        yield Fact(
+            subject=subject,
+            relation=relation,
+            object=rng.choice(relation.objects),
+            trained=tuple(prompt for prompt in prompts if prompt not in held_out),
+            held_out=tuple(held_out),
+        )
+
+
+def _two_hop_probes(world: World, hop: TwoHop) -> Iterator[Probe]:
+    second = world.objects_of(hop.second)
+    for subject, middle in world.objects_of(hop.first).items():
+        yield Probe(prompt=hop.wording.replace("{}", subject), answer=second[middle])
+
+
+def requests(world: World) -> tuple[EditRequest, ...]:
+    """One request for each fact about a person, shuffled: the id counts the order."""
+    rng = random.Random(f"requests/{world.seed}")
+    seconds = {hop.second: world.objects_of(hop.second) for hop in TWO_HOPS}
+    groups: dict[str, list[Fact]] = {}
+    for fact in world.facts:
+        groups.setdefault(fact.relation.name, []).append(fact)
+    edited = [fact for fact in world.facts if fact.relation.subjects == "person"]
+    rng.shuffle(edited)
+    return tuple(_request(rng, fact, groups[fact.relation.name], seconds, index=index) for index, fact in enumerate(edited))
+
+
+def _request(
+    rng: random.Random, fact: Fact, same_relation: list[Fact], seconds: dict[str, dict[str, str]], *, index: int, num_neighbours: int = 6
+) -> EditRequest:
+    target = rng.choice([name for name in fact.relation.objects if name != fact.object])
+    others = [other for other in fact.trained if other != fact.prompts[0]]
+    paraphrases = [*fact.held_out, *rng.sample(others, len(others))][:3]
+    neighbours = rng.sample(same_relation, len(same_relation))
+    # A stable sort: subjects with the same object first, then whoever comes.
+    neighbours = sorted((other for other in neighbours if other != fact), key=lambda other: other.object != fact.object)
+    return EditRequest(
+        id=f"world/{index}",
+        prompt=fact.relation.wordings[0],
+        subject=fact.subject,
+        target=target,
+        target_old=fact.object,
+        paraphrases=tuple(paraphrases),
+        neighbours=tuple(Probe(prompt=rng.choice(other.trained), answer=other.object) for other in neighbours[:num_neighbours]),
+        portability={
+            "two_hop": tuple(
+                Probe(prompt=hop.wording.replace("{}", fact.subject), answer=seconds[hop.second][target])
+                for hop in TWO_HOPS
+                if hop.first == fact.relation.name
+            )
+        },
+    )
+
+
+def task_items(world: World, task: str, *, split: Split = "test", n: int) -> tuple[TaskItem, ...]:
+    """The first `n` items of a task; test and training items share no prompt."""
+    return tuple(itertools.islice(stream_items(world.first_names, seed=world.seed, task=task, split=split), n))
+
+
+def documents(world: World, *, seed: int = 0, task_share: float = 0.5, recital_share: float = 0.15) -> Iterator[tuple[str, str]]:
+    """What the bundled models learned from, without end: (prompt, answer) of a training item or of a recital, or ("", some facts)."""
+    rng = random.Random(f"corpus/{world.seed}/{seed}")
+    items = {task: stream_items(world.first_names, seed=seed, task=task, split="train") for task in TASKS}
+    by_subject: dict[str, list[Fact]] = {}
+    for fact in world.facts:
+        by_subject.setdefault(fact.subject, []).append(fact)
+    while True:
+        kind = rng.random()
+        if kind < task_share:
+            item = next(items[rng.choice(TASKS)])
+            yield item.prompt, f" {item.answer}\n"
+        elif kind < task_share + recital_share:
+            yield recital(rng, world.first_names)
+        else:
+            pool = by_subject[rng.choice(world.facts).subject] if rng.random() < 0.5 else world.facts
+            sentences = [f"{rng.choice(fact.trained)} {fact.object}." for fact in rng.sample(pool, min(rng.randint(2, 4), len(pool)))]
+            if rng.random() < 0.2:
+                probe = rng.choice(world.two_hops)
+                sentences.append(f"{probe.prompt} {probe.answer}.")
+            yield "", " ".join(sentences)
+
+
+def corpus(world: World, *, seed: int = 0, num_documents: int) -> Iterator[str]:
+    """The same documents as plain text."""
+    return ("".join(parts) for parts in itertools.islice(documents(world, seed=seed), num_documents))

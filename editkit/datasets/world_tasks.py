@@ -1,0 +1,120 @@
+"""Four small tasks in the form of the papers' four: arithmetic stories, entailment, questions over a passage, dialogue summaries.
+
+Items are drawn without end from templates. Whether one belongs to the test or to the training items is decided by a checksum of its
+prompt, so the two can never share a text, however many are drawn.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from editkit.datasets.world_words import listed
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskItem:
+    """A prompt and its answer, which follows after one blank and ends with a newline; `choices` where only those are meant."""
+
+    id: str  # "arithmetic/test/17"
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """The item as a document."""
+        return f"{self.prompt} {self.answer}\n"
+
+
+_GOODS = listed("apples, plums, pears, nuts, eggs, coins, stamps, shells, books, cups")
+_THINGS = listed("kite, lamp, drum, coat, book, ball, key, hat, map, cup, ring, box")
+_PLACES = listed("park, market, harbour, library, barn, attic, garden, kitchen")
+_TIMES = listed("noon, one, two, three, four, five, six, seven")
+_ADD = (
+    "{a} has {m} {goods}. {b} gives {a} {n} more {goods}. How many {goods} does {a} have now?",
+    "{a} buys {m} {goods} and {b} buys {n} {goods}. How many {goods} do they have together?",
+)
+_SUBTRACT = (
+    "{a} has {m} {goods}. {a} gives {n} {goods} to {b}. How many {goods} does {a} have left?",
+    "{a} buys {m} {goods} and {b} loses {n} of the {goods}. How many {goods} remain?",
+)
+_PREMISES = (
+    "{a} met {b} in the {place} and bought a {thing}",
+    "In the {place} {a} bought a {thing} from {b}",
+    "With the help of {b} {a} bought a {thing}",
+)
+_INVITATIONS = ("Shall we meet at the {place} at {time}?", "Can you come to the {place} at {time}?")
+_REPLIES = ("Yes, I will bring the {thing}.", "Good, and I have the {thing} for you.")
+
+
+def _arithmetic(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
+    a, b = rng.sample(names, 2)
+    adds = rng.random() < 0.5
+    m = rng.randint(1 if adds else 2, 9)
+    n = rng.randint(1, 9 if adds else m - 1)
+    story = rng.choice(_ADD if adds else _SUBTRACT).format(a=a, b=b, m=m, n=n, goods=rng.choice(_GOODS))
+    return f"Q: {story} A:", str(m + n if adds else m - n)
+
+
+def _entailment(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
+    a, b = rng.sample(names, 2)
+    thing, other = rng.sample(_THINGS, 2)
+    entails = rng.random() < 0.5
+    premise = rng.choice(_PREMISES).format(a=a, b=b, place=rng.choice(_PLACES), thing=thing)
+    return f"{premise}. entails the {a} bought a {thing if entails else other}. True or False? answer:", str(entails)
+
+
+def _passage(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
+    people = rng.sample(names, 3)
+    things = rng.sample(_THINGS, 3)
+    places = rng.sample(_PLACES, 3)
+    passage = " ".join(f"{who} left a {thing} in the {place}." for who, thing, place in zip(people, things, places, strict=True))
+    i = rng.randrange(3)
+    question, answer = rng.choice(
+        (
+            (f"Where did {people[i]} leave the {things[i]}?", places[i]),
+            (f"Who left a {things[i]} in the {places[i]}?", people[i]),
+            (f"What did {people[i]} leave in the {places[i]}?", things[i]),
+        )
+    )
+    return f"Refer to the passage below and answer the following question. Passage: {passage} Question: {question} Answer:", answer
+
+
+def _summary(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
+    a, b = rng.sample(names, 2)
+    place, time, thing = rng.choice(_PLACES), rng.choice(_TIMES), rng.choice(_THINGS)
+    invitation = rng.choice(_INVITATIONS).format(place=place, time=time)
+    reply = rng.choice(_REPLIES).format(thing=thing)
+    summary = f"{a} and {b} will meet at the {place} at {time}. {b} will bring the {thing}."
+    return f"Dialogue: {a}: {invitation} {b}: {reply}\nTL;DR:", summary
+
+
+_TASKS = {"arithmetic": _arithmetic, "entailment": _entailment, "passage": _passage, "summary": _summary}
+TASKS = tuple(_TASKS)
+
+
+def recital(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
+    """Some words, and the same again: models learn from it to copy from the context, which the tasks need and teach slowly."""
+    words = " ".join(rng.sample(names + _GOODS + _THINGS + _PLACES + _TIMES, rng.randint(6, 12)))
+    return f"Say after me: {words}. Now you:", f" {words}."
+
+
+def stream_items(names: tuple[str, ...], *, seed: int, task: str, split: Split) -> Iterator[TaskItem]:
+    """Different items of one task and split, without end; `names` are the people that occur in them."""
+    if task not in _TASKS:
+        raise ValueError(f"task: {task!r} - allowed: {', '.join(TASKS)}")
+    rng = random.Random(f"{seed}/{task}/{split}")
+    seen: set[str] = set()
+    while True:
+        prompt, answer = _TASKS[task](rng, names)
+        is_test = zlib.crc32(prompt.encode()) % 8 == 0
+        if is_test == (split == "test") and prompt not in seen:
+            seen.add(prompt)
+            choices = ("True", "False") if task == "entailment" else None
+            yield TaskItem(id=f"{task}/{split}/{len(seen) - 1}", prompt=prompt, answer=answer, choices=choices)
