@@ -107,7 +107,8 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Traje
     modules = editor.modules(model)
     if restraints.totals:
         base_sigma_max = {module: extreme_singular_values(model.weight(module), None).sigma_max for module in modules}
-        if problems := [problem for restraint in restraints.totals.values() for problem in restraint.check(base_sigma_max)]:
+        found = {name: restraint.check(base_sigma_max) for name, restraint in restraints.totals.items()}
+        if problems := [f"restraint.{name}.{problem}" for name, each in found.items() for problem in each]:
             raise ConfigError(problems)
     return Trajectory(
         model=model,

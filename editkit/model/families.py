@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
@@ -21,6 +21,7 @@ class Family:
     final_norm: str
     mlp_in_block: str = "mlp"
     down_projection_in_block: str = "mlp.down_proj"  # from the MLP's inner width back to the residual stream
+    adds_mlp_output: bool = True  # to the residual stream, as it is: no norm in between
 
     def block(self, layer: int) -> str:
         return f"{self.blocks}.{layer}"
@@ -49,8 +50,8 @@ def known_families() -> dict[str, Family]:
         "qwen2": llama,
         "qwen3": llama,
         "gemma": llama,
-        "gemma2": llama,
-        "gemma3_text": llama,
+        "gemma2": replace(llama, adds_mlp_output=False),
+        "gemma3_text": replace(llama, adds_mlp_output=False),
     }
 
 
