@@ -1,0 +1,60 @@
+# `make` lists the targets. Everything runs in .venv, which `setup` makes with the versions of constraints.txt.
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+SHELL := /bin/bash
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+.PHONY: setup
+setup: $(STAMP)  ## Make .venv and install editkit there (again only when pyproject.toml or constraints.txt changed)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: demo
+demo: setup  ## 200 sequential ROME edits of the bundled model, with PRUNE as a second view: a table and figures
+	$(BIN)/editkit run experiment=demo
+
+.PHONY: test
+test: setup  ## The quick tests
+	$(BIN)/pytest -q
+
+.PHONY: test-slow
+test-slow: setup  ## The tests that take long
+	$(BIN)/pytest -q -m 'slow and not gpu'
+
+.PHONY: lint
+lint: setup  ## ruff's rules
+	$(BIN)/ruff check .
+
+.PHONY: format
+format: setup  ## Put the code into ruff's form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: format-check
+format-check: setup  ## Is the code in ruff's form?
+	$(BIN)/ruff format --check .
+
+.PHONY: type
+type: setup  ## mypy
+	$(BIN)/mypy
+
+.PHONY: check
+check: lint format-check type test  ## What has to pass before a change goes in
+
+.PHONY: bench
+bench: setup  ## The plain way against ours: telemetry on GPT-2 XL's shape
+	$(BIN)/editkit bench telemetry --shape gpt2-xl
+
+.PHONY: clean
+clean:  ## Remove caches and builds; outputs and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find editkit tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

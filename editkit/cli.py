@@ -1,0 +1,221 @@
+"""The commands. `run` is Hydra's; the others compose the same configuration. Nothing here loads torch before a model is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from editkit import __version__, application
+from editkit.compose import Composed, compose, options
+from editkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from editkit.stats.store import StoredMoment
+
+app = typer.Typer(
+    name="editkit",
+    help="Sequential-editing benchmarks: any editor, restraint, model and dataset, composed from configuration files.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+stats_app = typer.Typer(
+    help="Second moments of keys, which ROME's covariance needs: computed once for a model and a corpus.", no_args_is_help=True
+)
+app.add_typer(stats_app, name="stats")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Hydra overrides, as for `editkit run`: model=tiny-llama edits=50", show_default=False)
+]
+ConfigDir = Annotated[
+    Path | None, typer.Option("--config-dir", help="A folder of your own options, laid out as the groups are.", exists=True)
+]
+UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
+
+
+def main() -> None:
+    """The entry point: the exit code is 2 for a mistake of the user's, which is told without a traceback."""
+    application.make_importable(Path.cwd())
+    try:
+        app()
+    except ConfigError as error:
+        application.report(error)
+        sys.exit(application.MISTAKE)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(f"editkit {__version__}")
+        raise typer.Exit
+
+
+@app.command(context_settings=UNPARSED, add_help_option=False)
+def run(context: typer.Context) -> None:
+    """Run an experiment: a Hydra application, `editkit run --help` lists its groups and values."""
+    raise typer.Exit(application.run(context.args))
+
+
+@app.command("ls")
+def list_options(group: Annotated[str | None, typer.Argument(help="Only this group.")] = None, config_dir: ConfigDir = None) -> None:
+    """List every option of every group; the defaults are marked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = list(options(config_dir))
+    if group is not None and group not in (groups := sorted({option.group for option in found})):
+        raise ConfigError(f"{group} is not a group. Groups: {', '.join(groups)}.")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True, style="cyan")
+    table.add_column(no_wrap=True)
+    table.add_column()
+    last = ""
+    for option in found:
+        if group in (None, option.group):
+            if last and last != option.group:
+                table.add_row()
+            table.add_row("" if option.group == last else option.group, option.name + (" *" if option.is_default else ""), option.about)
+            last = option.group
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # a line each, for grep
+    console.print(table, highlight=False, markup=False)
+
+
+@app.command()
+def validate(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Compose and check a configuration, and read its dataset; no model is loaded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from editkit.build import build
+
+    composed = composed_or_explained(overrides or [], config_dir)
+    experiment = build(composed.config, choices=composed.choices)
+    recipe = composed.config.get("recipe", {})
+    schedule = experiment.schedule
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in (
+        ("model", f"{experiment.model.label} ({experiment.model.id}, {experiment.model.dtype}, {experiment.runtime.device})"),
+        ("editor", f"{composed.choices['editor']}" + (f", numbers {recipe['provenance']}: {recipe['source']}" if recipe else "")),
+        ("restraints", ", ".join(experiment.config["restraint"]) or "none"),
+        ("dataset", f"{experiment.data.name}, {len(experiment.data.requests)} requests from {experiment.data.origin}"),
+        ("edits", f"{schedule.edits} in batches of {schedule.batch_size}, measured after {', '.join(map(str, schedule.milestones))}"),
+        ("folder", str(experiment.folder)),
+    ):
+        table.add_row(*row)
+    console = Console()
+    console.print("[green]ok[/green]")
+    console.print(table, highlight=False, markup=False)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder, outputs/.../seed<k>.")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    view: Annotated[str | None, typer.Option(help="A restraint on the total; without it the model as the edits left it.")] = None,
+) -> None:
+    """Write a run's edited model as a Hugging Face folder."""
+    from editkit.export import export as write
+
+    write(run, to, view=view)
+    typer.echo(f"written: {to}")
+
+
+@app.command("show")
+def show_run(
+    run: Annotated[Path, typer.Argument(help="A run's folder, outputs/.../seed<k>.")],
+    protocol: Annotated[str | None, typer.Option(help="How edits are judged: probability or argmax.")] = None,
+) -> None:
+    """Show a run's table from its files."""
+    from rich.console import Console
+
+    from editkit.report.show import show
+
+    Console().print(show(run, protocol=protocol))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="What to measure: telemetry.")],
+    shape: Annotated[str, typer.Option(help="Whose matrices: the name of a model, tiny-gpt2, gpt2-xl, llama3-8b...")] = "gpt2-xl",
+    repeats: Annotated[int, typer.Option(help="Edits that are timed; the median counts.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
+    folder: Annotated[Path, typer.Option(help="Where the result is written.")] = Path("benchmarks/results"),
+) -> None:
+    """Time the plain way and ours side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from editkit.bench import run_bench
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for key, value in run_bench(name, shape, repeats=repeats, device=device, dtype=dtype, folder=folder).items():
+        table.add_row(key, str(value))
+    Console().print(table, highlight=False, markup=False)
+
+
+@stats_app.command("build")
+def build_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Compute the second moments that a run with these overrides would need, unless they are stored."""
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+
+    from editkit.build import model_and_stats
+    from editkit.stats import store
+
+    composed = composed_or_explained(overrides or [], config_dir)
+    config, editor, stats, runtime = model_and_stats(composed.config, choices=composed.choices)
+    model = config.load(runtime.device)
+    modules = editor.moment_modules(model)
+    with Progress(TextColumn("documents"), MofNCompleteColumn()) as progress:
+        task = progress.add_task("documents", total=None)
+        store.build(model, modules, stats, progress=lambda done: progress.update(task, completed=done))
+    typer.echo(f"{len(modules)} second moments of {model.name} in {stats.folder}" if modules else "this editor needs no second moments")
+
+
+@stats_app.command("ls")
+def list_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """List the stored second moments; reads the files' headers only."""
+    from editkit.stats import store
+
+    show_moments(store.list_stored(stats_folder(overrides, config_dir)))
+
+
+@stats_app.command("verify")
+def verify_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Read every stored file completely and check its key and checksum."""
+    from editkit.stats import store
+
+    found = store.verify(stats_folder(overrides, config_dir))
+    show_moments(found)
+    if problems := [each.problem for each in found if each.problem]:
+        raise ConfigError(problems)
+
+
+def stats_folder(overrides: list[str] | None, config_dir: Path | None) -> str:
+    return str(composed_or_explained(overrides or [], config_dir).config["stats"]["folder"])
+
+
+def show_moments(found: Sequence[StoredMoment]) -> None:
+    """A line for each stored file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "module", "documents", "tokens", "MB", "file", box=None, pad_edge=False)
+    for each in found:
+        facts = (each.key.model, each.key.module, str(each.key.num_documents), str(each.num_tokens)) if each.key else ("?", "?", "?", "?")
+        table.add_row(*facts, f"{each.num_bytes / 1e6:.1f}", each.path.name)
+    Console().print(table if found else "no second moments are stored there yet", highlight=False, markup=False)
+
+
+def composed_or_explained(overrides: list[str], config_dir: Path | None) -> Composed:
+    """Raises ConfigError for whatever keeps these overrides from being composed."""
+    try:
+        return compose(overrides, config_dir=config_dir)
+    except application.config_mistakes() as error:
+        raise application.explain(error, overrides, config_dir) from None

@@ -1,0 +1,145 @@
+"""An experiment as a value: everything that a run needs to know, checked, before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from editkit.datasets.base import LoadedDataset
+from editkit.editors.base import AbstractEditor
+from editkit.errors import ConfigError
+from editkit.evaluation.base import AbstractEvaluator
+from editkit.restraints.base import Restraints
+from editkit.schedule import Schedule
+from editkit.stats.corpus import StatsConfig
+from editkit.trackers.base import AbstractTracker
+
+if TYPE_CHECKING:
+    from editkit.model.load import ModelConfig
+
+# What cannot change a result: where, how often and on which device it is computed, what watches it, its name. The seed has its own folder.
+UNHASHED = ("name", "experiment_name", "seed", "paths", "checkpoint", "resume", "tracker", "runtime", "recipe", "stats.folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """The machine's part of a run; it changes rounding at most."""
+
+    device: str
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            problems.append(f"runtime.device: {self.device!r} was given; cpu, cuda, cuda:<number> or mps.")
+        if self.threads is not None and self.threads < 1:
+            problems.append(f"runtime.threads: {self.threads} was given; at least 1, or null for torch's own choice.")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Every:
+    """A rhythm, in batches."""
+
+    every: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """Where things are written."""
+
+    outputs: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The values at the root of the configuration; `conf/config.yaml` says what each means."""
+
+    name: str | None
+    experiment_name: str
+    seed: int
+    edits: int
+    batch_size: int
+    milestones: tuple[int, ...] | None
+    resume: Literal["auto", "never"]
+    on_collapse: Literal["stop", "continue"]
+    checkpoint: Every
+    telemetry: Every
+    paths: Paths
+
+    def problems(self) -> list[str]:
+        """What is out of range; no error, so that the rest of the configuration is looked at all the same."""
+        least = {"seed": (self.seed, 0), "edits": (self.edits, 1), "batch_size": (self.batch_size, 1)}
+        least |= {"checkpoint.every": (self.checkpoint.every, 1), "telemetry.every": (self.telemetry.every, 1)}
+        problems = [f"{key}: {value} was given; at least {limit} is needed." for key, (value, limit) in least.items() if value < limit]
+        if outside := [str(milestone) for milestone in self.milestones or () if not 0 <= milestone <= self.edits]:
+            problems.append(f"milestones: {', '.join(outside)} was given; edits={self.edits} allows 0 to {self.edits}.")
+        for key, name in {"name": self.name, "experiment_name": self.experiment_name}.items():
+            if name is not None and not re.fullmatch(r"[\w.+=-]*\w[\w.+=-]*", name):
+                problems.append(f"{key}: {name!r} was given; a folder's name of letters, digits and . _ + = - is needed.")
+        return problems
+
+    @property
+    def schedule(self) -> Schedule:
+        milestones = {0, self.edits // 10, self.edits // 2, self.edits} if self.milestones is None else set(self.milestones)
+        return Schedule(
+            edits=self.edits,
+            batch_size=self.batch_size,
+            milestones=tuple(sorted(milestones)),
+            telemetry_every=self.telemetry.every,
+            checkpoint_every=self.checkpoint.every,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What `editkit.session.run` runs."""
+
+    name: str
+    model: ModelConfig
+    editor: AbstractEditor
+    restraints: Restraints
+    data: LoadedDataset
+    evaluators: Mapping[str, AbstractEvaluator]  # "editing", and "suite" for the downstream tasks
+    stats: StatsConfig
+    tracker: AbstractTracker
+    runtime: Runtime
+    schedule: Schedule
+    seed: int
+    resume: Literal["auto", "never"]
+    on_collapse: Literal["stop", "continue"]
+    folder: Path  # outputs/<experiment_name>/<name>-<hash>/seed<k>
+    config: Mapping[str, Any]  # resolved, plain values; building it again gives the same experiment
+
+    @property
+    def edits(self) -> int:
+        return self.schedule.edits
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits for what can change a result; 1 and 1.0 are the same."""
+    kept = _without(config, UNHASHED)
+    return hashlib.sha256(json.dumps(_canonical(kept), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    kept = {}
+    for name, value in config.items():
+        if name not in keys:
+            inner = tuple(key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}."))
+            kept[name] = _without(value, inner) if inner and isinstance(value, Mapping) else value
+    return kept
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _canonical(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

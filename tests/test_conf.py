@@ -1,0 +1,103 @@
+"""Every configuration file, found by glob: it composes, its class takes its options, and it says what it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from editkit.build import PARTS, build
+from editkit.compose import Option, compose, conf_folder, options
+from editkit.editors.base import AbstractEditor
+from editkit.schema import Problems, construct
+
+OPTIONS = list(options())
+FILES = sorted(conf_folder().rglob("*.yaml"))
+
+
+def of(*groups: str) -> list[Option]:
+    return [option for option in OPTIONS if option.group in groups]
+
+
+def label(option: Option) -> str:
+    return f"{option.group}={option.name}"
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(conf_folder()))
+
+
+@pytest.mark.parametrize("option", of(*PARTS), ids=label)
+def test_every_option_is_taken_by_its_class(option: Option) -> None:
+    node = compose([label(option)]).config.get(option.group, {})
+    nodes = {f"restraint.{key}": each for key, each in node.items()} if option.group == "restraint" else {option.group: node}
+    problems = Problems()
+    for key, each in nodes.items():
+        construct(each, key, PARTS[option.group], problems)
+    assert not problems.found
+
+
+@pytest.mark.parametrize("option", of("restraint"), ids=label)
+def test_every_restraint_stands_under_its_own_name_so_that_several_stack(option: Option) -> None:
+    node = OmegaConf.load(conf_folder() / "restraint" / f"{option.name}.yaml")
+    assert list(node) == ([] if option.name == "none" else [option.name])
+
+
+@pytest.mark.parametrize("option", of("recipe"), ids=label)
+def test_every_recipe_makes_its_pair_complete_and_is_found_by_itself_where_it_bears_the_models_name(option: Option) -> None:
+    editor, name = option.name.split("/")
+    models = {each.name for each in of("model")}
+    model = max((each for each in models if name == each or name.startswith(f"{each}-")), key=len)  # llama3-8b-x: a variant for llama3-8b
+    composed = compose([f"model={model}", f"editor={editor}", *([] if name == model else [f"recipe={option.name}"])])
+    assert composed.config["recipe"].keys() == {"provenance", "source"}
+    assert composed.config["recipe"]["provenance"] in ("published", "copied", "untuned", "tuned")
+    problems = Problems()
+    assert construct(composed.config["editor"], "editor", AbstractEditor, problems) is not None, problems
+
+
+@pytest.mark.parametrize("option", of("experiment", "debug"), ids=label)
+def test_every_overlay_builds(option: Option) -> None:
+    composed = compose([label(option)])
+    build(composed.config, choices=composed.choices)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=label)
+def test_every_option_says_in_its_first_comment_what_it_is(option: Option) -> None:
+    assert len(option.about) > 10
+    assert "\t" not in option.about
+
+
+def test_every_value_at_the_root_is_explained() -> None:
+    body = (conf_folder() / "config.yaml").read_text().partition("\nname:")[2]
+    values = [line for line in ("name:" + body).splitlines() if re.match(r"\s*\w+: *\S", line)]
+    assert values
+    assert not [line for line in values if " # " not in line.replace("  #", " #")]
+
+
+def test_an_experiment_that_changes_the_pair_gets_the_recipe_of_the_new_pair(tmp_path: Path) -> None:
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\n# Mine\ndefaults:\n  - override /model: gpt2-xl\n  - override /restraint: [prune]\n"
+        "editor:\n  target:\n    lr: 0.25\n"
+    )
+    config = compose(["experiment=mine"], config_dir=tmp_path).config
+    assert config["editor"]["layers"] == [17]
+    assert config["editor"]["target"]["lr"] == 0.25, "an experiment's own values win over the recipe's"
+    assert list(config["restraint"]) == ["prune"]
+
+
+def test_a_value_on_the_command_line_wins_over_recipe_and_experiment() -> None:
+    assert compose(["experiment=demo", "edits=7", "editor.layers=[3]"]).config["editor"]["layers"] == [3]
+
+
+def test_a_model_without_a_recipe_can_take_that_of_another() -> None:
+    config = compose(["model=hf", "model.id=somewhere", "recipe=rome/gpt2-xl"]).config
+    assert config["editor"]["layers"] == [17]
+
+
+def test_nothing_of_hydra_writes_log_files() -> None:
+    for path in FILES:
+        assert "FileHandler" not in path.read_text(), name(path)

@@ -1,0 +1,64 @@
+"""Ratchets: what keeps the code small and its edges clean. Raise none of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "editkit"
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
+ALL = [*SOURCES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_no_file_exceeds_400_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_the_runner_stays_below_200_lines() -> None:
+    assert len((PACKAGE / "runner.py").read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_the_package_neither_prints_nor_imports_everything_of_a_module(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"line {node.lineno}: trackers show things, and logging warns"
+        if isinstance(node, ast.ImportFrom):
+            assert [alias.name for alias in node.names] != ["*"], f"line {node.lineno}"
+
+
+HEAVY = {"torch", "transformers", "datasets", "matplotlib", "pandas", "safetensors", "accelerate"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_heavy_libraries_are_imported_inside_functions_only(path: Path) -> None:
+    imported = {module.partition(".")[0] for module in imported_at_module_level(ast.parse(path.read_text()).body)}
+    assert not imported & HEAVY or path.name == "lazy.py"
+
+
+def imported_at_module_level(statements: list[ast.stmt]) -> Iterator[str]:
+    """Modules that importing a file imports; what stands under `if TYPE_CHECKING` is for the type checker alone."""
+    for statement in statements:
+        if isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            yield statement.module or ""
+        elif isinstance(statement, ast.If) and not (isinstance(statement.test, ast.Name) and statement.test.id == "TYPE_CHECKING"):
+            yield from imported_at_module_level([*statement.body, *statement.orelse])
+        elif isinstance(statement, ast.ClassDef | ast.Try | ast.With):
+            yield from imported_at_module_level(statement.body)
+
+
+def test_weights_are_pickled_nowhere() -> None:
+    for path in SOURCES:
+        source = path.read_text()
+        assert "import pickle" not in source and "torch.save" not in source and "torch.load" not in source, name(path)
