@@ -22,7 +22,16 @@ def test_an_editor_of_ones_own_runs_from_an_empty_folder(tmp_path: Path) -> None
     (tmp_path / "conf" / "editor").mkdir(parents=True)
     (tmp_path / "mine.py").write_text(example("python", "mine.py"))
     (tmp_path / "conf" / "editor" / "mine.yaml").write_text(example("yaml", "conf/editor/mine.yaml"))
-    choices = ("editor=mine", "model=tiny-gpt2", "suite=none", "tracker=none", "edits=3", "milestones=[3]", "restraint=prune", "restraint.prune.function=linear")
+    choices = (
+        "editor=mine",
+        "model=tiny-gpt2",
+        "suite=none",
+        "tracker=none",
+        "edits=3",
+        "milestones=[3]",
+        "restraint=prune",
+        "restraint.prune.function=linear",
+    )
     command = [sys.executable, "-m", "editkit", "run", "--config-dir", "conf", *choices]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -44,6 +44,12 @@ def test_a_restrained_views_weights_are_shown_where_they_were_measured():
     assert frame(table_of(EVALS + measured)).loc[("prune", 4), "condition number"] == 70.0
 
 
+def test_the_first_metric_of_a_task_stands_for_it():
+    further = [replace(record, metric="accuracy_likelihood", value=0.1) for record in EVALS if record.task == "entailment"]
+    assert list(frame(table_of(EVALS + further)).columns) == ["efficacy", "locality", "entailment", "condition number", "L1 norm"]
+    assert frame(table_of(EVALS + further)).equals(frame(table_of(EVALS)))
+
+
 def test_a_column_never_mixes_protocols():
     with pytest.raises(ConfigError, match=r"protocol.*efficacy.*probability, argmax"):
         table_of(EVALS, protocol=None)

@@ -41,8 +41,11 @@ class ModelConfig:
         """
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
         from editkit.model.editable import EditableModel
+
+        logging.disable_progress_bar()  # runs show their own
 
         _require_device(device)
         source = self._source()

@@ -84,11 +84,11 @@ def summarise(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, edits
     `edits` is the number of edits at each measured step (see `edits_by_step`); `protocol` is that of the editing metrics, None to take
     whatever is there if it is one.
 
-    The weights' columns are over all edited matrices: the largest condition number, the sum of the L1 norms.
+    Of a task's metrics the first that it writes stands for it. The weights' columns are over all edited matrices: the largest condition number, the sum of the L1 norms.
     Raises ConfigError if a column would mix protocols, timings or task versions, or holds two numbers for one view and step.
     """
     chosen = [record for record in evals if is_summarised(record) and (record.kind != "editing" or protocol in (None, record.protocol))]
-    keys = sorted(dict.fromkeys(_key(record) for record in chosen), key=_place)  # sorted is stable: tasks keep the file's order
+    keys = _headlines(sorted(dict.fromkeys(_key(record) for record in chosen), key=_place))  # sorted is stable: tasks keep the file's order
     by_key = {key: [record for record in chosen if _key(record) == key] for key in keys}
     for key, records in by_key.items():
         _check_unmixed(" ".join(part for part in key if part), records)
@@ -202,6 +202,12 @@ def _place(key: _Key) -> tuple[int, int]:
     kinds = ("editing", "downstream", "language")
     order = EDITING_ORDER.index(metric) if metric in EDITING_ORDER else len(EDITING_ORDER) - 1
     return kinds.index(kind) if kind in kinds else len(kinds), order if kind == "editing" else 0
+
+
+def _headlines(keys: Sequence[_Key]) -> list[_Key]:
+    """Without the further metrics of a task."""
+    first = {key[:3]: key for key in reversed(keys)}
+    return [key for key in keys if key[0] == "editing" or first[key[:3]] == key]
 
 
 def _title(key: _Key, keys: Sequence[_Key]) -> str:
