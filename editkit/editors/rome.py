@@ -48,7 +48,7 @@ class RomePlan(Plan):
 class Rome(AbstractEditor):
     """Rank-one model editing; its options are those of `conf/editor/rome.yaml`."""
 
-    places: ClassVar[frozenset[Place]] = frozenset({"update", "total"})
+    places: ClassVar[frozenset[Place]] = frozenset({"objective", "update", "total"})
 
     name: str
     layers: tuple[int, ...]  # one
@@ -90,10 +90,9 @@ class Rome(AbstractEditor):
         objective: AbstractObjectiveRestraint | None,
     ) -> RomePlan:
         """Searches v* at the MLP's output. Raises ConfigError for more than one request."""
-        assert objective is None, "ROME declares no restraint on the objective"
         request = _only(requests)
         site = model.family.mlp(self.layers[0])
-        target = search_target(model, request, site=site, contexts=contexts, settings=self.target)
+        target = search_target(model, request, site=site, contexts=contexts, settings=self.target, objective=objective)
         summary = {
             "probability_before": target.probability_before,
             "probability_after": target.probability_after,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def least_squares(problem: LeastSquares, moments: Moments) -> LowRank:
     """argmin_D ||D K - R||^2 + weight * tr(D C D^T) = R K^T (weight * C + K K^T)^-1, in float64, returned in float32.
 
-    Meng et al. 2023 (MEMIT, arXiv 2210.07229), Eq. 14, in the form R (I + K^T A K)^-1 K^T A with A = (weight * C)^-1: C is factorised once a run,
-    a solve costs two triangular solves for N columns and an N x N system instead of I^3.
+    Meng et al. 2023 (MEMIT, arXiv 2210.07229), Eq. 14, in the form R (I + K^T A K)^-1 K^T A with A = (weight * C)^-1: C is factorised once
+    a run, a solve costs two triangular solves for N columns and an N x N system instead of I^3.
     """
     return Memory().solve(problem.keys_IN, problem.residuals_ON, weighted(problem, moments)).to(dtype=torch.float32)
 

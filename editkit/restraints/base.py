@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from editkit.linalg.total import Total
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
+    from editkit.targets.descent import Descent, TargetProblem
 
 Place = Literal["objective", "solve", "update", "total"]
 PLACES: tuple[Place, ...] = get_args(Place)
@@ -38,11 +39,18 @@ class AbstractRestraint(abc.ABC):
 
 
 class AbstractObjectiveRestraint(AbstractRestraint):
-    """Acts on the search for the target vector."""
+    """Acts on the search for the target vector: takes the place of its one descent."""
 
     @property
     def place(self) -> Place:
         return "objective"
+
+    @abc.abstractmethod
+    def search(self, problem: TargetProblem, *, request_id: str, site: Literal["mlp", "block"]) -> Descent:
+        """The descent whose delta is the answer; with nothing to restrain, `problem.descend(updates=problem.settings.steps - 1)`.
+
+        `site` says whose output delta is added to: an MLP's, as ROME wants it, or a whole block's, as MEMIT does.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +75,12 @@ class AbstractSolveRestraint(AbstractRestraint):
         """The state before the first edit."""
 
     @abc.abstractmethod
-    def solve(self, problem: LeastSquares, state: TensorState) -> Update:
+    def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> Update:
         """The update that the restrained problem asks for."""
 
     @abc.abstractmethod
-    def observe(self, problem: LeastSquares, state: TensorState) -> TensorState:
-        """The state after that problem's update has been applied."""
+    def observe(self, problem: LeastSquares, state: TensorState, moments: Moments) -> TensorState:
+        """The state after the whole batch has been applied; called for each of its problems in turn."""
 
 
 class AbstractUpdateRestraint(AbstractRestraint):
@@ -108,7 +116,7 @@ class AbstractTotalRestraint(AbstractRestraint):
 
 @dataclass(frozen=True, kw_only=True)
 class Restraints:
-    """The restraints of a run, each at its place. Several updates and totals stack in their order; an objective and a solve have room for one."""
+    """The restraints of a run, each at its place. Updates and totals stack in their order; an objective and a solve have room for one."""
 
     objective: AbstractObjectiveRestraint | None = None
     solve: AbstractSolveRestraint | None = None

@@ -7,7 +7,8 @@ for every locate-then-edit method: it knows a site (any module whose output is (
                 + kl_factor * KL(p with delta || p without) after "{subject} is a"   the subject keeps its essence
                 + weight_decay * |delta| / |v|^2                                   v: what the module gives for the clean prompt
 
-`optimise` is that minimisation over any `Forward`: the plain one here runs the whole network each step, `continued` what can change.
+`descent` minimises it over any `Forward`: the plain one here runs the whole network each step, `continued` what can change. A plain search
+is one descent; a restraint on the objective may make it of several.
 
 Shape letters: B sequences (the contexts, then the KL prompt), C contexts, T tokens, D width of the network, O width of the site's output,
 M (sequence, position) pairs whose logits are wanted, V vocabulary.
@@ -15,8 +16,7 @@ M (sequence, position) pairs whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -25,15 +25,14 @@ from editkit.lazy import torch
 from editkit.model.capture import add_to_output, capture
 from editkit.model.tokens import PLACE, TargetSequence, encode, encode_with_targets, fill, pad, subject_position
 from editkit.targets.continued import continued_forward, continued_layer
+from editkit.targets.descent import Descent, Forward, TargetProblem
 from editkit.types import EditRequest
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
+    from editkit.restraints.base import AbstractObjectiveRestraint
 
 ESSENCE = "{} is a"  # the KL prompt of the published code
-
-# delta_O -> mean log-probability of a target token in each context, (C,), and the log-distribution at the KL position, (V,)
-Forward = Callable[["torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +79,29 @@ class Target:
 
 
 def search_targets(
-    model: EditableModel, requests: Sequence[EditRequest], *, site: str, contexts: Sequence[str], settings: TargetSettings
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    *,
+    site: str,
+    contexts: Sequence[str],
+    settings: TargetSettings,
+    objective: AbstractObjectiveRestraint | None = None,
 ) -> tuple[Target, ...]:
     """The target of each request, on the weights as they are now; one after another."""
-    return tuple(search_target(model, request, site=site, contexts=contexts, settings=settings) for request in requests)
+    return tuple(
+        search_target(model, request, site=site, contexts=contexts, settings=settings, objective=objective) for request in requests
+    )
 
 
-def search_target(model: EditableModel, request: EditRequest, *, site: str, contexts: Sequence[str], settings: TargetSettings) -> Target:
+def search_target(
+    model: EditableModel,
+    request: EditRequest,
+    *,
+    site: str,
+    contexts: Sequence[str],
+    settings: TargetSettings,
+    objective: AbstractObjectiveRestraint | None = None,
+) -> Target:
     """The target of one request: delta is added to the output of the module `site` at the subject's last token of every sequence.
 
     `contexts` are templates with one "{}" for the prompt, the first of them the bare "{}". The model is read only. A loss that is not
@@ -95,7 +110,12 @@ def search_target(model: EditableModel, request: EditRequest, *, site: str, cont
     sequences = prepare(model, request, contexts, kl_position=settings.kl_position)
     layer = None if settings.exact else continued_layer(model, site, sequences)
     forward = plain_forward(model, site, sequences) if layer is None else continued_forward(model, layer, sequences)
-    return optimise(forward, site_output(model, site, sequences), settings)
+    initial_O = site_output(model, site, sequences)
+    if objective is None:
+        return optimise(forward, initial_O, settings)
+    problem = TargetProblem(forward=forward, initial_O=initial_O, settings=settings)
+    at_block = site in map(model.family.block, range(model.num_layers))
+    return _target(problem, objective.search(problem, request_id=request.id, site="block" if at_block else "mlp"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -179,39 +199,18 @@ def plain_forward(model: EditableModel, site: str, sequences: Sequences, *, side
 
 
 def optimise(forward: Forward, initial_O: torch.Tensor, settings: TargetSettings) -> Target:
-    """Minimises the loss from delta = 0 with Adam, after each step projected onto |delta| <= clamp * |v|."""
-    size = torch.linalg.vector_norm(initial_O).item()
-    lr = settings.lr * (size / math.sqrt(len(initial_O)) if settings.lr_unit == "relative" else 1.0)
-    delta_O = torch.zeros_like(initial_O, requires_grad=True)
-    # Adam refuses a learning rate that is no number; where |v| is none, neither is the loss, and no step is taken.
-    adam = torch.optim.Adam([delta_O], lr=lr if math.isfinite(lr) else 0.0)
-    first_C = kept_V = log_p_C = torch.empty(0)
-    value, updates = math.nan, 0
-    with torch.enable_grad():
-        for updates in range(settings.steps):
-            log_p_C, log_p_V = forward(delta_O)
-            if updates == 0:
-                first_C, kept_V = log_p_C.detach(), log_p_V.detach()
-            kl = torch.nn.functional.kl_div(kept_V, log_p_V, reduction="sum", log_target=True)  # KL(current || first): one prompt
-            decay = torch.linalg.vector_norm(delta_O) / size**2 if size else 0.0  # the first is not squared, in the published code
-            loss = -log_p_C.mean() + settings.kl_factor * kl + settings.weight_decay * decay
-            value = loss.item()
-            # The loss is taken before each step and after the last: `value` is always that of delta as it is.
-            if not math.isfinite(value) or value < settings.stop_loss or updates == settings.steps - 1:
-                break
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            with torch.no_grad():
-                length = torch.linalg.vector_norm(delta_O).item()
-                if length > settings.clamp * size:
-                    delta_O.mul_(settings.clamp * size / length)
+    """Minimises the loss from delta = 0, in one descent."""
+    problem = TargetProblem(forward=forward, initial_O=initial_O, settings=settings)
+    return _target(problem, problem.descend(updates=settings.steps - 1))
+
+
+def _target(problem: TargetProblem, found: Descent) -> Target:
     return Target(
-        initial_O=initial_O,
-        delta_O=delta_O.detach(),
-        loss=value,
-        updates=updates,
-        probability_before=first_C[0].exp().item(),
-        probability_after=log_p_C[0].exp().item(),
-        nonfinite=not math.isfinite(value),
+        initial_O=problem.initial_O,
+        delta_O=found.delta_O,
+        loss=found.loss,
+        updates=found.updates,
+        probability_before=found.unmoved[0][0].exp().item(),
+        probability_after=found.log_p_C[0].exp().item(),
+        nonfinite=found.nonfinite,
     )

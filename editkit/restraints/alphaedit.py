@@ -1,0 +1,102 @@
+"""AlphaEdit: updates that lie in the null space of the keys of common text, and that spare the keys of earlier edits.
+
+Fang et al. 2024, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models" (arXiv 2410.02355), the closed form of its
+section 3.3. With U_0 the eigenvectors of C = E[k k^T] whose eigenvalues lie below a threshold, P = U_0 U_0^T and G = sum of K K^T over
+earlier edits,
+
+    D = R K^T P ((G + K K^T) P + l2 I)^-1 = R (I + K^T A^-1 K)^-1 K^T A^-1      A^-1 = P (P G P + l2 I)^-1 P
+
+The right-hand side needs no I x I system: A^-1 begins as P / l2 and gains K by K, as in `editkit.linalg.recursive`.
+
+The authors' code measures the keys for G again after each batch. They are those that were solved for: what enters a matrix depends on the
+matrices below it alone, and MEMIT writes from below, each layer's keys being measured after the layers under it were written. So nothing is
+measured twice here. The editor's weight on C has no part in this.
+
+Differs from the authors' code: float64 throughout (they solve a system that is not symmetric in float32), the eigenvectors come from the
+second moments that belong to the model at hand, and the history is a run's own, not a process's.
+
+Memory: at most I x I / 2 x 8 bytes a matrix for the null space or its complement, and the history as for D4S. Before the first edit one
+eigendecomposition a matrix.
+
+Shape letters: O d_out, I d_in, N edits of a batch, R dimensions of the null space or its complement, whichever has fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from editkit.errors import ConfigError
+from editkit.lazy import torch
+from editkit.linalg.recursive import Prior, memory_of, with_memory
+from editkit.restraints.base import AbstractSolveRestraint, LeastSquares
+
+if TYPE_CHECKING:
+    from editkit.linalg.lowrank import LowRank
+    from editkit.model.editable import EditableModel
+    from editkit.stats.store import Moments
+    from editkit.types import TensorState
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaEdit(AbstractSolveRestraint):
+    """The null-space projection in the least squares.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    threshold: float  # eigenvalues of C below it span the null space
+    threshold_unit: Literal["absolute", "relative"]  # relative: times the mean eigenvalue, which follows the activations' scale
+    l2: float  # weight of |D|_F^2
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"restraint.alphaedit.{name} must be positive - got {getattr(self, name)}."
+            for name in ("threshold", "l2")
+            if not getattr(self, name) > 0
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def init(self, model: EditableModel, moments: Moments) -> TensorState:
+        """The null space of each matrix's keys, as a basis of it or of its complement. Raises ConfigError where there is none."""
+        state: dict[str, torch.Tensor] = {}
+        for module in moments.by_module:
+            state |= self._null_space(module, moments.second_moment(module))
+        return state
+
+    def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:
+        """The update, solved in float64, given in the residuals' dtype. `problem.weight` is not used."""
+        memory = memory_of(state, problem.module)
+        return memory.solve(problem.keys_IN, problem.residuals_ON, self._prior(problem, state)).to(dtype=problem.residuals_ON.dtype)
+
+    def observe(self, problem: LeastSquares, state: TensorState, moments: Moments) -> TensorState:
+        """The keys that were solved for join the history."""
+        memory = memory_of(state, problem.module).plus(problem.keys_IN, self._prior(problem, state))
+        return with_memory(state, problem.module, memory)
+
+    def _null_space(self, module: str, moment_II: torch.Tensor) -> TensorState:
+        values_I, vectors_II = torch.linalg.eigh(moment_II)  # ascending
+        limit = self.threshold * (float(values_I.mean()) if self.threshold_unit == "relative" else 1.0)
+        size, inside = len(values_I), int((values_I < limit).sum())
+        if inside == 0:
+            raise ConfigError(
+                f"restraint.alphaedit.threshold: no eigenvalue of the second moment of {module} lies below {limit:.3g} - they are "
+                f"{float(values_I[0]):.3g} to {float(values_I[-1]):.3g} - raise it, or set threshold_unit=relative."
+            )
+        if 2 * inside <= size:
+            return {f"{module}.null_space": vectors_II[:, :inside].clone()}
+        return {f"{module}.complement": vectors_II[:, inside:].clone()}
+
+    def _prior(self, problem: LeastSquares, state: TensorState) -> Prior:
+        """keys -> P keys / l2."""
+        is_complement = f"{problem.module}.complement" in state
+        basis_IR = state[f"{problem.module}.{'complement' if is_complement else 'null_space'}"]
+
+        def prior(keys_IN: torch.Tensor) -> torch.Tensor:
+            on_device_IR = basis_IR.to(keys_IN)
+            image_IN = on_device_IR @ (on_device_IR.T @ keys_IN)
+            return (keys_IN - image_IN if is_complement else image_IN) / self.l2
+
+        return prior
