@@ -69,8 +69,12 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
         parts.one("tracker", AbstractTracker),
         parts.one("runtime", Runtime),
     )
-    if stats is not None and stats.source == "none" and getattr(editor, "covariance", None):
-        parts.problems.add("stats=none, but the editor needs second moments: choose stats=world|text|hub, or editor.covariance=null.")
+    if stats is not None and stats.source == "none" and editor is not None and editor.needs_moments:
+        remedy = "choose stats=world|text|hub (ROME: or editor.covariance=null)"
+        parts.problems.add(f"stats=none, but editor={parts.name_of('editor')} needs second moments: {remedy}.")
+    limit = editor.max_batch_size if editor is not None else None
+    if settings is not None and limit is not None and settings.batch_size > limit:
+        parts.problems.add(f"batch_size: {settings.batch_size} was given; editor={parts.name_of('editor')} edits {limit} at a time.")
     data = parts.load(dataset, settings)
     if settings is not None and (obstacle := not_writable(Path(settings.paths.outputs).expanduser())):
         parts.problems.add(f"paths.outputs: {settings.paths.outputs} was given; {obstacle}.")

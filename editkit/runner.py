@@ -1,6 +1,6 @@
 """The loop: applies batches of edits one after another and yields what it saw. It neither logs nor writes; the session does.
 
-It yields three kinds of value: a `StepRecord` after every step, `EvalRecord`s at milestones, and the `RunState` wherever a checkpoint is due.
+It yields three kinds of value: a `StepRecord` after every step, `EvalRecord`s at milestones, and the `RunState` where a checkpoint is due.
 Going on from a yielded state gives the same records and the same bits as never having stopped.
 """
 

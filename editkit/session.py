@@ -41,7 +41,7 @@ OK, FAILURE = 0, 1  # exit codes; 2 is a ConfigError, 128 + n a stop by signal n
 
 
 def run(experiment: Experiment) -> int:
-    """Runs an experiment to its end, or on from where it was cut off; returns the exit code. Raises ConfigError for what the user can mend."""
+    """Runs an experiment to its end, or on from where it was cut off; the exit code. Raises ConfigError for what the user can mend."""
     folder = experiment.folder
     with locked(folder):
         if experiment.resume == "never":

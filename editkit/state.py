@@ -1,7 +1,7 @@
 """How far a run has come, as a value and as a file.
 
-A checkpoint is one safetensors file, written under a temporary name and renamed, and `latest.json`, which names it with its SHA-256 and says
-how long the record files were at that moment. Whatever happens in between, `latest.json` points at a whole checkpoint.
+A checkpoint is one safetensors file, written under a temporary name and renamed, and `latest.json`, which names it with its SHA-256 and
+says how long the record files were at that moment. Whatever happens in between, `latest.json` points at a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def save_state(state: RunState, folder: Path, record_bytes: Mapping[str, int]) -
     groups |= {f"total/{module}": total.state() for module, total in state.totals.items()}
     groups |= {f"spectrum/{module}": spectrum.state() for module, spectrum in state.spectra.items()}
     groups |= {f"baseline/{name}": tensors for name, tensors in state.baselines.items()}
-    tensors = {f"{group}|{name}": tensor.detach().cpu().contiguous().clone() for group, items in groups.items() for name, tensor in items.items()}
+    named = {f"{group}|{name}": tensor for group, items in groups.items() for name, tensor in items.items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}  # safetensors refuses shared storage
     facts = {
         "step": state.step,
         "contexts": state.contexts,
@@ -104,8 +105,10 @@ def load_state(folder: Path) -> RunState:
     path = folder / pointer["file"]
     payload = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(payload).hexdigest() != pointer["sha256"]:
-        state = "is missing" if not payload else "does not match its checksum"
-        raise ConfigError(f"corrupt checkpoint: {path} {state}. Restore the file, or start anew with resume=never (the records stay until then).")
+        fault = "is missing" if not payload else "does not match its checksum"
+        raise ConfigError(
+            f"corrupt checkpoint: {path} {fault}. Restore the file, or start anew with resume=never."
+        )
     with safe_open(path, framework="pt") as opened:
         facts = json.loads(opened.metadata()["editkit"])
     groups: dict[str, dict[str, torch.Tensor]] = {}

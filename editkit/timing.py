@@ -10,7 +10,7 @@ from editkit.lazy import torch
 
 
 class Stopwatch:
-    """Adds up the wall time of named phases; waits for the GPU at each phase's end, so that work is charged to the phase that asked for it."""
+    """Adds up the wall time of named phases; waits for the GPU at a phase's end, so that work is charged to the phase that asked for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,6 +1,6 @@
 """Measuring a model: as the edits left it, and each restrained view of it.
 
-A restraint on the total that acts at evaluation changes only what is measured: W_0 + F(D) instead of W_0 + D, for as long as it is looked at.
+A restraint on the total that acts at evaluation changes only what is measured: W_0 + F(D) instead of W_0 + D, while it is looked at.
 """
 
 from __future__ import annotations

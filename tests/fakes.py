@@ -28,6 +28,10 @@ class FakeEditor(AbstractEditor):
     fails_at: str = ""  # id of a request whose update is not finite
     calls: list[str] | None = None
 
+    @property
+    def needs_moments(self) -> bool:
+        return False
+
     def modules(self, model: Any) -> tuple[str, ...]:
         return tuple(model.family.down_projection(layer) for layer in self.layers)
 

@@ -118,6 +118,7 @@ def test_a_misspelt_nested_key_is_answered_with_the_nearest_one() -> None:
         ("edits=0", "edits: 0 was given; at least 1 is needed."),
         ("edits=1.5", "edits: 1.5 was given; should be a valid integer."),
         ("batch_size=0", "batch_size: 0 was given; at least 1 is needed."),
+        ("batch_size=2", "batch_size: 2 was given; editor=rome edits 1 at a time."),
         ("checkpoint.every=0", "checkpoint.every: 0 was given; at least 1 is needed."),
         ("telemetry.every=-5", "telemetry.every: -5 was given; at least 1 is needed."),
         ("milestones=[-1]", "milestones: -1 was given; edits=100 allows 0 to 100."),
@@ -130,7 +131,7 @@ def test_a_misspelt_nested_key_is_answered_with_the_nearest_one() -> None:
         ("runtime.threads=0", "runtime.threads: 0 was given"),
         ("name='a/b'", "name: 'a/b' was given; a folder's name"),
         ("experiment_name=..", "experiment_name: '..' was given; a folder's name"),
-        ("stats.source=none", "stats=none, but the editor needs second moments"),
+        ("stats.source=none", "stats=none, but editor=rome needs second moments"),
         ("edits=1000000", "edits: 1000000 was given; dataset=few has 200 requests."),
         ("dataset.size=7", "edits: 100 was given; dataset=few has 7 requests."),
         ("editor._target_=nowhere.Rome", "editor._target_: nowhere.Rome cannot be imported"),
@@ -183,7 +184,7 @@ def fake_restraint(kind: str) -> dict[str, str]:
 
 def test_a_restraint_at_a_place_that_the_editor_lacks_is_refused_with_what_is_possible() -> None:
     text = problems_of(change=lambda config: config.update(restraint={"memory": fake_restraint("SolveRestraint")}))
-    assert text == "restraint=memory acts on the solve; editor=rome can be restrained at: update, total."
+    assert text == "restraint=memory acts on the solve; editor=rome can be restrained at: objective, update, total."
 
 
 def test_two_restraints_on_the_solve_have_no_room() -> None:

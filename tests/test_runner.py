@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from editkit.restraints.prune import Prune
 from editkit.restraints.base import Restraints
+from editkit.restraints.prune import Prune
 from editkit.runner import run_edits
 from editkit.state import RunState, load_state, save_state
 from editkit.trajectory import Collapse

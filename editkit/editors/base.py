@@ -32,17 +32,29 @@ class Plan:
 
 
 class AbstractEditor(abc.ABC):
-    """A method that turns edit requests into updates of weight matrices. Concrete editors are frozen dataclasses: their fields are the options."""
+    """A method that turns edit requests into updates of weight matrices.
+
+    Concrete editors are frozen dataclasses: their fields are the options.
+    """
 
     places: ClassVar[frozenset[Place]]  # where a restraint may act on this editor
+    max_batch_size: ClassVar[int | None] = None  # requests that one batch may hold; None: any number
+
+    @property
+    @abc.abstractmethod
+    def needs_moments(self) -> bool:
+        """Whether second moments of keys are needed: known before a model is loaded."""
 
     @abc.abstractmethod
     def modules(self, model: EditableModel) -> tuple[str, ...]:
-        """Dotted names of the matrices that are edited, in the order in which they are written. Raises ConfigError on a layer out of range."""
+        """Dotted names of the matrices that are edited, in the order in which they are written.
+
+        Raises ConfigError on a layer out of range.
+        """
 
     @abc.abstractmethod
     def moment_modules(self, model: EditableModel) -> tuple[str, ...]:
-        """Names of the matrices whose keys' second moments are needed (none: no statistics are collected)."""
+        """Names of the matrices whose keys' second moments are needed; empty unless `needs_moments`."""
 
     @abc.abstractmethod
     def contexts(self, model: EditableModel, generator: torch.Generator) -> tuple[str, ...]:

@@ -74,6 +74,10 @@ class Ft(AbstractEditor):
         if problems:
             raise ConfigError(problems)
 
+    @property
+    def needs_moments(self) -> bool:
+        return False
+
     def modules(self, model: EditableModel) -> tuple[str, ...]:
         return model.down_projections(self.layers)
 

@@ -83,6 +83,10 @@ class Memit(AbstractEditor):
         if problems:
             raise ConfigError(problems)
 
+    @property
+    def needs_moments(self) -> bool:
+        return True
+
     def modules(self, model: EditableModel) -> tuple[str, ...]:
         return model.down_projections(self.layers)
 

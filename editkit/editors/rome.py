@@ -49,6 +49,7 @@ class Rome(AbstractEditor):
     """Rank-one model editing; its options are those of `conf/editor/rome.yaml`."""
 
     places: ClassVar[frozenset[Place]] = frozenset({"objective", "update", "total"})
+    max_batch_size: ClassVar[int | None] = 1
 
     name: str
     layers: tuple[int, ...]  # one
@@ -65,6 +66,10 @@ class Rome(AbstractEditor):
             problems.append(f"editor.context_lengths: pairs [tokens, texts], at least 2 tokens - got {list(self.context_lengths)}.")
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def needs_moments(self) -> bool:
+        return bool(self.covariance)
 
     def modules(self, model: EditableModel) -> tuple[str, ...]:
         return model.down_projections(self.layers)

@@ -84,7 +84,8 @@ def summarise(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, edits
     `edits` is the number of edits at each measured step (see `edits_by_step`); `protocol` is that of the editing metrics, None to take
     whatever is there if it is one.
 
-    Of a task's metrics the first that it writes stands for it. The weights' columns are over all edited matrices: the largest condition number, the sum of the L1 norms.
+    Of a task's metrics the first that it writes stands for it. The weights' columns are over all edited matrices: the largest condition
+    number, the sum of the L1 norms.
     Raises ConfigError if a column would mix protocols, timings or task versions, or holds two numbers for one view and step.
     """
     chosen = [record for record in evals if is_summarised(record) and (record.kind != "editing" or protocol in (None, record.protocol))]

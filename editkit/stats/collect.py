@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
+from editkit.linalg.spectral import gram
 from editkit.model.capture import capture
 from editkit.model.tokens import pad
 
@@ -57,7 +58,7 @@ def collect(
             for module in modules:
                 keys_MI = captured.inputs[module][is_token_BT]
                 keys_MI = keys_MI.to(torch.promote_types(keys_MI.dtype, torch.float32))
-                product_II = (keys_MI.T @ keys_MI).double()
+                product_II = gram(keys_MI.mT).double()
                 sums[module] = sums[module].add_(product_II) if module in sums else product_II
             num_tokens += int(is_token_BT.sum())
             num_documents += len(batch)

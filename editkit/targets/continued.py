@@ -1,7 +1,8 @@
 """The target search without the work that cannot change its answer: `optimise` over a continuation instead of the whole network.
 
-delta changes the site's output at the subject's last token, and the site feeds the residual stream right after its block. So the blocks up to
-that one, and all earlier tokens, are run once; each step of the search runs the tokens from the subject's last one on through the blocks above.
+delta changes the site's output at the subject's last token, and the site feeds the residual stream right after its block. So the blocks up
+to that one, and all earlier tokens, are run once; each step of the search runs the tokens from the subject's last one on through the blocks
+above.
 
 Shape letters as in `search`; S tokens from the subject's last one on.
 """

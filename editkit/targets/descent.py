@@ -25,8 +25,8 @@ class Descent:
 
     delta_O: torch.Tensor
     loss: float  # at delta_O, with the penalty; without `final_loss`, before the last update
-    updates: int  # how often Adam moved
-    mean_gradient_O: torch.Tensor  # of the loss, over the deltas from which Adam moved; 0 if it never did
+    updates: int  # how often Adam moved, in the descents before it as well
+    mean_gradient_O: torch.Tensor  # of the loss, over the deltas from which Adam moved in this descent; 0 if it never did
     unmoved: tuple[torch.Tensor, torch.Tensor]  # what the forward gives at delta = 0: log_p_C and log_p_V
     log_p_C: torch.Tensor  # where the loss was taken
 
@@ -104,7 +104,7 @@ class TargetProblem:
         return Descent(
             delta_O=delta_O.detach(),
             loss=value,
-            updates=made,
+            updates=made if after is None else after.updates + made,
             mean_gradient_O=gradients_O / max(made, 1),
             unmoved=unmoved,
             log_p_C=log_p_C.detach(),

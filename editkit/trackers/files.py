@@ -22,14 +22,16 @@ class RecordFiles:
     """Both files, open for appending."""
 
     def __init__(self, folder: Path, record_bytes: Mapping[str, int]) -> None:
-        """Cuts the files back to `record_bytes` (a file that is not named starts empty). Raises ConfigError where one is shorter than that."""
+        """Cuts the files back to `record_bytes`; one that is not named there starts empty. Raises ConfigError where one is shorter."""
         self._files: dict[str, IO[bytes]] = {}
         for name in (STEPS, EVALS):
             path, length = folder / name, record_bytes.get(name, 0)
             found = path.stat().st_size if path.exists() else 0
             if found < length:
-                raise ConfigError(f"{path} has {found} bytes, but the checkpoint was made at {length}: records were lost. Start anew with resume=never.")
-            file = open(path, "ab")
+                raise ConfigError(
+                    f"{path} has {found} bytes, but the checkpoint was made at {length}: records were lost. Start anew with resume=never."
+                )
+            file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the run)
             file.truncate(length)
             self._files[name] = file
 
