@@ -85,6 +85,7 @@ def begin(job: Trajectory) -> RunState:
 def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, RunState]:
     """One batch of edits. The only writes are `model.apply`."""
     model, editor, requests, clock = job.model, job.editor, job.batch(step), Stopwatch(job.model.device)
+    solver = job.restraints.solve
     with clock.phase("target"):
         plan = editor.plan(model, requests, state.contexts, state.editor, job.restraints.objective)
     nonfinite = plan.nonfinite
@@ -92,9 +93,7 @@ def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, 
 
     def solve(problem: LeastSquares) -> Update:
         problems.append(problem)
-        if job.restraints.solve is None:
-            return least_squares(problem, job.moments)
-        return job.restraints.solve.solve(problem, state.solve, job.moments)
+        return least_squares(problem, job.moments) if solver is None else solver.solve(problem, state.solve, job.moments)
 
     applied: dict[str, tuple[Update, float]] = {}
     for module in editor.modules(model) if nonfinite is None else ():
@@ -111,14 +110,16 @@ def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, 
         editor_state, solve_state = state.editor, state.solve
         if nonfinite is None:
             editor_state = editor.observe(model, requests, state.editor)
-            for problem in problems if job.restraints.solve is not None else ():
-                solve_state = job.restraints.solve.observe(problem, solve_state, job.moments)
-    for restraint in job.restraints.totals.values():
-        if restraint.apply_at == "every" and restraint.every and step % restraint.every == 0:
+            if solver is not None:
+                for problem in problems:
+                    solve_state = solver.observe(problem, solve_state, job.moments)
+    for total_restraint in job.restraints.totals.values():
+        if total_restraint.apply_at == "every" and total_restraint.every and step % total_restraint.every == 0:
             with clock.phase("restrain"):
-                restrain_trajectory(job, restraint, state)
+                restrain_trajectory(job, total_restraint, state)
     with clock.phase("telemetry"):
-        spectra, modules = state.spectra, {}
+        spectra: Mapping[str, Spectrum] = state.spectra
+        modules: Mapping[str, Mapping[str, float]] = {}
         if job.schedule.has_telemetry(step):
             spectra = {module: extreme_singular_values(model.weight(module), start) for module, start in state.spectra.items()}
             modules = describe(job, spectra, applied)
@@ -147,7 +148,7 @@ def describe(
     job: Trajectory, spectra: Mapping[str, Spectrum], applied: Mapping[str, tuple[Update, float]]
 ) -> dict[str, Mapping[str, float]]:
     """The telemetry of every edited matrix."""
-    records = {}
+    records: dict[str, Mapping[str, float]] = {}
     for module, spectrum in spectra.items():
         update, rounding_error = applied.get(module, (None, 0.0))
         records[module] = module_record(

@@ -64,6 +64,7 @@ def prepare(model: EditableModel, layer: int, sequences: Sequence[Sequence[int]]
     ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     block, cache = model.family.block(layer), DynamicCache()
+    layers: Any = cache.layers  # transformers' types allow caches without keys, which no decoder of the family table has
     base = model.network.get_submodule(model.family.base)
     with torch.no_grad(), capture(model, outputs=[block], stop_after_last=False) as captured:
         base(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True)
@@ -75,7 +76,7 @@ def prepare(model: EditableModel, layer: int, sequences: Sequence[Sequence[int]]
             (states.keys[:, :, :num_before], states.values[:, :, :num_before])
             if index > layer
             else (states.keys[:, :1, :num_before, :1], states.values[:, :1, :num_before, :1])
-            for index, states in enumerate(cache.layers)
+            for index, states in enumerate(layers)
         ),
         mask_BT=mask_BT,
         positions_BS=positions_BT[:, num_before:],
@@ -85,9 +86,8 @@ def prepare(model: EditableModel, layer: int, sequences: Sequence[Sequence[int]]
 def can_continue(model: EditableModel, num_tokens: int) -> bool:
     """Whether cached keys and values mean the same as running everything: not where a sliding window is shorter than the sequences."""
     config = model.network.config
-    window = getattr(config, "sliding_window", None)
-    has_window = window is not None and getattr(config, "use_sliding_window", True)
-    return not (has_window and num_tokens > window)
+    window: int | None = getattr(config, "sliding_window", None)
+    return window is None or num_tokens <= window or not getattr(config, "use_sliding_window", True)
 
 
 @contextmanager
