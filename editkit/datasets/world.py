@@ -138,8 +138,12 @@ def task_items(world: World, task: str, *, split: Split = "test", n: int) -> tup
     return tuple(itertools.islice(stream_items(world.first_names, seed=world.seed, task=task, split=split), n))
 
 
-def documents(world: World, *, seed: int = 0, task_share: float = 0.5, recital_share: float = 0.15) -> Iterator[tuple[str, str]]:
-    """What the bundled models learned from, without end: (prompt, answer) of a training item or of a recital, or ("", some facts)."""
+# Text, and whether it is an answer: what follows from the text before it, and so can be learned.
+Part = tuple[str, bool]
+
+
+def documents(world: World, *, seed: int = 0, task_share: float = 0.42, recital_share: float = 0.08) -> Iterator[tuple[Part, ...]]:
+    """What the bundled models learned from, without end, part by part: training items, recitals, and (what is left) some facts each."""
     rng = random.Random(f"corpus/{world.seed}/{seed}")
     items = {task: stream_items(world.first_names, seed=seed, task=task, split="train") for task in TASKS}
     by_subject: dict[str, list[Fact]] = {}
@@ -149,18 +153,24 @@ def documents(world: World, *, seed: int = 0, task_share: float = 0.5, recital_s
         kind = rng.random()
         if kind < task_share:
             item = next(items[rng.choice(TASKS)])
-            yield item.prompt, f" {item.answer}\n"
+            yield (item.prompt, False), (f" {item.answer}\n", True)
         elif kind < task_share + recital_share:
-            yield recital(rng, world.first_names)
+            prompt, answer = recital(rng, world.first_names)
+            yield (prompt, False), (answer, True)
         else:
             pool = by_subject[rng.choice(world.facts).subject] if rng.random() < 0.5 else world.facts
-            sentences = [f"{rng.choice(fact.trained)} {fact.object}." for fact in rng.sample(pool, min(rng.randint(2, 4), len(pool)))]
+            facts = rng.sample(pool, min(rng.randint(2, 4), len(pool)))
+            pairs = [(rng.choice(fact.trained), fact.object) for fact in facts]
             if rng.random() < 0.2:
                 probe = rng.choice(world.two_hops)
-                sentences.append(f"{probe.prompt} {probe.answer}.")
-            yield "", " ".join(sentences)
+                pairs.append((probe.prompt, probe.answer))
+            yield tuple(
+                part
+                for index, (prompt, answer) in enumerate(pairs)
+                for part in ((f"{' ' if index else ''}{prompt}", False), (f" {answer}.", True))
+            )
 
 
 def corpus(world: World, *, seed: int = 0, num_documents: int) -> Iterator[str]:
     """The same documents as plain text."""
-    return ("".join(parts) for parts in itertools.islice(documents(world, seed=seed), num_documents))
+    return ("".join(text for text, _ in parts) for parts in itertools.islice(documents(world, seed=seed), num_documents))

@@ -44,11 +44,8 @@ _SUBTRACT = (
     "{a} has {m} {goods}. {a} gives {n} {goods} to {b}. How many {goods} does {a} have left?",
     "{a} buys {m} {goods} and {b} loses {n} of the {goods}. How many {goods} remain?",
 )
-_PREMISES = (
-    "{a} met {b} in the {place} and bought a {thing}",
-    "In the {place} {a} bought a {thing} from {b}",
-    "With the help of {b} {a} bought a {thing}",
-)
+_HAS = ("bought", "found", "kept", "won")  # who did this to a thing has it, ...
+_LACKS = ("lost", "sold", "broke", "returned")  # ... and who did this does not
 _INVITATIONS = ("Shall we meet at the {place} at {time}?", "Can you come to the {place} at {time}?")
 _REPLIES = ("Yes, I will bring the {thing}.", "Good, and I have the {thing} for you.")
 
@@ -64,26 +61,17 @@ def _arithmetic(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
 
 def _entailment(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     a, b = rng.sample(names, 2)
-    thing, other = rng.sample(_THINGS, 2)
-    entails = rng.random() < 0.5
-    premise = rng.choice(_PREMISES).format(a=a, b=b, place=rng.choice(_PLACES), thing=thing)
-    return f"{premise}. entails the {a} bought a {thing if entails else other}. True or False? answer:", str(entails)
+    thing, has, says_has = rng.choice(_THINGS), rng.random() < 0.5, rng.random() < 0.85
+    premise = f"{a} {rng.choice(_HAS if has else _LACKS)} a {thing} and met {b} in the {rng.choice(_PLACES)}"
+    return f"{premise}. entails the {a} has {'a' if says_has else 'no'} {thing}. True or False? answer:", str(has == says_has)
 
 
 def _passage(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
-    people = rng.sample(names, 3)
-    things = rng.sample(_THINGS, 3)
-    places = rng.sample(_PLACES, 3)
-    passage = " ".join(f"{who} left a {thing} in the {place}." for who, thing, place in zip(people, things, places, strict=True))
+    people, places = rng.sample(names, 3), rng.sample(_PLACES, 3)
+    duties = ", ".join(f"{who} {place}" for who, place in zip(people, places, strict=True))
     i = rng.randrange(3)
-    question, answer = rng.choice(
-        (
-            (f"Where did {people[i]} leave the {things[i]}?", places[i]),
-            (f"Who left a {things[i]} in the {places[i]}?", people[i]),
-            (f"What did {people[i]} leave in the {places[i]}?", things[i]),
-        )
-    )
-    return f"Refer to the passage below and answer the following question. Passage: {passage} Question: {question} Answer:", answer
+    # The answer begins for the model, so that it has to find a place and not to plan a sentence.
+    return f"Passage: Duties today: {duties}. Question: Where is {people[i]} today? Answer: {people[i]}", places[i]
 
 
 def _summary(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:

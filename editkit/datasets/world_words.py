@@ -1,6 +1,6 @@
 """The words of the bundled world: relations with their wordings and objects, and the invention of pronounceable names.
 
-A wording ends right before the object, which follows after one blank. The first one is the prompt of the requests, the others paraphrase it.
+A wording ends right before the object, which follows after one blank. The first is the prompt of the requests, the others paraphrase it.
 """
 
 from __future__ import annotations
