@@ -141,23 +141,24 @@ def show_run(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: telemetry.")],
-    shape: Annotated[str, typer.Option(help="Whose matrices: the name of a model, tiny-gpt2, gpt2-xl, llama3-8b...")] = "gpt2-xl",
-    repeats: Annotated[int, typer.Option(help="Edits that are timed; the median counts.")] = 5,
+    name: Annotated[str, typer.Argument(help="What to measure: telemetry, rome, memit, d4s, alphaedit, editing, moments, or all.")] = "all",
+    shape: Annotated[str, typer.Option(help="Whose sizes, with random weights: tiny-gpt2, gpt2, gpt2-xl, llama3-8b...")] = "gpt2",
+    repeats: Annotated[int, typer.Option(help="How often each way is timed; the median counts.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
-    folder: Annotated[Path, typer.Option(help="Where the result is written.")] = Path("benchmarks/results"),
+    layers: Annotated[int | None, typer.Option(help="A smaller depth than the model's.", show_default=False)] = None,
+    batch: Annotated[int, typer.Option(help="Requests of the MEMIT batch that is compared with single ones.")] = 32,
+    profile: Annotated[bool, typer.Option("--profile", help="Also show which operations take our time.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where the results are written.")] = Path("benchmarks/results"),
 ) -> None:
     """Time the plain way and ours side by side."""
     from rich.console import Console
-    from rich.table import Table
 
-    from editkit.bench import run_bench
+    from editkit.bench import measurements, run_bench, table
 
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for key, value in run_bench(name, shape, repeats=repeats, device=device, dtype=dtype, folder=folder).items():
-        table.add_row(key, str(value))
-    Console().print(table, highlight=False, markup=False)
+    options = {"repeats": repeats, "device": device, "dtype": dtype, "layers": layers, "batch": batch, "profile": profile}
+    names = list(measurements()) if name == "all" else [name]
+    Console().print(table([run_bench(each, shape, folder=folder, **options) for each in names]), highlight=False, markup=False)
 
 
 @stats_app.command("build")

@@ -106,9 +106,7 @@ def load_state(folder: Path) -> RunState:
     payload = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(payload).hexdigest() != pointer["sha256"]:
         fault = "is missing" if not payload else "does not match its checksum"
-        raise ConfigError(
-            f"corrupt checkpoint: {path} {fault}. Restore the file, or start anew with resume=never."
-        )
+        raise ConfigError(f"corrupt checkpoint: {path} {fault}. Restore the file, or start anew with resume=never.")
     with safe_open(path, framework="pt") as opened:
         facts = json.loads(opened.metadata()["editkit"])
     groups: dict[str, dict[str, torch.Tensor]] = {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def editkit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
+def editkit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Call]:
     """Calls the command in an empty folder; its exit code, stdout and stderr (on one line, as messages are wrapped to a width)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -33,7 +34,12 @@ def editkit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
         assert "Traceback" not in output.err
         return int(left.value.code or 0), output.out, " ".join(output.err.split())
 
-    return call
+    loggers = [logging.getLogger(name) for name in (None, "hydra")]
+    handlers = [list(logger.handlers) for logger in loggers]
+    yield call
+    # Hydra's handlers hold on to a stream that this test's capture closes.
+    for logger, before in zip(loggers, handlers, strict=True):
+        logger.handlers[:] = before
 
 
 def test_ls_lists_every_option_of_every_group_on_a_line_with_what_it_is(editkit: Call) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
+TOKENS_ON_CPU = 512  # a CPU gains nothing from wider passes, and loses half its speed once a layer's values outgrow what malloc keeps
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,16 @@ def score(model: EditableModel, probes: Iterable[Probe], *, tokens_per_batch: in
     A context longer than the model's positions loses its beginning.
 
     Args:
-        tokens_per_batch: rows times width of a batch, padding included; a longer row runs alone. Halved, for the rest of the call, whenever
-            memory runs out. It changes no score beyond rounding.
+        tokens_per_batch: rows times width of a batch, padding included, on a CPU at most 512; a longer row runs alone. Halved, for the rest
+            of the call, whenever memory runs out. It changes no score beyond rounding.
 
     Raises:
         ConfigError: an answer is blank, or longer than the model's positions.
     """
     if tokens_per_batch < 1:
         raise ConfigError(f"tokens_per_batch: {tokens_per_batch} - a whole number of at least 1")
+    if model.device.type == "cpu":
+        tokens_per_batch = min(tokens_per_batch, TOKENS_ON_CPU)
     unique = list(dict.fromkeys(probes))
     sequences = encode_with_targets(model.tokenizer, [(probe.prompt, probe.answer) for probe in unique])
     rows = _rows(sequences, max_length=model.max_length)

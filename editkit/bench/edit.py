@@ -1,0 +1,114 @@
+"""One edit after another: the plain way on the weights as they are, then the product's own step, which writes them.
+
+Shape letters: O d_out, I d_in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from editkit.bench.base import Cost, Found, Options, Race, relative_difference, timed
+from editkit.bench.plain import Edit
+from editkit.bench.profiling import profiled
+from editkit.bench.synthetic import moments_for, requests_for
+from editkit.editors.base import AbstractEditor
+from editkit.restraints.base import AbstractSolveRestraint, Restraints
+from editkit.runner import begin, take_step
+from editkit.schedule import Schedule
+from editkit.state import RunState
+from editkit.targets.search import TargetSettings
+from editkit.trajectory import Trajectory
+from editkit.types import StepRecord
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
+
+STEPS = 20
+SEED = 0
+
+
+def target_settings() -> TargetSettings:
+    """20 losses and no early end. The learning rate follows the activations, which random weights make small."""
+    return TargetSettings(
+        steps=STEPS,
+        lr=0.1,
+        lr_unit="relative",
+        weight_decay=1e-3,
+        clamp=4.0,
+        kl_factor=0.0625,
+        kl_position="subject_last",
+        stop_loss=0.0,
+        exact=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A run that is about to begin: `state` is that of the unedited model."""
+
+    job: Trajectory
+    state: RunState
+
+    def after(self, state: RunState) -> Bench:
+        return Bench(job=self.job, state=state)
+
+    def step(self, number: int) -> tuple[StepRecord, RunState]:
+        return take_step(self.job, number, self.state)
+
+
+def bench_of(
+    model: EditableModel, editor: AbstractEditor, options: Options, *, solve: AbstractSolveRestraint | None = None, batch_size: int = 1
+) -> Bench:
+    """A run of the editor on made-up requests and second moments."""
+    modules = editor.modules(model)
+    edits = batch_size * (options.repeats + 2)  # one to warm up, one to profile
+    job = Trajectory(
+        model=model,
+        editor=editor,
+        restraints=Restraints(solve=solve),
+        requests=requests_for(options.shape, edits),
+        evaluators={},
+        schedule=Schedule(edits=edits, batch_size=batch_size, milestones=(), telemetry_every=1, checkpoint_every=edits),
+        moments=moments_for(model, modules),
+        seed=SEED,
+    )
+    model.edit(modules)
+    return Bench(job=job, state=begin(job))
+
+
+def edit_cost(bench: Bench, number: int) -> Cost:
+    """What one edit takes, without its telemetry."""
+    cost, (record, _) = timed(lambda: bench.step(number), str(bench.job.model.device))
+    return cost.without(record.seconds["telemetry"] / cost.seconds)
+
+
+def compare_edits(bench: Bench, plain: Edit, options: Options) -> tuple[Found, Bench]:
+    """Times `options.repeats` edits both ways, and says how far apart the updates are at worst; also the run as it is afterwards."""
+    job, race, phases, apart = bench.job, Race(device=options.device), [], 0.0
+    warm_up = int(options.device_type == "cuda")  # kernels are loaded and chosen at their first use
+    last = warm_up + options.repeats
+    for number in range(1, last + 1):
+        updates = race.run("plain", partial(plain, job.batch(number), bench.state.contexts))
+        before = {module: job.model.total(module).dense() for module in updates}
+        record, state = race.run("ours", partial(bench.step, number))
+        race.discount("ours", record.seconds["telemetry"])  # the plain edit has none
+        phases.append(record.seconds)
+        if number == warm_up:
+            race.forget()
+            phases.clear()
+        bench = bench.after(state)
+        for module, update_OI in updates.items():
+            written_OI = job.model.total(module).dense().to(update_OI.device) - before[module].to(update_OI.device)
+            apart = max(apart, relative_difference(update_OI, written_OI))
+    mean_phases = {name: sum(each[name] for each in phases) / len(phases) for name in phases[0]}
+    more: dict[str, Any] = {
+        "steps": STEPS,
+        "contexts": len(bench.state.contexts),
+        "phases_s": mean_phases,
+        "telemetry_share": mean_phases["telemetry"] / sum(mean_phases.values()),
+    }
+    if options.profile:
+        more["profile"] = profiled(lambda: bench.step(last + 1), options.device)
+    return race.found(relative_difference=apart, **more), bench

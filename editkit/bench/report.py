@@ -1,0 +1,101 @@
+"""From a measurement's name to its file and its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editkit.bench import editing, memit, moments, rome, telemetry
+from editkit.bench.base import Found, Options, machine
+from editkit.bench.shapes import model_shapes
+from editkit.errors import ConfigError
+from editkit.files import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+FOLDER = Path("benchmarks/results")
+NOTES = (  # below the table
+    *("phases_s", "telemetry_share", "batch", "batch_per_edit_s", "batch_gain", "batch_cpu_gain"),
+    *("edit_1_s", "later_over_first", "later_over_first_cpu", "records", "tokens"),
+)
+
+
+def measurements() -> dict[str, Callable[[Options], Found]]:
+    """All of them, by name."""
+    return {
+        "telemetry": telemetry.measure,
+        "rome": rome.measure,
+        "memit": memit.measure,
+        "d4s": memit.measure_d4s,
+        "alphaedit": memit.measure_alphaedit,
+        "editing": editing.measure,
+        "moments": moments.measure,
+    }
+
+
+def run_bench(name: str, shape: str, *, folder: Path = FOLDER, **options: Any) -> dict[str, Any]:
+    """Runs one measurement at one model's shape and writes `<folder>/<name>-<shape>.json`, with what differs from the usual in the file's
+    name: a smaller depth, a device, a dtype. Returns what it wrote.
+
+    `options` are those of `Options`. Raises ConfigError: no such measurement or shape, or an option out of range.
+    """
+    problems = []
+    if name not in measurements():
+        problems.append(f"bench: no such benchmark - given {name!r} - allowed: {', '.join(measurements())}")
+    try:
+        chosen = Options(model=shape, **options)
+        _ = chosen.shape
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    facts = {
+        "name": name,
+        "model": shape,
+        "layers": chosen.shape.num_layers,
+        "layers_of_the_model": model_shapes()[shape].num_layers,
+        "dtype": chosen.dtype,
+        "repeats": chosen.repeats,
+        "command": chosen.command(name),
+    }
+    facts |= machine(chosen.device)  # before: the load is what else was running
+    result = facts | measurements()[name](chosen).as_json()
+    write_atomically(folder / f"{name}-{chosen.label()}.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def table(results: Sequence[dict[str, Any]]) -> Group:
+    """A line for each result, and below what some have beside it."""
+    from rich.console import Group
+    from rich.table import Table
+
+    found = Table("", "plain s", "ours s", "ratio", "of CPU", "difference", "peak GB", box=None, pad_edge=False)
+    for column in found.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    notes = []
+    for result in results:
+        name = f"{result['name']} {result['model']}"
+        found.add_row(
+            name,
+            f"{result['plain_s']:.3g}",
+            f"{result['ours_s']:.3g}",
+            f"{result['ratio']:.1f}x",
+            f"{result['cpu_ratio']:.1f}x",
+            f"{result['relative_difference']:.1e}",
+            f"{result['plain_peak_bytes'] / 1e9:.1f} / {result['ours_peak_bytes'] / 1e9:.1f}",
+        )
+        facts = [f"{key} {_short(result[key])}" for key in NOTES if key in result]
+        if result["layers"] < result["layers_of_the_model"]:
+            facts.insert(0, f"{result['layers']} of {result['layers_of_the_model']} layers")
+        notes += [f"{name}: {', '.join(facts)}"] if facts else []
+        notes += [f"  {row['seconds']:8.3g} s {row['calls']:7} calls  {row['operation']}" for row in result.get("profile", ())]
+    return Group(found, *notes)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return " + ".join(f"{key} {_short(each)}" for key, each in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

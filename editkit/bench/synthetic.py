@@ -1,0 +1,109 @@
+"""Made-up models, requests, texts and second moments: a benchmark needs sizes, not sense. Everything follows from fixed seeds.
+
+A word is a token, so that sequence lengths are what they are said to be, and about those of CounterFact's first 600 records under GPT-2's
+tokenizer: prompts of 8.5 tokens on average, 3.4 of them behind the subject, targets of 1.0, paraphrases of 19.1, neighbours of 8.2.
+
+Shape letters: I d_in, R rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from editkit.bench.shapes import Shape
+from editkit.lazy import torch
+from editkit.model.editable import EditableModel
+from editkit.model.families import family_of
+from editkit.stats.store import Moments, SecondMoment
+from editkit.types import EditRequest, Probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END, SPECIAL = "<|endoftext|>", ("<|endoftext|>", ".", " is", " a")
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+NUM_PARAPHRASES, NUM_NEIGHBOURS = 2, 10  # of a CounterFact record
+SEED = 0
+
+
+def model_of(shape: Shape, name: str, *, device: str, dtype: str) -> EditableModel:
+    """A network with random weights, made where it will run, and a tokenizer with a token for each row of its vocabulary."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(shape.kind, **shape.config())
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.device(device):
+        torch.manual_seed(SEED)
+        network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return EditableModel(network, tokenizer(shape.vocabulary), name=name, family=family_of(shape.kind))
+
+
+def words(count: int) -> list[str]:
+    """Different words of two syllables and more."""
+    found = ("".join(parts) for length in itertools.count(2) for parts in itertools.product(SYLLABLES, repeat=length))
+    return list(itertools.islice(found, count))
+
+
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One token a word, its leading blank included, as GPT-2's tokenizer has it for frequent words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def piece(word: str) -> str:
+        return word.replace(" ", "\u0120")  # the byte-level alphabet's blank
+
+    pieces = [*map(piece, SPECIAL), *(piece(f" {word}") for word in words(vocabulary - len(SPECIAL)))]
+    backend = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token=END))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END, unk_token=END)
+
+
+def requests_for(shape: Shape, count: int) -> tuple[EditRequest, ...]:
+    """Requests in CounterFact's size, with 2 paraphrases, 10 neighbours and two targets; every tenth new target has two tokens."""
+    chance = random.Random(SEED)
+    known = words(shape.vocabulary - len(SPECIAL))
+
+    def phrase(length: int) -> str:
+        return " ".join(chance.choices(known, k=length))
+
+    found = []
+    for index in range(count):
+        subject, old, new = phrase(3), phrase(1), phrase(2 if index % 10 == 9 else 1)
+        found.append(
+            EditRequest(
+                id=f"bench/{index}",
+                prompt=f"{phrase(3)} {{}} {phrase(3 + index % 2)}",
+                subject=subject,
+                target=new,
+                target_old=old,
+                paraphrases=tuple(f"{phrase(11)}. {subject} {phrase(4)}" for _ in range(NUM_PARAPHRASES)),
+                neighbours=tuple(Probe(prompt=phrase(8), answer=old) for _ in range(NUM_NEIGHBOURS)),
+            )
+        )
+    return tuple(found)
+
+
+def texts_for(shape: Shape, *, documents: int, longest: int) -> tuple[str, ...]:
+    """Documents of very different lengths, up to `longest` tokens."""
+    chance = random.Random(SEED)
+    known = words(shape.vocabulary - len(SPECIAL))
+    return tuple(" ".join(chance.choices(known, k=chance.randint(longest // 8, longest))) for _ in range(documents))
+
+
+def moments_for(model: EditableModel, modules: Sequence[str]) -> Moments:
+    """Second moments with a quarter of the dimensions in use and little in the others; the same for all modules, in float64."""
+    size = model.weight(modules[0]).shape[1]
+    generator = torch.Generator().manual_seed(SEED)
+    rank = size // 4
+    used_IR = torch.randn(size, rank, generator=generator) * torch.logspace(0, -1, rank)
+    used_IR = used_IR.to(model.device).double()
+    matrix_II = used_IR @ used_IR.T / rank
+    matrix_II.diagonal().add_(0.01)
+    moments = Moments({module: SecondMoment(module, matrix_II, 10 * size) for module in modules})
+    for module in modules:
+        moments.factorise(module)  # once a run, so not an edit's time
+    return moments
