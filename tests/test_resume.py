@@ -70,6 +70,7 @@ def test_a_run_killed_at_random_moments_writes_the_records_and_weights_of_an_und
             break
         with open(folder / STEPS, "ab") as file:  # killed in the middle of a line, and of a checkpoint
             file.write(b'{"step": 99, "requ')
+        (folder / "state").mkdir(exist_ok=True)
         (folder / "state" / ".step-00000099.safetensors.1.tmp").write_bytes(b"half")
     killed = finish(outputs)
     for name in (STEPS, EVALS):
