@@ -1,6 +1,6 @@
 """The loop: applies batches of edits one after another and yields what it saw. It neither logs nor writes; the session does.
 
-It yields three kinds of value: a `StepRecord` after every step, `EvalRecord`s at milestones, and the `RunState` where a checkpoint is due.
+It yields a `StepRecord` after every step, `EvalRecord`s and `SampleRecord`s at milestones, and the `RunState` where a checkpoint is due.
 Going on from a yielded state gives the same records and the same bits as never having stopped.
 """
 
@@ -19,13 +19,13 @@ from editkit.restraints.base import AbstractTotalRestraint, LeastSquares
 from editkit.state import RunState, generator_states, restore_generators
 from editkit.timing import Stopwatch
 from editkit.trajectory import Collapse, Trajectory
-from editkit.types import EvalRecord, StepRecord
+from editkit.types import EvalRecord, SampleRecord, StepRecord
 from editkit.views import corrections, evaluate, measure
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
 
-Event = StepRecord | EvalRecord | RunState
+Event = StepRecord | EvalRecord | SampleRecord | RunState
 
 
 def run_edits(job: Trajectory, state: RunState | None = None) -> Iterator[Event]:

@@ -31,9 +31,9 @@ from editkit.runner import Event, run_edits
 from editkit.state import RunState, load_state, read_pointer, save_state
 from editkit.stats.store import build as build_moments
 from editkit.trackers.base import AbstractTracker, RunInfo, Status
-from editkit.trackers.files import EVALS, STEPS, RecordFiles
+from editkit.trackers.files import EVALS, STEPS, RecordFiles, save_samples
 from editkit.trajectory import Collapse, Trajectory
-from editkit.types import StepRecord
+from editkit.types import SampleRecord, StepRecord
 from editkit.views import views
 
 DONE, FAILED, PROVENANCE, CONFIG = "DONE", "FAILED.json", "provenance.json", "config.yaml"
@@ -128,6 +128,9 @@ def handle(event: Event, folder: Path, records: RecordFiles, tracker: AbstractTr
     """Writes one event down, and shows it."""
     if isinstance(event, RunState):
         save_state(event, folder / "state", records.sync())
+        return
+    if isinstance(event, SampleRecord):
+        save_samples(event, folder / "samples")
         return
     records.append(event)
     if isinstance(event, StepRecord):

@@ -79,6 +79,16 @@ class EvalRecord:
     nonfinite: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRecord:
+    """What one evaluator saw item by item, of one view at one step: a file in `samples/`. Rows are plain JSON values."""
+
+    step: int
+    view: str
+    name: str  # "editing-generate", "paper-gsm8k": a file's name
+    rows: tuple[Mapping[str, Any], ...]
+
+
 def as_json(record: StepRecord | EvalRecord) -> dict[str, Any]:
     """A record as plain JSON values, without the fields that are None; a number that is not finite becomes null."""
     return {name: _plain(value) for name, value in dataclasses.asdict(record).items() if value is not None}

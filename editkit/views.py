@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from editkit.evaluation.base import Samples
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.linalg.telemetry import module_record
 from editkit.restraints.base import AbstractTotalRestraint
 from editkit.state import RunState
 from editkit.trajectory import Trajectory
-from editkit.types import EvalRecord
+from editkit.types import EvalRecord, SampleRecord
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
@@ -30,7 +31,7 @@ def corrections(restraint: AbstractTotalRestraint, totals: Mapping[str, Total], 
     return {module: correction for module, correction in found.items() if correction is not None}
 
 
-def evaluate(job: Trajectory, state: RunState) -> Iterator[EvalRecord]:
+def evaluate(job: Trajectory, state: RunState) -> Iterator[EvalRecord | SampleRecord]:
     """Measures the model as it is and each restrained view of it."""
     yield from measure(job, state, trajectory_view(job))
     for name, restraint in job.restraints.totals.items():
@@ -60,10 +61,13 @@ def views(job: Trajectory) -> tuple[str, ...]:
     return (trajectory_view(job), *(name for name, restraint in job.restraints.totals.items() if restraint.apply_at != "every"))
 
 
-def measure(job: Trajectory, state: RunState, view: str) -> Iterator[EvalRecord]:
+def measure(job: Trajectory, state: RunState, view: str) -> Iterator[EvalRecord | SampleRecord]:
     """Every evaluator on the model as it stands: on all edits so far, or, before the first, on those to come."""
     requests = job.requests[: job.schedule.edits_at(state.step) or None]
     timing = "milestone" if state.step else "before"
     for name, evaluator in job.evaluators.items():
         for found in evaluator.evaluate(job.model, requests, state.baselines[name]):
+            if isinstance(found, Samples):
+                yield SampleRecord(step=state.step, view=view, name=found.name, rows=found.rows)
+                continue
             yield EvalRecord(step=state.step, view=view, timing=timing if found.kind == "editing" else None, **dataclasses.asdict(found))

@@ -10,7 +10,7 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from editkit.types import EditRequest
 
@@ -35,6 +35,14 @@ class Measurement:
     task_version: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """A `SampleRecord` before it is known at which step and of which view: prompts, generations and scores, an item a row."""
+
+    name: str
+    rows: tuple[Mapping[str, Any], ...]  # plain JSON values
+
+
 class AbstractEvaluator(abc.ABC):
     """Something that measures a model. Concrete evaluators are frozen dataclasses: their fields are the options."""
 
@@ -43,8 +51,13 @@ class AbstractEvaluator(abc.ABC):
         """What the unedited model answers: computed once at step 0 for all requests of the run, and kept in its state."""
 
     @abc.abstractmethod
-    def evaluate(self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]) -> list[Measurement]:
-        """Measures the model as it is now on `requests`: those edited so far, each of which must be in the baseline."""
+    def evaluate(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
+    ) -> Sequence[Measurement | Samples]:
+        """Measures the model as it is now on `requests`: those edited so far, each of which must be in the baseline.
+
+        Samples, which may come among the measurements, are what a reader of the numbers would want to look at.
+        """
 
 
 def mean_and_stderr(scores: Sequence[float]) -> tuple[float | None, float | None]:

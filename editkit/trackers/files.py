@@ -6,6 +6,7 @@ record twice and no half line.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Mapping
@@ -13,9 +14,18 @@ from pathlib import Path
 from typing import IO
 
 from editkit.errors import ConfigError
-from editkit.types import EvalRecord, StepRecord, as_json
+from editkit.files import write_atomically
+from editkit.types import EvalRecord, SampleRecord, StepRecord, as_json
 
 STEPS, EVALS = "steps.jsonl", "evals.jsonl"
+
+
+def save_samples(record: SampleRecord, folder: Path) -> Path:
+    """Writes `samples/<step>-<view>-<name>.jsonl.gz`; the same record gives the same bytes, also after a kill."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in record.rows)
+    path = folder / f"{record.step:06d}-{record.view}-{record.name}.jsonl.gz"
+    write_atomically(path, gzip.compress(lines.encode(), mtime=0))
+    return path
 
 
 class RecordFiles:
