@@ -64,6 +64,9 @@ def execute(experiment: Experiment, received: Received) -> int:
     (folder / FAILED).unlink(missing_ok=True)
     tracker = experiment.tracker
     tracker.open(run_info(experiment, job, resumed_at=state.step if state else 0))
+    recipe = experiment.config.get("recipe") or {}
+    if recipe.get("provenance") == "untuned":
+        tracker.warning(f"the numbers of this editor are not tuned for this model: {recipe['source']}")
     status: Status = "failed"
     try:
         step = state.step if state else -1

@@ -154,8 +154,8 @@ def test_stats_are_not_missed_where_the_covariance_is_off() -> None:
 
 
 def test_a_pair_without_a_recipe_says_which_keys_to_set() -> None:
-    text = problems_of_choices("model=hf")
-    assert "no recipe for editor=rome, model=hf: set editor.layers, editor.target.steps, editor.target.lr, " in text
+    text = problems_of_choices("model=hf", "editor=memit")
+    assert "no recipe for editor=memit, model=hf: set editor.layers, " in text
     assert "model.id is not set: model.id=<value>." in text
 
 
