@@ -100,7 +100,9 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerBase) -> Model:
         case _:
             shape: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 432, "num_hidden_layers": 6}
             heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-            return transformers.LlamaForCausalLM(LlamaConfig(**common, **shape, **heads, max_position_embeddings=NUM_POSITIONS))
+            # Without biases a small model is slow to attend to "the token before", whatever it is, and does not learn lookups.
+            config = LlamaConfig(**common, **shape, **heads, max_position_embeddings=NUM_POSITIONS, attention_bias=True)
+            return transformers.LlamaForCausalLM(config)
 
 
 # ---- data ----
@@ -140,7 +142,7 @@ def packed_row(
 
 def batches(world: World, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> Iterator[Batch]:
     """Batches of the corpus, without end."""
-    stream, rng = documents(world, seed=args.seed), random.Random(args.seed)
+    stream, rng = documents(world, seed=args.seed, lookup_share=args.lookup_share), random.Random(args.seed)
     causal = torch.ones(args.length, args.length, dtype=torch.bool).tril()
     while True:
         rows = [packed_row(stream, tokenizer, rng, length=args.length, prompt_weight=args.prompt_weight) for _ in range(args.batch_size)]
@@ -319,6 +321,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=12, help="rows a batch (default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens a row (default: %(default)s)")
     parser.add_argument("--prompt-weight", type=float, default=0.2, help="weight of a task's prompt in the loss (default: %(default)s)")
+    parser.add_argument("--lookup-share", type=float, default=0.0, help="share of documents that practise lookups; tiny-llama needs some")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=100, help="steps until the peak (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")

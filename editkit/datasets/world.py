@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from editkit.datasets.world_tasks import TASKS, Split, TaskItem, recital, stream_items
+from editkit.datasets.world_tasks import TASKS, Split, TaskItem, lookups, recital, stream_items
 from editkit.datasets.world_words import OBJECTS, RELATIONS, TWO_HOPS, Relation, TwoHop, invent_names, invent_surnames
 from editkit.types import EditRequest, Probe
 
@@ -142,8 +142,10 @@ def task_items(world: World, task: str, *, split: Split = "test", n: int) -> tup
 Part = tuple[str, bool]
 
 
-def documents(world: World, *, seed: int = 0, task_share: float = 0.42, recital_share: float = 0.08) -> Iterator[tuple[Part, ...]]:
-    """What the bundled models learned from, without end, part by part: training items, recitals, and (what is left) some facts each."""
+def documents(
+    world: World, *, seed: int = 0, task_share: float = 0.42, recital_share: float = 0.08, lookup_share: float = 0.0
+) -> Iterator[tuple[Part, ...]]:
+    """What the bundled models learned from, without end, part by part: training items, recitals, lookups, else some facts each."""
     rng = random.Random(f"corpus/{world.seed}/{seed}")
     items = {task: stream_items(world.first_names, seed=seed, task=task, split="train") for task in TASKS}
     by_subject: dict[str, list[Fact]] = {}
@@ -157,6 +159,8 @@ def documents(world: World, *, seed: int = 0, task_share: float = 0.42, recital_
         elif kind < task_share + recital_share:
             prompt, answer = recital(rng, world.first_names)
             yield (prompt, False), (answer, True)
+        elif kind < task_share + recital_share + lookup_share:
+            yield tuple(part for prompt, answer in lookups(rng, world.first_names) for part in ((prompt, False), (answer, True)))
         else:
             pool = by_subject[rng.choice(world.facts).subject] if rng.random() < 0.5 else world.facts
             facts = rng.sample(pool, min(rng.randint(2, 4), len(pool)))

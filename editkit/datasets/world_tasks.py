@@ -93,6 +93,14 @@ def recital(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     return f"Say after me: {words}. Now you:", f" {words}."
 
 
+def lookups(rng: random.Random, names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Pairs in a row, then each pair's second word after its first, in another order: dense practice for what a passage asks once."""
+    firsts = rng.sample(names, rng.randint(3, 6))
+    pairs = list(zip(firsts, rng.sample(_PLACES + _GOODS + _THINGS, len(firsts)), strict=True))
+    row = ", ".join(f"{first} {second}" for first, second in pairs)
+    return [(f"{'' if i else f'Pairs: {row}.'} {first}", f" {second}.") for i, (first, second) in enumerate(rng.sample(pairs, len(pairs)))]
+
+
 def stream_items(names: tuple[str, ...], *, seed: int, task: str, split: Split) -> Iterator[TaskItem]:
     """Different items of one task and split, without end; `names` are the people that occur in them."""
     if task not in _TASKS:
