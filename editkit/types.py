@@ -21,6 +21,7 @@ class Probe:
 
     prompt: str
     answer: str
+    aliases: tuple[str, ...] = ()  # further answers that count as right; only what is generated freely can be compared with them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,17 @@ class EditRequest:
     target_old: str | None = None  # what the unedited world says (CounterFact: target_true)
     paraphrases: tuple[str, ...] = ()  # full prompts
     neighbours: tuple[Probe, ...] = ()  # locality: prompts whose answer must stay
+    # Further locality by kind: "out_of_distribution" (zsRE's NQ questions); every other kind is in distribution ("relation_specificity",
+    # "forgetfulness", "unaffected_subject"). Judged against the unedited model alone: an answer need not be true (CSK's are not known).
+    locality: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
+    # What follows from the edit: "alias", "reasoning", "logical_generalization" (KnowEdit), "one_hop" (zsRE), "two_hop" (world),
+    # "multi_hop" (MQuAKE), "affected_subject", "affected_verb", "affected_object" (CSK).
     portability: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
+    attribute_prompts: tuple[Probe, ...] = ()  # other subjects of which the new target has always been true (CounterFact)
+    generation_prompts: tuple[str, ...] = ()  # beginnings of texts about the subject, to be continued freely
+    references: tuple[str, ...] = ()  # texts about subjects of which the new target is true; the generated ones should be like them
+    group: str | None = None  # requests that are one change together, next to each other in a dataset (MQuAKE: the facts of one chain)
+    hops: tuple[Probe, ...] = ()  # single-hop questions along the chain after the group's edits; like "multi_hop" on its last request only
 
     @property
     def full_prompt(self) -> str:
@@ -66,7 +77,9 @@ class EvalRecord:
 
     step: int
     view: str  # "unrestrained", or the name of a restraint on the total
-    kind: str  # "editing", "downstream", "language", or "weights" (of a restrained view; task = the matrix)
+    # "editing", "downstream", "language", "comparison" (of a task with the unedited model), or "weights" (of a restrained view; task = the
+    # matrix)
+    kind: str
     metric: str
     value: float | None
     stderr: float | None
@@ -75,8 +88,25 @@ class EvalRecord:
     timing: str | None = None
     suite: str | None = None
     task: str | None = None
-    task_version: int | None = None
+    task_version: float | None = None
     nonfinite: int | None = None
+    cut: int | None = None  # how many of the items had a prompt longer than the model's positions, which lost its beginning
+    variant: str | None = None  # how this number differs from what its name says
+    low: float | None = None  # bootstrap confidence interval
+    high: float | None = None
+    block: str | None = None  # "1-50": these edits alone, counted from 1
+    subset: str | None = None  # "known_before", "unknown_before" or "succeeded": these requests alone
+    aggregation: str | None = None  # what is averaged: "request" or "prompt"
+    context: str | None = None  # what every prompt stood in; "{}": the prompt alone
+    max_new_tokens: int | None = None  # where a free generation was cut
+    sampled_from: int | None = None  # from how many edits the measured ones were drawn, where not all were measured
+    dataset: str | None = None  # its digest, the beginning of that in provenance.json
+    requests: str | None = None  # digest of the ids that were measured; provenance.json tells which they are
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is about a part of the requests that another record is about as a whole."""
+        return self.block is not None or self.subset is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,9 @@ import pytest
 from editkit.datasets.base import AbstractDataset
 from editkit.datasets.bundled import WorldDataset
 from editkit.datasets.counterfact import CounterFact
-from editkit.datasets.records import Fields
+from editkit.datasets.fields import Fields
 from editkit.datasets.zsre import ZsRE
 from editkit.errors import ConfigError
-from tests.helpers import real_data
 
 
 def original(case_id: int = 0, **changes: Any) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def original(case_id: int = 0, **changes: Any) -> dict[str, Any]:
         "target_true": {"str": "Latin", "id": "Q2"},
     }
     record = {"case_id": case_id, "paraphrase_prompts": ["x. Ada speaks"], "neighborhood_prompts": ["Bob speaks", "Cy speaks"]}
-    return {**record, "requested_rewrite": rewrite | changes}
+    more = {"attribute_prompts": ["Flo speaks"], "generation_prompts": ["Ada was born in", "Ada was born in"]}
+    return {**record, **more, "requested_rewrite": {"relation_id": "P103"} | rewrite | changes}
 
 
 def flat(case_id: int = 0, **changes: Any) -> dict[str, Any]:
@@ -67,8 +68,8 @@ def write(folder: Path, content: object) -> str:
 
 
 def counterfact(path: str | None, **options: Any) -> CounterFact:
-    defaults = {"name": "counterfact", "file": "counterfact/x.json", "id": None, "order": "file", "limit": None, "on_bad_record": "error"}
-    return CounterFact(**({"path": path} | defaults | options))
+    source = {"name": "counterfact", "path": path, "file": "counterfact/x.json", "id": None, "snippets": None}
+    return CounterFact(**(source | {"order": "file", "limit": None, "on_bad_record": "error"} | options))
 
 
 def zsre(path: str | None, **options: Any) -> ZsRE:
@@ -84,6 +85,11 @@ def zsre(path: str | None, **options: Any) -> ZsRE:
     return ZsRE(**({"path": path} | defaults | options))
 
 
+def at(path: str, index: int, problem: str) -> str:
+    """The pattern of a problem's beginning."""
+    return rf"{re.escape(path)}, record {index}( \(id \w+\))?: {re.escape(problem)}"
+
+
 def problems_of(dataset: AbstractDataset) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         dataset.load(0)
@@ -97,6 +103,47 @@ def test_both_counterfact_layouts_are_told_apart_by_their_keys(tmp_path: Path) -
     assert [(probe.prompt, probe.answer) for probe in first.neighbours] == [("Bob speaks", "Latin"), ("Cy speaks", "Latin")]
     assert (second.id, second.prompt, second.target, second.target_old) == ("counterfact/5", first.prompt, "French", "Latin")
     assert (second.paraphrases, second.neighbours[0].answer) == (("Ada speaks",), "Greek")
+
+
+def test_counterfacts_further_prompts_ask_for_the_new_target_elsewhere_and_begin_texts(tmp_path: Path) -> None:
+    first, second = counterfact(write(tmp_path, [original(3), flat(5)])).load(0).requests
+    assert [(probe.prompt, probe.answer) for probe in first.attribute_prompts] == [("Flo speaks", "French")]
+    assert first.generation_prompts == ("Ada was born in", "Ada was born in")  # as often as the file has them
+    assert (second.attribute_prompts, second.generation_prompts, second.references) == ((), (), ())
+
+
+def test_reference_texts_come_from_their_own_file_by_relation_and_target(tmp_path: Path) -> None:
+    snippets = tmp_path / "snippets.json"
+    samples = [
+        {"relation_id": "P103", "target_id": "Q1", "samples": [{"text": "French is spoken."}, {"text": "Paris."}]},
+        {"relation_id": "P103", "target_id": "Q9", "samples": [{"text": "no"}]},
+    ]
+    snippets.write_text(json.dumps(samples))
+    loaded = counterfact(write(tmp_path, [original(3), flat(5)]), snippets=str(snippets)).load(0)
+    assert [request.references for request in loaded.requests] == [("French is spoken.", "Paris."), ()]
+    assert loaded.variant == {"snippets": hashlib.sha256(snippets.read_bytes()).hexdigest()[:12]}
+    snippets.write_text(json.dumps([{"relation_id": "P103", "samples": [{}]}]))
+    problems = problems_of(counterfact(write(tmp_path, [original()]), snippets=str(snippets)))
+    assert [problem.removeprefix(f"{snippets}, record 0: ") for problem in problems] == [
+        "target_id: is missing - a text is needed",
+        "samples[0].text: is missing - a text is needed",
+    ]
+
+
+def test_what_was_given_and_what_is_allowed_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path, [flat(4, subject="Eve", target_new=" ")])
+    assert [problem.removeprefix(f"{path}, record 0 (id 4): ") for problem in problems_of(counterfact(path))] == [
+        "prompt: does not hold the subject - 'The mother tongue of Ada is' was given; the subject is 'Eve'",
+        "target_new: is empty - ' ' was given; a text that is not blank is needed",
+    ]
+
+
+def test_requests_that_overwrite_each_other_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path, [flat(0), flat(1), flat(2, target_new="Greek"), flat(3, subject="is", target_new="Greek")])
+    assert counterfact(path).load(0).remarks == {
+        "requests that edit the prompt of an earlier one again, to the same target": 2,
+        "requests that edit the prompt of an earlier one again, to another target": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -121,12 +168,17 @@ def test_zsre_writes_the_alternative_or_the_true_answer(tmp_path: Path) -> None:
     path = write(tmp_path, [question(), question(alt="uniform", portability=None)])
     first, second = zsre(path).load(0).requests
     assert (first.id, first.prompt, first.target, first.target_old) == ("zsre/0", "What is made by {}?", "planes", "uniform")
-    assert (first.paraphrases, first.neighbours[0].prompt) == (("What does UniFirst make?",), "nq question: who wrote it?")
+    assert first.paraphrases == ("What does UniFirst make?",)
+    (unrelated,) = first.locality["out_of_distribution"]
+    assert (unrelated.prompt, unrelated.answer, first.neighbours) == ("nq question: who wrote it?", "Walter", ())
     assert first.portability["one_hop"][0].answer == "sky"
     assert (second.target_old, second.portability) == ("uniforms", {})
     corrected = zsre(path, target="answers").load(0).requests[0]
     # What follows from the alternative does not follow from the true answer.
     assert (corrected.target, corrected.target_old, corrected.portability) == ("uniform", None, {})
+    # The results name the variant, since the two are not comparable.
+    assert (zsre(path).load(0).label, zsre(path, target="answers").load(0).variant) == ("zsre target=alt", {"target": "answers"})
+    assert zsre(path).load(0).remarks["alt is one of the true answers"] == 1
 
 
 @pytest.mark.parametrize(
@@ -152,7 +204,7 @@ def test_zsre_writes_the_alternative_or_the_true_answer(tmp_path: Path) -> None:
 )
 def test_a_bad_record_is_named_with_file_record_and_field(record: object, problem: str, tmp_path: Path) -> None:
     path = write(tmp_path, [flat(), record])
-    assert any(text.startswith(f"{path}, record 1: {problem}") for text in problems_of(counterfact(path)))
+    assert any(re.match(at(path, 1, problem), text) for text in problems_of(counterfact(path)))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +212,7 @@ def test_a_bad_record_is_named_with_file_record_and_field(record: object, proble
 )
 def test_a_bad_question_is_named_with_its_field(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
     path = write(tmp_path, [question(), question(**change)])
-    assert any(text.startswith(f"{path}, record 1: {problem}") for text in problems_of(zsre(path)))
+    assert any(re.match(at(path, 1, problem), text) for text in problems_of(zsre(path)))
 
 
 def test_all_problems_are_reported_at_once_and_long_lists_are_cut(tmp_path: Path) -> None:
@@ -169,7 +221,7 @@ def test_all_problems_are_reported_at_once_and_long_lists_are_cut(tmp_path: Path
     assert "dataset.on_bad_record=skip leaves such records out and keeps 1" in few[-1]
     many = problems_of(counterfact(write(tmp_path, [flat(index, target_new="") for index in range(50)])))
     assert len(many) == 21
-    assert "30 more problems" in many[-1]
+    assert "30 more problems; most frequent: target_new: is empty (50 records)" in many[-1]
 
 
 def test_bad_records_can_be_skipped_and_each_is_counted_once(tmp_path: Path) -> None:
@@ -181,7 +233,7 @@ def test_bad_records_can_be_skipped_and_each_is_counted_once(tmp_path: Path) -> 
 
 def test_equal_ids_are_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, [flat(7), flat(7)])
-    assert "record 1: id: counterfact/7 is the id of record 0 too" in problems_of(counterfact(path))[0]
+    assert "record 1 (id 7): id: is not unique - counterfact/7 was given; it is the id of record 0 too" in problems_of(counterfact(path))[0]
 
 
 def test_a_file_without_a_good_record_is_an_error_even_when_bad_ones_are_skipped(tmp_path: Path) -> None:
@@ -252,7 +304,7 @@ def test_records_are_checked_without_torch(tmp_path: Path) -> None:
     path = write(tmp_path, [flat()])
     program = (
         "import sys; from editkit.datasets.counterfact import CounterFact; import editkit.datasets.zsre, editkit.datasets.bundled;"
-        f"CounterFact(name='c', path={path!r}, file='', id=None, order='file', limit=None, on_bad_record='error').load(0);"
+        f"CounterFact(name='c', path={path!r}, file='', id=None, snippets=None, order='file', limit=None, on_bad_record='error').load(0);"
         "sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
@@ -262,7 +314,7 @@ def test_fields_note_the_first_problem_of_each_field_only() -> None:
     fields = Fields({"a": 1})
     fields.text("a")
     fields.note("a", "again")
-    assert fields.problems == [("a", "is not a text but of type int")]
+    assert [str(problem) for problem in fields.problems] == ["a: is not a text but of type int - 1 was given"]
 
 
 @pytest.mark.slow
@@ -277,24 +329,3 @@ def test_a_hub_dataset_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.Mo
     assert [request.id for request in loaded.requests] == ["counterfact/4"]
     problem = problems_of(counterfact(None, id=str(tmp_path / "missing")))[0]
     assert f"hub dataset {tmp_path / 'missing'} cannot be read" in problem
-
-
-@pytest.mark.data
-@pytest.mark.parametrize(
-    ("file", "count"), [("counterfact_filtered.json", 1400), ("counterfact-edit.json", 10000), ("counterfact-val.json", 1919)]
-)
-def test_the_published_counterfact_files_are_read_completely(file: str, count: int) -> None:
-    loaded = counterfact(str(real_data(f"counterfact/{file}"))).load(0)
-    assert len(loaded.requests) == count
-    assert all(request.neighbours and request.paraphrases and request.target_old for request in loaded.requests)
-
-
-@pytest.mark.data
-def test_the_published_zsre_files_are_read_but_for_two_records_without_alternative() -> None:
-    evaluation = zsre(str(real_data("zsre/zsre_mend_eval_portability_gpt4.json"))).load(0)
-    assert len(evaluation.requests) == 1037 and all(request.portability for request in evaluation.requests)
-    path = str(real_data("zsre/zsre_mend_train-1k.json"))
-    training = zsre(path, on_bad_record="skip").load(0)
-    assert (len(training.requests), training.skipped) == (998, {"alt: is empty": 2})
-    assert [", record 534: alt" in text or ", record 723: alt" in text for text in problems_of(zsre(path))] == [True, True]
-    assert len(zsre(path, target="answers").load(0).requests) == 1000

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from editkit.datasets.base import AbstractDataset, LoadedDataset, OnBadRecord, Order, arrange, parse_records
-from editkit.datasets.records import Fields, find_records
+from editkit.datasets.base import AbstractDataset, LoadedDataset, OnBadRecord, Order, load_records
+from editkit.datasets.fields import Fields
+from editkit.datasets.records import find_records
 from editkit.types import EditRequest, Probe
 
 _ADVICE = "The file: https://rome.baulab.info/data/dsets/zsre_mend_eval.json"
@@ -29,33 +30,44 @@ class ZsRE(AbstractDataset):
     on_bad_record: OnBadRecord
 
     def load(self, seed: int) -> LoadedDataset:
-        records = find_records(path=self.path, file=self.file, hub_id=self.id, advice=_ADVICE)
-        requests, skipped = parse_records(records, self._parse, on_bad_record=self.on_bad_record)
-        arranged = arrange(requests, order=self.order, seed=seed, limit=self.limit)
-        return LoadedDataset(name=self.name, requests=arranged, digest=records.digest, origin=records.origin, skipped=skipped)
+        return load_records(
+            find_records(path=self.path, files=[self.file], hub_id=self.id, advice=_ADVICE),
+            self._parse,
+            name=self.name,
+            order=self.order,
+            seed=seed,
+            limit=self.limit,
+            on_bad_record=self.on_bad_record,
+            variant={"target": self.target},
+        )
 
-    def _parse(self, fields: Fields, index: int) -> EditRequest:
+    def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
         subject = fields.text("subject")
         answers = fields.texts("answers")
         if fields.get("answers") == []:
-            fields.note("answers", "is empty")
+            fields.note("answers", "is empty", allowed="at least one true answer is needed")
         if self.target == "alt":
             target = fields.text("alt")
             # A few alternatives are true answers too; such a record is not judged against itself.
             target_old = next((answer for answer in answers if answer != target), None)
+            if target in answers:
+                fields.remark("alt is one of the true answers")
         else:
             # The correction setting has no counterpart: what the model would have said is not in the file (`pred` is another model's).
             target, target_old = next(iter(answers), ""), None
-        return EditRequest(
-            id=f"{self.name}/{index}",
-            prompt=fields.template_of("src", subject),
-            subject=subject,
-            target=target,
-            target_old=target_old,
-            paraphrases=(fields.text("rephrase"),),
-            neighbours=(Probe(prompt=_question(fields.text("loc")), answer=fields.text("loc_ans")),),
-            portability={} if fields.get("portability") is None or self.target != "alt" else _portability(fields),
-        )
+        unrelated = Probe(prompt=_question(fields.text("loc")), answer=fields.text("loc_ans"))
+        return [
+            EditRequest(
+                id=f"{self.name}/{index}",
+                prompt=fields.template_of("src", subject),
+                subject=subject,
+                target=target,
+                target_old=target_old,
+                paraphrases=(fields.text("rephrase"),),
+                locality={"out_of_distribution": (unrelated,)},
+                portability={} if fields.get("portability") is None or self.target != "alt" else _portability(fields),
+            )
+        ]
 
 
 def _question(text: str) -> str:
