@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from editkit.compose import compose
-from editkit.editors.memit import average_keys
+from editkit.editors.memit import ascent_of, average_keys
 from editkit.errors import ConfigError
 from editkit.restraints.alphaedit import AlphaEdit
 from editkit.restraints.base import LeastSquares, Restraints
@@ -120,10 +120,13 @@ def test_keys_measured_again_after_the_batch_are_those_that_were_solved_for(kind
     after_first = tiny_model(kind)
     after_first.edit(run.editor.modules(after_first))
     texts = run.editor.plan(after_first, run.batch(1), states[0].contexts, {}, None).texts
-    unedited = [average_keys(after_first, module, texts, run.editor._context_weights) for module in after_first.edited_modules]
+
+    def measured() -> list[torch.Tensor]:
+        return [average_keys(ascent_of(after_first, texts), layer, run.editor._context_weights) for layer in run.editor.layers]
+
+    unedited = measured()
     after_first.restore(states[1].totals)
-    for index, module in enumerate(after_first.edited_modules):
-        again = average_keys(after_first, module, texts, run.editor._context_weights)
+    for index, again in enumerate(measured()):
         assert torch.equal(watched.problems[index].keys_IN, again)
         assert index == 0 or relative(unedited[index], again) > 1e-3
 

@@ -10,20 +10,13 @@ import torch
 
 from editkit.build import build
 from editkit.compose import compose
-from editkit.editors.memit import Memit
-from editkit.editors.rome import Rome, RomePlan
 from editkit.errors import ConfigError
-from editkit.linalg.lowrank import LowRank
-from editkit.linalg.solve import least_squares
-from editkit.model.editable import EditableModel
 from editkit.restraints.eac import Eac, Numbers, saliency, top
-from editkit.targets.descent import Descent, TargetProblem
-from editkit.targets.search import Target, TargetSettings, optimise, search_target
+from editkit.targets.descent import TargetProblem
+from editkit.targets.search import Target, TargetSettings, search_target, search_targets, targets_of
 from editkit.types import EditRequest
 from tests.helpers import KINDS, Kind, request, tiny_model
-from tests.methods import memit, model_moments
-from tests.test_rome import refuse_to_solve, rome
-from tests.test_targets import CONTEXTS, settings, subject_at_the_end
+from tests.test_targets import CONTEXTS, Alone, optimise, settings, subject_at_the_end
 
 SITES: tuple[Literal["mlp", "block"], ...] = ("mlp", "block")
 SELECTORS = ("saliency", "gradient", "magnitude", "random")
@@ -59,11 +52,15 @@ def numbers(**changes: Any) -> TargetSettings:
 
 def problem(bowl: Bowl, forward: Any = None, **changes: Any) -> TargetProblem:
     initial_O = torch.linspace(1, 3, len(bowl.goal_O), dtype=bowl.goal_O.dtype)
-    return TargetProblem(forward=forward or bowl, initial_O=initial_O, settings=numbers(**changes))
+    return TargetProblem(forward=Alone(forward or bowl), initial_NO=initial_O[None], settings=numbers(**changes))
 
 
-def search(restraint: Eac, bowl: Bowl, *, site: Literal["mlp", "block"] = "mlp", request_id: str = "test/0", **changes: Any) -> Descent:
-    return restraint.search(problem(bowl, **changes), request_id=request_id, site=site)
+def search(
+    restraint: Eac, bowl: Bowl, forward: Any = None, *, site: Literal["mlp", "block"] = "mlp", request_id: str = "test/0", **changes: Any
+) -> Target:
+    whole = problem(bowl, forward, **changes)
+    [found] = targets_of(whole, restraint.search(whole, request_ids=[request_id], site=site))
+    return found
 
 
 def walk(bowl: Bowl, updates: int, start_O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +107,7 @@ def test_the_percentile_leaves_that_many_anchors(size: int, gamma: float, count:
 
 
 def test_among_equal_scores_the_first_coordinates_are_anchors() -> None:
-    assert top(torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]), 3).tolist() == [True, True, False, True, False]
+    assert top(torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0]]), 3).tolist() == [[True, True, False, True, False]]
 
 
 def test_the_coordinates_beside_the_anchors_are_exactly_zero_all_the_way() -> None:
@@ -121,7 +118,7 @@ def test_the_coordinates_beside_the_anchors_are_exactly_zero_all_the_way() -> No
         seen.append(delta_O.detach().clone())
         return bowl(delta_O)
 
-    found = eac().search(problem(bowl, forward), request_id="a", site="mlp")
+    found = search(eac(), bowl, forward)
     outside_O = found.delta_O == 0
     assert int(outside_O.sum()) == 16
     assert all(bool((delta_O != 0).all()) for delta_O in seen[1:10])
@@ -145,15 +142,15 @@ def test_with_every_coordinate_an_anchor_and_no_net_it_is_adam_started_anew_half
     for options in ({"gamma": 0.0}, {"saliency": False}):
         found, whole = search(eac(elastic_net=False, **options), Bowl()), problem(Bowl())
         half = whole.descend(updates=10)
-        again = whole.descend(updates=10, after=half, start_O=half.delta_O)
+        [again] = targets_of(whole, whole.descend(updates=10, after=half, start_NO=half.delta_NO))
         assert torch.equal(found.delta_O, again.delta_O)
         assert found.loss == again.loss
 
 
 def test_a_restart_from_zero_with_everything_free_is_the_plain_search() -> None:
     restraint = eac(variant="published_code", saliency=False, elastic_net=False)
-    found, whole = search(restraint, Bowl(), site="block"), problem(Bowl(), steps=16)
-    plain = optimise(whole.forward, whole.initial_O, whole.settings)
+    found, whole = search(restraint, Bowl(), site="block"), problem(Bowl())
+    [plain] = targets_of(whole, whole.descend(updates=15))
     assert torch.equal(found.delta_O, plain.delta_O)
     assert (found.loss, found.updates) == (plain.loss, 10 + plain.updates)
 
@@ -161,8 +158,8 @@ def test_a_restart_from_zero_with_everything_free_is_the_plain_search() -> None:
 def test_ten_and_ten_updates_run_the_network_as_often_as_a_plain_search_of_twenty() -> None:
     restrained, plain = Bowl(), Bowl()
     search(eac(), restrained)
-    whole = problem(plain, steps=21)
-    assert optimise(whole.forward, whole.initial_O, whole.settings).updates == 20
+    whole = problem(plain)
+    assert optimise(plain, whole.initial_NO[0], whole.settings).updates == whole.settings.steps - 1 == 20
     assert restrained.calls == plain.calls == 21
 
 
@@ -174,12 +171,12 @@ def test_the_gradient_of_the_net_is_its_formula(unit: Literal["absolute", "relat
     restraint, whole = eac(l1=0.3, l2=0.7, epsilon=0.05, l2_unit=unit), problem(Bowl())
     first = whole.descend(updates=10, final_loss=False)
     delta_O = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    value = restraint.penalty(first, restraint.numbers(20, "mlp"), whole.initial_O)(delta_O)
+    [value] = restraint.penalty(first, restraint.numbers(20, "mlp"), whole.initial_NO)(delta_O[None], torch.tensor([0]))
     [gradient_O] = torch.autograd.grad(value, delta_O)
     with torch.no_grad():
         end_O, gradients_TO = walk(Bowl(), 10, torch.zeros(20, dtype=torch.float64))
         scores_O = (gradients_TO.sum(dim=0) / 10 * end_O).abs()
-        unit_of_l2 = float((whole.initial_O**2).sum()) if unit == "relative" else 1.0
+        unit_of_l2 = float((whole.initial_NO**2).sum()) if unit == "relative" else 1.0
         wanted_O = 0.3 * delta_O.sign() / (scores_O + 0.05) + 2 * 0.7 * delta_O / unit_of_l2
         torch.testing.assert_close(gradient_O, wanted_O, rtol=1e-10, atol=1e-12)
         wanted = 0.3 * float((delta_O.abs() / (scores_O + 0.05)).sum()) + 0.7 * float((delta_O**2).sum()) / unit_of_l2
@@ -189,10 +186,10 @@ def test_the_gradient_of_the_net_is_its_formula(unit: Literal["absolute", "relat
 def test_the_loss_that_is_told_contains_the_net() -> None:
     bowl, restraint = Bowl(), eac(l1=0.2, l2=3.0)
     whole = problem(bowl)
-    found = restraint.search(whole, request_id="a", site="mlp")
+    [found] = targets_of(whole, restraint.search(whole, request_ids=["a"], site="mlp"))
     first = problem(Bowl()).descend(updates=10, final_loss=False)
     net = float(
-        (0.2 * found.delta_O.abs() / (saliency(first) + 1e-6)).sum() + 3.0 * found.delta_O.square().sum() / whole.initial_O.square().sum()
+        (0.2 * found.delta_O.abs() / (saliency(first) + 1e-6)).sum() + 3.0 * found.delta_O.square().sum() / whole.initial_NO.square().sum()
     )
     assert found.loss == pytest.approx(-float(bowl(found.delta_O)[0]) + net, rel=1e-9)
 
@@ -200,13 +197,13 @@ def test_the_loss_that_is_told_contains_the_net() -> None:
 def test_without_saliency_the_net_weighs_all_coordinates_alike() -> None:
     restraint, whole = eac(l1=0.3, l2=0.0, saliency=False), problem(Bowl())
     first = whole.descend(updates=10, final_loss=False)
-    penalty = restraint.penalty(first, restraint.numbers(20, "mlp"), whole.initial_O)
-    assert penalty(torch.full((20,), -2.0, dtype=torch.float64)).item() == pytest.approx(0.3 * 40)
+    penalty = restraint.penalty(first, restraint.numbers(20, "mlp"), whole.initial_NO)
+    assert penalty(torch.full((1, 20), -2.0, dtype=torch.float64), torch.tensor([0])).item() == pytest.approx(0.3 * 40)
 
 
 def test_long_retraining_ends_at_the_ridge_solution_at_the_anchors() -> None:
     bowl = Bowl()
-    found, size_squared = search(eac(l1=0.0, l2=5.0, steps_retrain=1500), bowl, lr=0.05), problem(bowl).initial_O.square().sum()
+    found, size_squared = search(eac(l1=0.0, l2=5.0, steps_retrain=1500), bowl, lr=0.05), problem(bowl).initial_NO.square().sum()
     anchors_O, ridge_O = found.delta_O != 0, bowl.curvature_O * bowl.goal_O / (bowl.curvature_O + 2 * 5.0 / size_squared)
     torch.testing.assert_close(found.delta_O[anchors_O], ridge_O[anchors_O], rtol=1e-3, atol=1e-3)
 
@@ -248,7 +245,7 @@ def test_a_loss_that_is_not_finite_is_told_and_ends_the_search(bad_call: int) ->
         log_p_C, log_p_V = bowl(delta_O)
         return log_p_C * (math.nan if bowl.calls == bad_call else 1.0), log_p_V
 
-    found = eac().search(problem(bowl, forward), request_id="a", site="mlp")
+    found = search(eac(), bowl, forward)
     assert found.nonfinite
     assert bowl.calls == bad_call
     assert bool(found.delta_O.isfinite().all())
@@ -284,6 +281,22 @@ def test_the_continued_search_finds_what_the_plain_one_finds(kind: Kind, site: L
     assert torch.linalg.norm(continued.delta_O - plain.delta_O) <= 1e-6 * torch.linalg.norm(plain.delta_O)
 
 
+@pytest.mark.parametrize("restraint", [eac(), eac(variant="published_code"), eac(selector="random")], ids=["paper", "code", "random"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_searched_together_get_what_they_get_alone(kind: Kind, restraint: Eac) -> None:
+    # The last one ends in its first descent: nothing is asked of it.
+    asked = [request(0), request(1), subject_at_the_end()]
+    for site in SITES:
+        model = tiny_model(kind, dtype="float64")
+        options: Any = {"site": getattr(model.family, site)(1), "contexts": CONTEXTS[:2], "settings": settings(stop_loss=7.2)}
+        together = search_targets(model, asked, objective=restraint, **options)
+        for one, other in zip(together, (search_target(model, each, objective=restraint, **options) for each in asked), strict=True):
+            assert one.updates == other.updates
+            assert torch.equal(one.delta_O == 0, other.delta_O == 0)
+            assert torch.linalg.norm(one.delta_O - other.delta_O) <= 1e-6 * torch.linalg.norm(other.delta_O)
+            assert one.loss == pytest.approx(other.loss, rel=1e-7)
+
+
 def test_two_searches_in_one_process_give_the_same_bits() -> None:
     for selector in ("saliency", "random"):
         one, other = (find("gpt2", "block", eac(selector=selector)) for _ in range(2))
@@ -305,63 +318,6 @@ def test_random_anchors_depend_on_the_seed_and_the_request_alone() -> None:
     assert wanted != anchors(random, "b")
     assert wanted != anchors(eac(selector="random", seed=1), "a")
     assert wanted == [9, 12, 14, 18], "another process gives the same"
-
-
-def rome_edit(kind: Kind, keys: Any, restraint: Eac | None) -> tuple[RomePlan, LowRank]:
-    model, editor = tiny_model(kind), rome(keys=keys, target=settings(steps=1) if restraint is None else settings())
-    [module] = editor.modules(model)
-    plan = editor.plan(model, [request()], CONTEXTS, {}, restraint)
-    return plan, editor.propose(model, [request()], module, plan, {}, model_moments(model, [module]), refuse_to_solve)
-
-
-@pytest.mark.parametrize("keys", ["averaged", "original", "clean"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_in_romes_update_the_anchors_rows_alone_differ_from_those_of_no_delta(kind: Kind, keys: Any) -> None:
-    plan, update = rome_edit(kind, keys, eac())
-    unmoved = rome_edit(kind, keys, None)[1]  # a single step takes the loss at delta = 0 and moves nothing
-    anchors_O = plan.target.delta_O != 0
-    assert 0 < int(anchors_O.sum()) == 7
-    differs_O = (update.dense() != unmoved.dense()).any(dim=1)
-    assert torch.equal(differs_O, anchors_O)
-    if keys != "averaged":  # W k_0 is then what is there already, to rounding
-        assert float(update.dense()[~anchors_O].abs().max()) <= 1e-5 * float(update.dense().abs().max())
-
-
-@pytest.mark.parametrize("variant", ["paper", "published_code"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_memits_first_layer_writes_the_anchors_rows_alone(kind: Kind, variant: str) -> None:
-    model, editor = tiny_model(kind), memit()
-    modules = editor.modules(model)
-    moments = model_moments(model, modules)
-    asked = [request(0), request(1)]
-    plan = editor.plan(model, asked, CONTEXTS, {}, eac(variant=variant))
-    anchors_ON = plan.residuals_ON != 0
-    assert anchors_ON.sum(dim=0).tolist() == [7, 7] if variant == "paper" else [1, 1]
-    update = editor.propose(model, asked, modules[0], plan, {}, moments, lambda each: least_squares(each, moments))
-    assert isinstance(update, LowRank)
-    assert torch.equal(update.dense().any(dim=1), anchors_ON.any(dim=1))
-
-
-@pytest.mark.parametrize("editor", [rome(), memit()], ids=["rome", "memit"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_edit_with_it_makes_the_target_more_probable_in_the_model_itself(kind: Kind, editor: Rome | Memit) -> None:
-    def probability(model: EditableModel) -> float:
-        name = model.family.mlp(1)
-        once = settings(steps=1)
-        return search_target(model, subject_at_the_end(), site=name, contexts=("{}",), settings=once).probability_before
-
-    chosen: Any = settings(clamp=20.0)
-    model = tiny_model(kind)
-    editor = rome(target=chosen) if isinstance(editor, Rome) else memit(target={"lr": 0.5, "lr_unit": "absolute", "clamp": 20.0})
-    modules, asked = editor.modules(model), [subject_at_the_end()]
-    moments = model_moments(model, modules)
-    before = probability(model)
-    plan = editor.plan(model, asked, CONTEXTS, {}, eac(l2=0.0))
-    assert torch.equal(model.weight(modules[0]), tiny_model(kind).weight(modules[0])), "planning reads"
-    model.edit(modules)
-    for module in modules:
-        model.apply(module, editor.propose(model, asked, module, plan, {}, moments, lambda each: least_squares(each, moments)))
-    assert probability(model) > 1.2 * before
 
 
 # The options

@@ -24,6 +24,8 @@ def ft(**changes: Any) -> Ft:
         "lr": 0.01,
         "norm_constraint": 0.02,
         "stop_loss": 0.0,
+        "l1": 0.0,
+        "l2": 0.0,
     } | changes
     return Ft(**options)
 
@@ -83,6 +85,39 @@ def test_the_update_is_what_adam_does_to_the_matrix_itself(kind: Any, objective:
     wanted = plain.weight(module) - (before.T if kind == "gpt2" else before)
     # Adam's first steps turn tiny gradients into whole steps, so rounding may flip single entries.
     assert float((update - wanted).norm() / wanted.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_elastic_net_is_added_to_the_loss(kind: Any) -> None:
+    model, plain = tiny_model(kind), tiny_model(kind)
+    # The net has to outweigh Adam's few steps to show.
+    editor = ft(steps=3, l1=0.03, l2=2.0, norm_constraint=None)
+    (module,) = editor.modules(model)
+    plan = plan_of(model, editor, requests())
+    parameter = plain.module(module).weight.requires_grad_()
+    before = parameter.detach().clone()
+    adam = torch.optim.Adam([parameter], lr=0.01)
+    for step in range(4):
+        moved = parameter - before
+        loss = plain_loss(plain, requests(), "target") + 0.03 * moved.abs().sum() + 2.0 * moved.square().sum()
+        if step == 3:
+            break
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    assert plan.summary["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    wanted = plain.weight(module) - (before.T if kind == "gpt2" else before)
+    assert float((plan.updates[module] - wanted).norm() / wanted.norm()) < 2e-2
+
+
+def test_each_half_of_the_elastic_net_shortens_its_own_norm_over_all_matrices() -> None:
+    def norms(**changes: float) -> tuple[float, float]:
+        updates = plan_of(tiny_model("gpt2"), ft(layers=(0, 2), steps=20, norm_constraint=None, **changes), requests()).updates.values()
+        return sum(float(each.abs().sum()) for each in updates), sum(float(each.square().sum()) for each in updates)
+
+    free, lasso, ridge = norms(), norms(l1=0.002), norms(l2=0.5)
+    assert lasso[0] < 0.8 * free[0]
+    assert ridge[1] < 0.8 * free[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,5 +185,5 @@ def test_the_same_call_twice_gives_the_same_bits() -> None:
 
 
 def test_options_out_of_range_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"editor\.lr(.|\n)*editor\.layers(.|\n)*editor\.norm_constraint"):
-        ft(lr=0.0, layers=(1, 1), norm_constraint=-1.0)
+    with pytest.raises(ConfigError, match=r"(?s)editor\.lr.*editor\.layers.*editor\.norm_constraint.*editor\.l1.*editor\.l2"):
+        ft(lr=0.0, layers=(1, 1), norm_constraint=-1.0, l1=-1.0, l2=float("inf"))

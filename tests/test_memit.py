@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from editkit.editors.memit import ROWS_AT_ONCE, average_keys, current_outputs, subject_texts
+from editkit.editors.memit import ROWS_AT_ONCE, ascent_of, average_keys, current_outputs, subject_texts
 from editkit.errors import ConfigError
 from editkit.linalg.lowrank import LowRank
 from editkit.linalg.solve import least_squares
@@ -68,7 +68,7 @@ def test_a_proposal_reads_the_weights_and_has_one_column_a_request(kind: Any) ->
 def test_the_clean_key_weighs_a_half_and_the_sampled_ones_share_the_rest(kind: Any) -> None:
     model, editor, plan, _ = plan_of(kind)
     module = editor.modules(model)[0]
-    found = average_keys(model, module, plan.texts, editor._context_weights)
+    found = average_keys(ascent_of(model, plan.texts), editor.layers[0], editor._context_weights)
     for column, asked in enumerate(requests()):
         keys = [at_subject(model, asked, context, inputs=[module]).double() for context in CONTEXTS]
         assert torch.allclose(found[:, column], 0.5 * keys[0] + 0.25 * keys[1] + 0.25 * keys[2], atol=1e-6)
@@ -102,7 +102,7 @@ def test_a_batch_brings_the_hidden_states_closer_to_their_targets(kind: Any) -> 
     editor, model = memit(), tiny_model(kind)
     plan = editor.plan(model, requests(), CONTEXTS, {}, None)
     run(model, editor, plan, model_moments(model, editor.modules(model)))
-    now = current_outputs(model, model.family.block(1), [texts[0] for texts in plan.texts])
+    now = current_outputs(ascent_of(model, plan.texts), 1, len(CONTEXTS))
     missing = (plan.targets_ON - now).norm(dim=0) / plan.residuals_ON.norm(dim=0)
     assert float(missing.max()) < 0.7
 
@@ -112,7 +112,7 @@ def test_with_clean_keys_and_no_covariance_the_last_layer_writes_what_is_missing
     editor, model = memit(context_lengths=(), covariance_weight=1e-6), tiny_model(kind)
     plan = editor.plan(model, requests(), ("{}",), {}, None)
     run(model, editor, plan, model_moments(model, editor.modules(model)))
-    now = current_outputs(model, model.family.block(1), [texts[0] for texts in plan.texts])
+    now = current_outputs(ascent_of(model, plan.texts), 1, 1)
     assert float((plan.targets_ON - now).norm() / plan.residuals_ON.norm()) < 1e-3
 
 
@@ -148,12 +148,11 @@ def test_the_same_batch_twice_gives_the_same_bits(kind: Any) -> None:
 
 def test_a_large_batch_measures_the_keys_that_small_ones_do() -> None:
     model, editor = tiny_model("llama"), memit()
-    module = editor.modules(model)[1]
     texts = [subject_texts(model, request(index), CONTEXTS) for index in range(ROWS_AT_ONCE // 3 + 5)]
-    together = average_keys(model, module, texts, editor._context_weights)
+    together = average_keys(ascent_of(model, texts), 1, editor._context_weights)
     assert together.shape == (80, len(texts)) and together.dtype == torch.float64
     for index in (0, ROWS_AT_ONCE // 3, len(texts) - 1):
-        alone = average_keys(model, module, texts[index : index + 1], editor._context_weights)
+        alone = average_keys(ascent_of(model, texts[index : index + 1]), 1, editor._context_weights)
         assert torch.allclose(together[:, index], alone[:, 0], atol=1e-5)
 
 

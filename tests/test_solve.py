@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.linalg.recursive import WIDEST_FACTOR, Memory, memory_of, with_memory
+from editkit.linalg.recursive import FOLDED_COLUMNS, WIDEST_FACTOR, Memory, Prior, memory_of, with_memory
 from editkit.linalg.solve import least_squares
 from editkit.restraints.base import LeastSquares
 from tests.methods import moments_of, noise, second_moment
@@ -15,8 +15,8 @@ C = second_moment(SIZE, seed=1)
 EYE = torch.eye(SIZE, dtype=torch.float64)
 
 
-def prior(keys: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.solve(WEIGHT * C, keys)
+L = torch.linalg.cholesky(WEIGHT * C)
+prior = Prior(whiten=lambda keys: torch.linalg.solve(L, keys), unwhiten=lambda white: torch.linalg.solve(L.T, white))
 
 
 def problem(num_edits: int, *, seed: int = 2) -> LeastSquares:
@@ -55,6 +55,17 @@ def test_a_batch_of_one_is_romes_update_times_a_number_below_one() -> None:
     assert relative(Memory().solve(key, residual, prior).dense(), quadratic / (quadratic + WEIGHT) * rome) < 1e-12
 
 
+@pytest.mark.parametrize("num_edits", [1, 4])
+def test_without_lambda_the_residuals_are_met_exactly_by_the_update_of_least_whitened_norm(num_edits: int) -> None:
+    """The equality-constrained solution R (K^T C^-1 K)^-1 K^T C^-1 (EMMET, arXiv 2403.14236); for one edit that is ROME's."""
+    keys, residuals, weight = noise(SIZE, num_edits, seed=4), noise(ROWS, num_edits, seed=5), 1e-10
+    lower = torch.linalg.cholesky(weight * C)
+    tiny = Prior(whiten=lambda columns: torch.linalg.solve(lower, columns), unwhiten=lambda white: torch.linalg.solve(lower.T, white))
+    found, whitened = Memory().solve(keys, residuals, tiny).dense(), torch.linalg.solve(C, keys)
+    assert relative(found, residuals @ torch.linalg.inv(keys.T @ whitened) @ whitened.T) < 1e-8
+    assert relative(found @ keys, residuals) < 1e-8
+
+
 def sequence(num_batches: int, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys, and the residuals as they stand on the unedited matrix."""
     return [(noise(SIZE, batch_size, seed=10 + 2 * step), noise(ROWS, batch_size, seed=11 + 2 * step)) for step in range(num_batches)]
@@ -77,44 +88,47 @@ def test_a_sequence_of_batches_reaches_what_one_batch_reaches(num_batches: int, 
     assert relative(edited, all_residuals @ all_keys.T @ torch.linalg.inv(WEIGHT * C + all_keys @ all_keys.T)) < 1e-10
 
 
-def test_the_memory_is_the_inverse_of_prior_plus_keys_in_both_of_its_forms() -> None:
+def test_the_memory_is_the_inverse_of_prior_plus_keys_in_all_of_its_forms() -> None:
     memory, inverse_of = Memory(), WEIGHT * C
     forms = set()
-    for keys, _ in sequence(30, 1):
+    for keys, _ in sequence(100, 1):
         memory, inverse_of = memory.plus(keys, prior), inverse_of + keys @ keys.T
         assert relative(memory.inverse_times(EYE, prior), torch.linalg.inv(inverse_of)) < 1e-11
-        forms.add(memory.factor_IR is None)
-    assert forms == {False, True}
+        forms.add((memory.factor_JR is None, memory.base_JJ is None))
+    assert forms == {(False, True), (True, False), (False, False)}, "a factor alone, a matrix alone, both"
 
 
 def test_the_memory_stops_growing() -> None:
     memory, sizes = Memory(), []
-    for keys, _ in sequence(60, 1):
+    for keys, _ in sequence(150, 1):
         memory = memory.plus(keys, prior)
-        sizes.append(sum(tensor.numel() for tensor in (memory.factor_IR, memory.inverse_II) if tensor is not None))
-    assert max(sizes) == sizes[-1] == SIZE**2
+        sizes.append(sum(tensor.numel() for tensor in (memory.factor_JR, memory.base_JJ) if tensor is not None))
     assert sizes[:3] == [SIZE, 2 * SIZE, 3 * SIZE]
     assert int(WIDEST_FACTOR * SIZE) == sum(size < SIZE**2 for size in sizes)
+    assert min(sizes[20:]) == SIZE**2
+    assert max(sizes) == SIZE**2 + FOLDED_COLUMNS * SIZE
 
 
 def test_a_memory_is_a_value() -> None:
     first = Memory().plus(noise(SIZE, 7, seed=1), prior)
     for memory in (Memory(), Memory().plus(noise(SIZE, 2, seed=1), prior), first):
-        kept = [None if tensor is None else tensor.clone() for tensor in (memory.factor_IR, memory.inverse_II)]
+        kept = [None if tensor is None else tensor.clone() for tensor in (memory.factor_JR, memory.base_JJ)]
         memory.plus(noise(SIZE, 3, seed=2), prior)
-        for before, after in zip(kept, (memory.factor_IR, memory.inverse_II), strict=True):
+        for before, after in zip(kept, (memory.factor_JR, memory.base_JJ), strict=True):
             assert (before is None and after is None) or torch.equal(before, after)
 
 
 def test_a_memory_survives_its_state_and_leaves_that_of_others_alone() -> None:
     state = {"other.factor": EYE, "m.basis": EYE}
-    for count in (2, 9):
-        memory = Memory().plus(noise(SIZE, count, seed=3), prior)
+    for counts in ((2,), (9,), (9, 2)):
+        memory = Memory()
+        for seed, count in enumerate(counts):
+            memory = memory.plus(noise(SIZE, count, seed=seed), prior)
         state = with_memory(state, "m", memory)
         assert torch.equal(memory_of(state, "m").inverse_times(EYE, prior), memory.inverse_times(EYE, prior))
-        assert set(state) - {"m.factor", "m.inverse"} == {"other.factor", "m.basis"}
-        assert len(state) == 3
-    assert torch.equal(memory_of({}, "m").inverse_times(EYE, prior), prior(EYE))
+        assert set(state) - {"m.factor", "m.base"} == {"other.factor", "m.basis"}
+        assert len(state) == 2 + len(counts)
+    assert relative(memory_of({}, "m").inverse_times(EYE, prior), torch.linalg.inv(WEIGHT * C)) < 1e-12
 
 
 @pytest.mark.parametrize("num_before", [0, 2, 9])
@@ -145,9 +159,10 @@ def test_alphaedits_three_forms_agree() -> None:
     eye = torch.eye(basis.shape[1], dtype=torch.float64)
     coordinates = (basis @ torch.linalg.inv(inside @ inside.T + l2 * eye) @ basis.T @ keys @ residuals.T).T
 
-    def null_space(of: torch.Tensor) -> torch.Tensor:
-        return projector @ of / l2
+    def project(columns: torch.Tensor) -> torch.Tensor:
+        return projector @ columns / l2**0.5
 
+    null_space = Prior(whiten=project, unwhiten=project)
     for memory in (Memory().plus(earlier, null_space), Memory().plus(earlier[:, :2], null_space).plus(earlier[:, 2:], null_space)):
         found = memory.solve(keys, residuals, null_space).dense()
         assert relative(found, published) < 1e-12

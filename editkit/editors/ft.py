@@ -12,6 +12,13 @@ Adam moves dW alone; after each step its entries are clipped to +- `norm_constra
 weights at the call, not around W_0. A batch is one loss, the mean over its requests; published code goes through it in chunks. With
 several layers all matrices move together. The update is dense.
 
+`l1` and `l2` add an elastic net on the update, summed over the matrices,
+
+    loss + l1 * sum |dW| + l2 * |dW|_F^2                                           Xu et al. 2025 (EAC, arXiv 2503.00035), appendix E
+
+its plain form: EAC's weights are saliencies of a target vector's coordinates, and FT searches for none. The equation was not checked
+against the appendix, and no numbers of it are known here: 0, no net, is the default. `stop_loss` is compared with the whole sum.
+
 Shape letters: O d_out, I d_in, B requests, T tokens, M (request, position) pairs, V vocabulary.
 """
 
@@ -62,6 +69,8 @@ class Ft(AbstractEditor):
     lr: float
     norm_constraint: float | None  # bound of |dW|, entry by entry; None: no bound
     stop_loss: float  # no further step is made below it
+    l1: float  # of the elastic net on dW; 0: none
+    l2: float
 
     def __post_init__(self) -> None:
         problems = [
@@ -71,6 +80,11 @@ class Ft(AbstractEditor):
             problems.append(f"editor.layers: at least one layer, each once - got {list(self.layers)}.")
         if self.norm_constraint is not None and not self.norm_constraint > 0:
             problems.append(f"editor.norm_constraint must be positive, or null for no bound - got {self.norm_constraint}.")
+        problems += [
+            f"editor.{name} must not be negative, 0 for none - got {getattr(self, name)}."
+            for name in ("l1", "l2")
+            if not 0 <= getattr(self, name) < math.inf
+        ]
         if problems:
             raise ConfigError(problems)
 
@@ -116,6 +130,10 @@ class Ft(AbstractEditor):
                     added.enter_context(add_to_matrix(model, module, update_OI))
                 log_p_B = log_probability()
                 loss = -log_p_B.mean()
+                if self.l1 or self.l2:
+                    loss = loss + sum(
+                        self.l1 * update_OI.abs().sum() + self.l2 * update_OI.square().sum() for update_OI in updates.values()
+                    )
             value = loss.item()
             before = log_p_B.detach() if before is None else before
             # Taken before each step and once behind the last, so that it belongs to the updates that are returned.

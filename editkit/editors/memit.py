@@ -15,7 +15,7 @@ the clean key has weight 1/2 and each other 1/10. Differs from the authors' code
 `spread: published_code` is for D4S, whose code measures T once, before the first layer, and divides by L - i all the same: five layers
 then write 1/5 + 1/4 + 1/3 + 1/2 + 1 = 2.28 T.
 
-Shape letters: O d_out, I d_in, N requests, C contexts, M rows of a forward pass.
+Shape letters: O d_out, I d_in, N requests, C contexts, M texts.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from editkit.editors.base import AbstractEditor, Plan, Solve
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.model.capture import capture
+from editkit.model.ascent import Ascent
 from editkit.model.contexts import sample_contexts
-from editkit.model.tokens import pad
 from editkit.restraints.base import AbstractObjectiveRestraint, LeastSquares, Place
-from editkit.targets.search import TargetSettings, locate, search_targets
+from editkit.targets.search import TargetSettings, search_targets
+from editkit.targets.sequences import locate
+from editkit.timing import measured
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class MemitPlan(Plan):
     targets_ON: torch.Tensor  # z, float32
     residuals_ON: torch.Tensor  # T before the first layer: the delta of the search
     texts: tuple[tuple[Text, ...], ...]  # by request, then by context, the bare prompt first
+    ascent: Ascent  # of all these texts in a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +112,15 @@ class Memit(AbstractEditor):
     ) -> MemitPlan:
         """Searches z for every request, all on the weights as they are before the batch."""
         targets = search_targets(model, requests, site=self._site(model), contexts=contexts, settings=self.target, objective=objective)
+        texts = tuple(subject_texts(model, request, contexts) for request in requests)
         wanted = {"probability_before": "probability_before", "probability_after": "probability_after", "steps": "updates", "loss": "loss"}
         return MemitPlan(
             summary={name: sum(getattr(target, field) for target in targets) / len(targets) for name, field in wanted.items()},
             nonfinite="loss" if any(target.nonfinite for target in targets) else None,
             targets_ON=torch.stack([target.vector_O for target in targets], dim=1),
             residuals_ON=torch.stack([target.delta_O for target in targets], dim=1),
-            texts=tuple(subject_texts(model, request, contexts) for request in requests),
+            texts=texts,
+            ascent=ascent_of(model, texts),
         )
 
     def propose(
@@ -131,13 +135,16 @@ class Memit(AbstractEditor):
     ) -> Update:
         assert isinstance(plan, MemitPlan)
         index = self.modules(model).index(module)
+        with measured("keys"):
+            keys_IN = average_keys(plan.ascent, self.layers[index], self._context_weights)
         missing_ON = plan.residuals_ON  # before the first layer nothing was written yet
         if index > 0 and self.spread == "recomputed":
-            missing_ON = plan.targets_ON - current_outputs(model, self._site(model), [texts[0] for texts in plan.texts])
+            with measured("residual"):
+                missing_ON = plan.targets_ON - current_outputs(plan.ascent, self.layers[-1], len(plan.texts[0]))
         return solve(
             LeastSquares(
                 module=module,
-                keys_IN=average_keys(model, module, plan.texts, self._context_weights),
+                keys_IN=keys_IN,
                 residuals_ON=missing_ON / (len(self.layers) - index),
                 weight=self.covariance_weight,
             )
@@ -163,28 +170,20 @@ def subject_texts(model: EditableModel, request: EditRequest, contexts: Sequence
     return tuple(sequence.ids[: position + 1] for sequence, position in zip(encoded, positions, strict=True))
 
 
-def average_keys(model: EditableModel, module: str, texts: Sequence[Sequence[Text]], weights: Sequence[float]) -> torch.Tensor:
-    """(I, N) float64: what goes into a module at the end of each request's texts, averaged with the contexts' weights."""
-    keys_MI = _at_ends(model, [text for of_request in texts for text in of_request], module=module, side="inputs")
+def ascent_of(model: EditableModel, texts: Sequence[Sequence[Text]]) -> Ascent:
+    """All texts, request by request, in passes that hold whole requests."""
+    num_contexts = len(texts[0])
+    rows_at_once = max(ROWS_AT_ONCE // num_contexts, 1) * num_contexts
+    return Ascent(model, [text for of_request in texts for text in of_request], rows_at_once=rows_at_once)
+
+
+def average_keys(ascent: Ascent, layer: int, weights: Sequence[float]) -> torch.Tensor:
+    """(I, N) float64: what goes into a layer's down projection at the end of each request's texts, averaged with the contexts' weights."""
+    keys_MI = ascent.keys(layer)
     weights_C = torch.tensor(weights, dtype=torch.float64, device=keys_MI.device)
-    return torch.einsum("nci,c->in", keys_MI.double().unflatten(0, (len(texts), len(weights))), weights_C)
+    return torch.einsum("nci,c->in", keys_MI.double().unflatten(0, (-1, len(weights))), weights_C)
 
 
-def current_outputs(model: EditableModel, module: str, texts: Sequence[Text]) -> torch.Tensor:
-    """(O, N) float32: what comes out of a module at the end of each text."""
-    return _at_ends(model, texts, module=module, side="outputs").float().T
-
-
-def _at_ends(model: EditableModel, texts: Sequence[Text], *, module: str, side: Literal["inputs", "outputs"]) -> torch.Tensor:
-    """(M, width): the input or output of a module at each text's last token; the passes stop there."""
-    found = []
-    for start in range(0, len(texts), ROWS_AT_ONCE):
-        rows = texts[start : start + ROWS_AT_ONCE]
-        batch = pad(rows, device=model.device)
-        wanted = capture(model, inputs=[module]) if side == "inputs" else capture(model, outputs=[module])
-        with torch.no_grad(), wanted as captured:
-            model.final_hidden(batch)
-        columns_M = batch.columns([len(text) - 1 for text in rows])
-        through_MTX = (captured.inputs if side == "inputs" else captured.outputs)[module]
-        found.append(through_MTX[torch.arange(len(rows), device=model.device), columns_M])
-    return torch.cat(found)
+def current_outputs(ascent: Ascent, layer: int, num_contexts: int) -> torch.Tensor:
+    """(O, N) float32: what comes out of a block at the end of each request's bare prompt."""
+    return ascent.every(num_contexts).outputs(layer).float().T

@@ -28,7 +28,9 @@ from editkit.model.capture import capture
 from editkit.model.contexts import sample_contexts
 from editkit.model.tokens import pad
 from editkit.restraints.base import AbstractObjectiveRestraint, Place
-from editkit.targets.search import Target, TargetSettings, locate, search_target
+from editkit.targets.search import Target, TargetSettings, search_target
+from editkit.targets.sequences import locate
+from editkit.timing import measured
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
@@ -118,7 +120,8 @@ class Rome(AbstractEditor):
     ) -> LowRank:
         assert isinstance(plan, RomePlan)
         contexts = plan.contexts[:1] if self.keys == "clean" else plan.contexts
-        keys_CI, outputs_CO = keys_and_outputs(model, _only(requests), module=module, contexts=contexts)
+        with measured("keys"):
+            keys_CI, outputs_CO = keys_and_outputs(model, _only(requests), module=module, contexts=contexts)
         key_I = keys_CI.mean(dim=0)
         direction_I = moments.inverse_times(module, key_I[:, None])[:, 0] if self.covariance else key_I
         direction_I = direction_I / torch.linalg.vector_norm(direction_I)

@@ -6,29 +6,32 @@ earlier edits,
 
     D = R K^T P ((G + K K^T) P + l2 I)^-1 = R (I + K^T A^-1 K)^-1 K^T A^-1      A^-1 = P (P G P + l2 I)^-1 P
 
-The right-hand side needs no I x I system: A^-1 begins as P / l2 and gains K by K, as in `editkit.linalg.recursive`.
+The right-hand side needs no I x I system: A^-1 begins as P / l2 and gains K by K, as in `editkit.linalg.recursive`, in the coordinates of
+the null space where its basis is what is kept.
 
 The authors' code measures the keys for G again after each batch. They are those that were solved for: what enters a matrix depends on the
 matrices below it alone, and MEMIT writes from below, each layer's keys being measured after the layers under it were written. So nothing is
 measured twice here. The editor's weight on C has no part in this.
 
-Differs from the authors' code: float64 throughout (they solve a system that is not symmetric in float32), the eigenvectors come from the
+Differs from the authors' code: float64 by default (they solve a system that is not symmetric in float32), the eigenvectors come from the
 second moments that belong to the model at hand, and the history is a run's own, not a process's.
 
-Memory: at most I x I / 2 x 8 bytes a matrix for the null space or its complement, and the history as for D4S. Before the first edit one
-eigendecomposition a matrix.
+Memory: at most I x I / 2 x 8 bytes a matrix for the null space or its complement, and the history as for D4S, with R for I where the
+null space is the smaller of the two; half of it all with `solve.dtype=float32`. Before the first edit one eigendecomposition a matrix, in
+float64.
 
-Shape letters: O d_out, I d_in, N edits of a batch, R dimensions of the null space or its complement, whichever has fewer.
+Shape letters: I d_in, N edits of a batch, R dimensions of the null space or its complement, whichever has fewer.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.linalg.recursive import Prior, memory_of, with_memory
+from editkit.linalg.recursive import Prior, memory_of, times, with_memory
 from editkit.restraints.base import AbstractSolveRestraint, LeastSquares
 
 if TYPE_CHECKING:
@@ -63,21 +66,21 @@ class AlphaEdit(AbstractSolveRestraint):
         """The null space of each matrix's keys, as a basis of it or of its complement. Raises ConfigError where there is none."""
         state: dict[str, torch.Tensor] = {}
         for module in moments.by_module:
-            state |= self._null_space(module, moments.second_moment(module))
+            state |= self._null_space(module, moments)
         return state
 
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:
-        """The update, solved in float64, given in the residuals' dtype. `problem.weight` is not used."""
+        """The update, given in the residuals' dtype. `problem.weight` is not used."""
         memory = memory_of(state, problem.module)
         return memory.solve(problem.keys_IN, problem.residuals_ON, self._prior(problem, state)).to(dtype=problem.residuals_ON.dtype)
 
     def observe(self, problem: LeastSquares, state: TensorState, moments: Moments) -> TensorState:
         """The keys that were solved for join the history."""
-        memory = memory_of(state, problem.module).plus(problem.keys_IN, self._prior(problem, state))
+        memory = memory_of(state, problem.module).plus(problem.keys_IN, self._prior(problem, state), dtype=moments.dtype)
         return with_memory(state, problem.module, memory)
 
-    def _null_space(self, module: str, moment_II: torch.Tensor) -> TensorState:
-        values_I, vectors_II = torch.linalg.eigh(moment_II)  # ascending
+    def _null_space(self, module: str, moments: Moments) -> TensorState:
+        values_I, vectors_II = torch.linalg.eigh(moments.second_moment(module))  # ascending
         limit = self.threshold * (float(values_I.mean()) if self.threshold_unit == "relative" else 1.0)
         size, inside = len(values_I), int((values_I < limit).sum())
         if inside == 0:
@@ -86,17 +89,23 @@ class AlphaEdit(AbstractSolveRestraint):
                 f"{float(values_I[0]):.3g} to {float(values_I[-1]):.3g} - raise it, or set threshold_unit=relative."
             )
         if 2 * inside <= size:
-            return {f"{module}.null_space": vectors_II[:, :inside].clone()}
-        return {f"{module}.complement": vectors_II[:, inside:].clone()}
+            name, basis_IR = "null_space", vectors_II[:, :inside]
+        else:
+            name, basis_IR = "complement", vectors_II[:, inside:]
+        return {f"{module}.{name}": basis_IR.to(getattr(torch, moments.dtype), memory_format=torch.contiguous_format, copy=True)}
 
     def _prior(self, problem: LeastSquares, state: TensorState) -> Prior:
-        """keys -> P keys / l2."""
-        is_complement = f"{problem.module}.complement" in state
-        basis_IR = state[f"{problem.module}.{'complement' if is_complement else 'null_space'}"]
+        """P / l2: T is U_0^T / sqrt(l2) by the basis, or P / sqrt(l2) by the complement's."""
+        root = math.sqrt(self.l2)
+        if (basis_IR := state.get(f"{problem.module}.null_space")) is not None:
+            return Prior(
+                whiten=lambda keys_IN: times(basis_IR.T.to(keys_IN.device), keys_IN) / root,
+                unwhiten=lambda white_RN: times(basis_IR.to(white_RN.device), white_RN) / root,
+            )
+        complement_IR = state[f"{problem.module}.complement"]
 
-        def prior(keys_IN: torch.Tensor) -> torch.Tensor:
-            on_device_IR = basis_IR.to(keys_IN)
-            image_IN = on_device_IR @ (on_device_IR.T @ keys_IN)
-            return (keys_IN - image_IN if is_complement else image_IN) / self.l2
+        def project(keys_IN: torch.Tensor) -> torch.Tensor:
+            on_device_IR = complement_IR.to(keys_IN.device)
+            return (keys_IN - times(on_device_IR, times(on_device_IR.T, keys_IN))) / root
 
-        return prior
+        return Prior(whiten=project, unwhiten=project)

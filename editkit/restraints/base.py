@@ -11,7 +11,7 @@ Shape letters: O d_out, I d_in, N edits of a batch.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -46,9 +46,10 @@ class AbstractObjectiveRestraint(AbstractRestraint):
         return "objective"
 
     @abc.abstractmethod
-    def search(self, problem: TargetProblem, *, request_id: str, site: Literal["mlp", "block"]) -> Descent:
-        """The descent whose delta is the answer; with nothing to restrain, `problem.descend(updates=problem.settings.steps - 1)`.
+    def search(self, problem: TargetProblem, *, request_ids: Sequence[str], site: Literal["mlp", "block"]) -> Descent:
+        """The descent whose deltas are the answer; with nothing to restrain, `problem.descend(updates=problem.settings.steps - 1)`.
 
+        The problem is that of all these requests together, each for itself: a request must not depend on who else is in its batch.
         `site` says whose output delta is added to: an MLP's, as ROME wants it, or a whole block's, as MEMIT does.
         """
 

@@ -5,14 +5,15 @@ Huang et al. 2024, "Reasons and Solutions for the Decline in Model Performance a
 whole sequence, from two sums whose size does not depend on its length.
 
 Here residuals are measured on the model as it is, and so the same matrix is reached by adding R K^T (lambda C + G)^-1 to what is there
-(the proof is in `editkit.linalg.recursive`): the first sum is the current matrix itself, and of the second only the inverse is kept.
+(the proof is in `editkit.linalg.recursive`): the first sum is the current matrix itself, and of the second only the inverse is kept, in
+coordinates in which common text's keys are white.
 
 Differs from the authors' code: it restores W_0 after every edit and adds the whole solution again, for I^3 operations an edit; there the
 residual is the one at W_0, here that of the edited model, for which the target was searched; and it measures the residual once for all
 layers, which writes it 2.28 times for five layers. The last is the editor's to choose: `editor.spread=published_code`.
 
-Memory: I x I x 8 bytes a matrix at most (0.33 GB at GPT-2 XL, 1.6 GB at LLaMA-3-8B), I x 8 bytes an edit until a quarter of that is
-reached.
+Memory: I x I x 8 bytes a matrix (0.33 GB at GPT-2 XL, 1.6 GB at LLaMA-3-8B) and 32 columns, I x 8 bytes an edit until a quarter of that
+is reached; half of it with `solve.dtype=float32`.
 
 Shape letters: O d_out, I d_in, N edits of a batch.
 """
@@ -44,11 +45,11 @@ class D4S(AbstractSolveRestraint):
         return {}
 
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:
-        """R K^T (lambda C + G)^-1, G with these keys in it; solved in float64, given in the residuals' dtype."""
+        """R K^T (lambda C + G)^-1, G with these keys in it, given in the residuals' dtype."""
         memory = memory_of(state, problem.module)
         return memory.solve(problem.keys_IN, problem.residuals_ON, weighted(problem, moments)).to(dtype=problem.residuals_ON.dtype)
 
     def observe(self, problem: LeastSquares, state: TensorState, moments: Moments) -> TensorState:
         """The keys that were solved for join the history; they are not measured again, as in the authors' code."""
-        memory = memory_of(state, problem.module).plus(problem.keys_IN, weighted(problem, moments))
+        memory = memory_of(state, problem.module).plus(problem.keys_IN, weighted(problem, moments), dtype=moments.dtype)
         return with_memory(state, problem.module, memory)

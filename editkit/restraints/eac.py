@@ -20,14 +20,14 @@ So ROME's update differs from that of delta = 0 in the anchors' rows of the matr
     ROME     20 % of the coordinates; retraining goes on from delta at the anchors; the l1 term is computed and shown, but not added
     MEMIT    5 % of them; retraining starts from zero and takes 15 updates; the l1 term is added
 
-Shape letters: O width of the target vector.
+Shape letters: N requests, K those of them that still go on, O width of the target vector.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -35,7 +35,7 @@ from editkit.lazy import torch
 from editkit.restraints.base import AbstractObjectiveRestraint
 
 if TYPE_CHECKING:
-    from editkit.targets.descent import Descent, TargetProblem
+    from editkit.targets.descent import Descent, Penalty, TargetProblem
 
 Variant = Literal["paper", "published_code"]
 Unit = Literal["absolute", "relative"]
@@ -95,19 +95,18 @@ class Eac(AbstractObjectiveRestraint):
         if problems:
             raise ValueError("; ".join(problems))
 
-    def search(self, problem: TargetProblem, *, request_id: str, site: Literal["mlp", "block"]) -> Descent:
-        """Both descents; the first alone where it never moved, or met a number that is not finite."""
-        numbers = self.numbers(len(problem.initial_O), site)
+    def search(self, problem: TargetProblem, *, request_ids: Sequence[str], site: Literal["mlp", "block"]) -> Descent:
+        """Both descents; for a request that never moved in the first, or met a number that is not finite, the first alone."""
+        numbers = self.numbers(problem.initial_NO.shape[1], site)
         first = problem.descend(updates=numbers.updates_search, final_loss=False)
-        if first.nonfinite or first.updates == 0:
-            return first
-        anchors_O = top(self.scores(first, request_id), numbers.num_anchors)
+        anchors_NO = top(self.scores(first, request_ids), numbers.num_anchors)
         return problem.descend(
             updates=numbers.updates_retrain,
             after=first,
-            start_O=torch.zeros_like(first.delta_O) if numbers.from_zero else first.delta_O.masked_fill(~anchors_O, 0.0),
-            free_O=anchors_O,
-            penalty=self.penalty(first, numbers, problem.initial_O) if self.elastic_net else None,
+            among_N=first.is_finite_N & (first.updates_N > 0),
+            start_NO=torch.zeros_like(first.delta_NO) if numbers.from_zero else first.delta_NO.masked_fill(~anchors_NO, 0.0),
+            free_NO=anchors_NO,
+            penalty=self.penalty(first, numbers, problem.initial_NO) if self.elastic_net else None,
         )
 
     def numbers(self, size: int, site: Literal["mlp", "block"]) -> Numbers:
@@ -124,28 +123,37 @@ class Eac(AbstractObjectiveRestraint):
             l2=self.l2 if is_paper else 0.0,
         )
 
-    def scores(self, first: Descent, request_id: str) -> torch.Tensor:
-        """What the anchors are chosen by, (O,)."""
+    def scores(self, first: Descent, request_ids: Sequence[str]) -> torch.Tensor:
+        """What the anchors are chosen by, (N, O)."""
         if self.selector == "random":
-            digest = hashlib.sha256(f"{self.seed}/{request_id}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # of its own: nothing global is drawn from
-            return torch.rand(len(first.delta_O), generator=generator).to(first.delta_O.device)
-        chosen = {"saliency": saliency(first), "gradient": first.mean_gradient_O.abs(), "magnitude": first.delta_O.abs()}
+            rows = []
+            for request_id in request_ids:
+                digest = hashlib.sha256(f"{self.seed}/{request_id}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # of its own: nothing global is drawn from
+                rows.append(torch.rand(first.delta_NO.shape[1], generator=generator))
+            return torch.stack(rows).to(first.delta_NO.device)
+        chosen = {"saliency": saliency(first), "gradient": first.mean_gradient_NO.abs(), "magnitude": first.delta_NO.abs()}
         return chosen[self.selector]
 
-    def penalty(self, first: Descent, numbers: Numbers, initial_O: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The scored elastic net, of delta. Its weights are the saliency's whatever chose the anchors, and 1 with saliency=false."""
-        weights_O = 1 / (saliency(first) + self.epsilon) if self.saliency else torch.ones_like(first.delta_O)
-        unit = initial_O.square().sum() if self.l2_unit == "relative" else 1.0
-        return lambda delta_O: numbers.l1 * (weights_O * delta_O.abs()).sum() + numbers.l2 * delta_O.square().sum() / unit
+    def penalty(self, first: Descent, numbers: Numbers, initial_NO: torch.Tensor) -> Penalty:
+        """The scored elastic net, of the deltas of some requests. Its weights are the saliency's whatever chose the anchors, and 1 with
+        saliency=false."""
+        weights_NO = 1 / (saliency(first) + self.epsilon) if self.saliency else torch.ones_like(first.delta_NO)
+        unit_N = initial_NO.square().sum(dim=1) if self.l2_unit == "relative" else torch.ones_like(first.loss_N)
+
+        def net(delta_KO: torch.Tensor, ids_K: torch.Tensor) -> torch.Tensor:
+            l1_K = (weights_NO[ids_K] * delta_KO.abs()).sum(dim=1)
+            return numbers.l1 * l1_K + numbers.l2 * delta_KO.square().sum(dim=1) / unit_N[ids_K]
+
+        return net
 
 
 def saliency(first: Descent) -> torch.Tensor:
-    """|mean gradient * delta|, (O,): how much of the loss a coordinate has to do with, to first order."""
-    return (first.mean_gradient_O * first.delta_O).abs()
+    """|mean gradient * delta|, (N, O): how much of the loss a coordinate has to do with, to first order."""
+    return (first.mean_gradient_NO * first.delta_NO).abs()
 
 
-def top(scores_O: torch.Tensor, count: int) -> torch.Tensor:
-    """True at the `count` largest scores; among equals, at the first."""
-    order_O = scores_O.argsort(descending=True, stable=True)
-    return torch.zeros_like(scores_O, dtype=torch.bool).index_fill(0, order_O[:count], True)
+def top(scores_NO: torch.Tensor, count: int) -> torch.Tensor:
+    """True at the `count` largest scores of each row; among equals, at the first."""
+    order_NO = scores_NO.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores_NO, dtype=torch.bool).scatter(-1, order_NO[..., :count], True)
