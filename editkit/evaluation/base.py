@@ -1,4 +1,4 @@
-"""The evaluator's interface, and how scores become measurements.
+"""The evaluator's interface, and what it measures.
 
 Probabilities, accuracies and ROUGE are in [0, 1], log-probabilities in nats. A score that is not finite counts as a failure and is counted
 apart: no record is ever dropped from a mean.
@@ -21,18 +21,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """An `EvalRecord` before it is known at which step, of which view and with which timing: the other fields are the same."""
+    """An `EvalRecord` before it is known at which step and of which view: the other fields are the same."""
 
-    kind: str  # "editing", "downstream" or "language"
+    kind: str  # "editing", "downstream", "language", or "comparison" (of a task with the unedited model)
     metric: str
     value: float | None  # None: not finite
     stderr: float | None  # sample standard deviation of the n scores over sqrt(n); None for a single one and for what is no mean
-    n: int  # how many scores were averaged: requests or items
+    n: int  # how many scores were averaged: requests, prompts or items
     nonfinite: int = 0  # how many of them came from numbers that are not finite
+    low: float | None = None  # bootstrap confidence interval, where one was asked for
+    high: float | None = None
     protocol: str | None = None
+    timing: str | None = None  # None: that of the moment, "before" or "milestone"
     suite: str | None = None
     task: str | None = None
-    task_version: int | None = None
+    task_version: float | None = None
+    cut: int | None = None  # how many of the items had a prompt longer than the model's positions, which lost its beginning
+    variant: str | None = None  # how this number differs from what its name says: "published code: the gold rationale is in the prompt"
+    block: str | None = None  # "1-50": these edits alone, as they are counted from 1
+    subset: str | None = None  # "known_before", "unknown_before" or "succeeded": these requests alone
+    aggregation: str | None = None  # what n counts: "request" or "prompt"
+    context: str | None = None  # what every prompt stood in, "{}" for the prompt alone
+    max_new_tokens: int | None = None  # where a free generation was cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +53,20 @@ class Samples:
     rows: tuple[Mapping[str, Any], ...]  # plain JSON values
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """When an evaluator is asked, and about which of the run's edits."""
+
+    view: str
+    positions: tuple[int, ...]  # of the requests among the run's edits, counted from 1
+    is_before: bool = False  # the unedited model, on the edits to come
+
+
 class AbstractEvaluator(abc.ABC):
     """Something that measures a model. Concrete evaluators are frozen dataclasses: their fields are the options."""
 
     @abc.abstractmethod
-    def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> dict[str, torch.Tensor]:
+    def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> Mapping[str, torch.Tensor]:
         """What the unedited model answers: computed once at step 0 for all requests of the run, and kept in its state."""
 
     @abc.abstractmethod
@@ -58,6 +77,36 @@ class AbstractEvaluator(abc.ABC):
 
         Samples, which may come among the measurements, are what a reader of the numbers would want to look at.
         """
+
+
+class AbstractEditEvaluator(AbstractEvaluator):
+    """One that judges the edits themselves, so that it matters when each of them was made."""
+
+    @abc.abstractmethod
+    def measure(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+    ) -> Sequence[Measurement | Samples]:
+        """`evaluate` with the moment known: blocks of edits, and what was noted right after each edit, can be told."""
+
+    @abc.abstractmethod
+    def note(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+    ) -> Mapping[str, torch.Tensor]:
+        """The baseline with the scores of requests that were edited in just now: each request once a view, in the order of edits."""
+
+    @abc.abstractmethod
+    def noted(self, baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str) -> Sequence[Measurement]:
+        """The noted scores of the moment's requests as measurements; the model is not asked again."""
+
+
+class AbstractSuite(AbstractEvaluator):
+    """Tasks that stand for general abilities: an evaluator with data of its own, which is looked for before anything else is done."""
+
+    every: int  # it measures at every so many milestones, always at the first and at the last
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Reads every task's data. Raises ConfigError with the task, where its data was looked for and what to do; all tasks at once."""
 
 
 def mean_and_stderr(scores: Sequence[float]) -> tuple[float | None, float | None]:

@@ -1,205 +1,266 @@
-"""How well edits took: the protocols `probability` and `argmax`, from one pass of the scoring engine.
+"""How well edits took, held, and left alone what they should: one pass of the model for all protocols, and what they make of it.
 
-probability  (Meng et al. 2022, arXiv 2202.05262, section 3.4; PRUNE, arXiv 2405.16821, section 5.1) P is the length-normalised probability
-             exp(mean log-prob of the target's tokens). Efficacy: P(target) > P(old target) after the prompt; generalization: the same after
-             the paraphrases; locality: P(true answer) > P(target) after the neighbours; score: their harmonic mean; a `_magnitude` is the
-             mean difference of the two P, in [-1, 1].
-argmax       teacher-forced. Efficacy, generalization, portability: every token of the target is the greedy choice. Locality: at the
-             positions of a neighbour's answer the greedy tokens are those of the unedited model, frozen at step 0.
+A request's score is the mean over its prompts, a metric the mean over requests (or over prompts, `aggregation`). A metric for which no
+request has a prompt is left out. Beside the metrics over all requests there are, marked as such:
 
-A request's score is the mean over its prompts, a metric the mean over requests: n counts requests, and the standard error is over requests.
-A metric for which no request has a prompt is left out.
+blocks            the same for blocks of consecutive edits: how each holds while others follow (D4S, arXiv 2410.02433, Figures 4 and 8)
+succeeded         locality on the requests whose edit took by the same protocol: doing nothing leaves all as it was, and is no merit
+known_before      the metrics on requests that the unedited model passed already, and unknown_before on the others
+immediate         the scores right after each request's own edit
+forgetting        in the metric's name: the mean of what each request has lost since then
+
+What the unedited model answers is frozen at step 0, and its scores with it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import AbstractEvaluator, Measurement, harmonic_mean, mean_and_stderr
-from editkit.evaluation.scoring import Score, score
+from editkit.evaluation import breakdown
+from editkit.evaluation.argmax import Argmax
+from editkit.evaluation.base import AbstractEditEvaluator, AbstractEvaluator, Measurement, Moment, Samples
+from editkit.evaluation.continuation import continue_greedily
+from editkit.evaluation.distribution import Distribution
+from editkit.evaluation.fluency import Fluency
+from editkit.evaluation.frozen_text import from_bytes, to_bytes
+from editkit.evaluation.generate import Generate
+from editkit.evaluation.language import Perplexity
+from editkit.evaluation.probability import Probability
+from editkit.evaluation.protocol import AbstractProtocol, Questions, Said, Verdicts, in_context
+from editkit.evaluation.scoring import Asks, score
+from editkit.evaluation.tally import Aggregation, Judged, Metric, Statistics, as_rows, from_rows
+from editkit.evaluation.thresholds import Thresholds
+from editkit.evaluation.token import Token
 from editkit.lazy import torch
+from editkit.model.tokens import PLACE
 from editkit.types import EditRequest, Probe
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-Protocol = Literal["probability", "argmax"]
-Scores = Mapping[Probe, Score]
-Frozen = Mapping[str, Sequence[int]]  # request id -> the unedited model's greedy tokens at its neighbours' answers, one after another
+Protocol = Literal["probability", "argmax", "token", "generate", "distribution"]
+Timing = Literal["milestone", "immediate", "final"]
+BEFORE, NOTED, IDS = "before", "noted", "ids"
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """One prompt's contribution: in [0, 1], or a difference of probabilities for a magnitude."""
+@dataclass(frozen=True, kw_only=True)
+class EditingEvaluator(AbstractEditEvaluator):
+    """The chosen protocols over the same answers: no prompt runs twice for two protocols."""
 
-    value: float
-    is_finite: bool = True
+    protocols: tuple[Protocol, ...]
+    tokens_per_batch: int
+    timings: tuple[Timing, ...] = ("milestone",)
+    max_requests: int | None = None  # at a milestone; a seeded sample of the edits so far, None: all of them
+    block_size: int | None = None  # edits; None: no blocks
+    aggregation: Aggregation = "request"
+    bootstrap: int = 0  # resamples for 95 % confidence intervals; 0: none
+    context: str = PLACE  # what every prompt is put into
+    attribute_prompts: bool = False  # ask CounterFact's, which double its prompts
+    generate: Generate = field(default_factory=Generate)
+    distribution: Distribution = field(default_factory=Distribution)
+    fluency: Fluency = field(default_factory=lambda: Fluency(limit=0, max_tokens=100, top_k=5, seed=0))
+    perplexity: Perplexity = field(default_factory=lambda: Perplexity(path=None, max_tokens=None, window=512))
+    thresholds: Thresholds = field(default_factory=Thresholds)  # read by reports alone
 
+    def __post_init__(self) -> None:
+        problems = []
+        for key, chosen, allowed in (("protocols", self.protocols, Protocol), ("timings", self.timings, Timing)):
+            options = get_args(allowed)
+            problems += [f"evaluation.{key}: {name!r} - allowed: {', '.join(options)}" for name in chosen if name not in options]
+        if self.context.count(PLACE) != 1:
+            problems.append(f"evaluation.context: {self.context!r} was given; exactly one {PLACE}, where the prompt goes, is needed.")
+        least = {"tokens_per_batch": (self.tokens_per_batch, 1), "max_requests": (self.max_requests, 1)}
+        least |= {"block_size": (self.block_size, 1), "bootstrap": (self.bootstrap, 0)}
+        problems += [
+            f"evaluation.{key}: {value} was given; at least {limit} is needed."
+            for key, (value, limit) in least.items()
+            if value is not None and value < limit
+        ]
+        if problems:
+            raise ConfigError(problems)
 
-def _targets(request: EditRequest, prompts: Sequence[str]) -> list[tuple[Probe, Probe]]:
-    """(new target, old target) after each prompt; nothing where the request knows no old target."""
-    if request.target_old is None:
-        return []
-    return [(Probe(prompt=prompt, answer=request.target), Probe(prompt=prompt, answer=request.target_old)) for prompt in prompts]
+    def evaluators(self) -> dict[str, AbstractEvaluator]:
+        """What these options ask for, by the names under which a run keeps their baselines."""
+        found: dict[str, AbstractEvaluator] = {"editing": self} if self.protocols else {}
+        if self.fluency.limit != 0:
+            found["fluency"] = replace(self.fluency, tokens_per_batch=self.tokens_per_batch)
+        if self.perplexity.path is not None:
+            found["perplexity"] = replace(self.perplexity, tokens_per_batch=self.tokens_per_batch)
+        return found
 
+    # Asking
 
-def _neighbour_targets(request: EditRequest) -> list[tuple[Probe, Probe]]:
-    """(true answer, new target) after each neighbour; a neighbour whose true answer is the new target has nothing to be compared with."""
-    return [(probe, Probe(prompt=probe.prompt, answer=request.target)) for probe in request.neighbours if probe.answer != request.target]
+    def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> dict[str, torch.Tensor]:
+        """What each protocol freezes of each request, the scores before the first edit, and whose they are."""
+        if not self.protocols:
+            return {}
+        # Everything is asked, as later on: the same batches give the same bits, so that without an edit locality is exactly 1.
+        asked = self._questions(requests)
+        said = self._ask(model, asked, None)
+        frozen = [{name: each for protocol in self._chosen() for name, each in protocol.freeze(one, said).items()} for one in asked]
+        found = {f"{name}/{one.request.id}": tensor for one, each in zip(asked, frozen, strict=True) for name, tensor in each.items()}
+        judged, _ = self._assess(asked, said, frozen)
+        return (
+            found | {_key(BEFORE, metric): as_rows(each) for metric, each in judged.items()} | {IDS: to_bytes([one.id for one in requests])}
+        )
 
+    def evaluate(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
+    ) -> list[Measurement | Samples]:
+        return self.measure(model, requests, baseline, Moment(view="", positions=tuple(range(1, len(requests) + 1))))
 
-# What should be more probable than what, by metric.
-_COMPARISONS: dict[str, Callable[[EditRequest], list[tuple[Probe, Probe]]]] = {
-    "efficacy": lambda request: _targets(request, [request.full_prompt]),
-    "generalization": lambda request: _targets(request, request.paraphrases),
-    "locality": _neighbour_targets,
-}
+    def measure(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+    ) -> list[Measurement | Samples]:
+        if not requests or not self.protocols:
+            return []
+        before = self._before(requests, baseline)
+        if moment.is_before:  # asked already
+            judged, samples = before, self._samples_before(requests, baseline)
+        else:
+            judged, samples = self._judge(model, requests, baseline)
+        noted = self._noted(baseline, moment)
+        found: list[Measurement | Samples] = [
+            *self._measurements(breakdown.everything(judged, self._statistics)),
+            *self._measurements(breakdown.blocks(judged, moment.positions, self.block_size, self._statistics)),
+        ]
+        if not moment.is_before:
+            found += self._measurements(breakdown.succeeded(judged, self._statistics))
+            found += self._measurements(breakdown.known_before(judged, before, self._statistics))
+        if noted:
+            found += self._measurements(breakdown.forgetting(judged, noted, self._statistics))
+            found += self._measurements(breakdown.everything(noted, self._statistics), timing="immediate")
+        return found + list(samples)
 
-# What should be answered greedily, by metric.
-_ANSWERS: dict[str, Callable[[EditRequest], list[Probe]]] = {
-    "efficacy": lambda request: [Probe(prompt=request.full_prompt, answer=request.target)],
-    "generalization": lambda request: [Probe(prompt=prompt, answer=request.target) for prompt in request.paraphrases],
-    "portability": lambda request: [probe for probes in request.portability.values() for probe in probes],
-}
+    def note(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+    ) -> dict[str, torch.Tensor]:
+        """Adds a row for each request, (edits so far, 4), under each metric; `moment.positions` go on where the last note ended."""
+        judged, _ = self._judge(model, requests, baseline)
+        past = {metric: baseline[_key(f"{NOTED}/{moment.view}", metric)] for metric in _metrics(baseline, f"{NOTED}/{moment.view}")}
+        num_past = moment.positions[0] - 1
+        found = dict(baseline)
+        for metric in (*past, *(metric for metric in judged if metric not in past)):
+            former_R4 = past.get(metric, torch.zeros(num_past, 4, dtype=torch.float64))
+            new_R4 = as_rows(judged[metric]) if metric in judged else torch.zeros(len(requests), 4, dtype=torch.float64)
+            assert len(former_R4) == num_past, "a batch was not noted"
+            found[_key(f"{NOTED}/{moment.view}", metric)] = torch.cat([former_R4, new_R4])
+        return found
+
+    def noted(self, baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str) -> list[Measurement]:
+        return list(self._measurements(breakdown.everything(self._noted(baseline, moment), self._statistics), timing=timing))
+
+    # What was asked before
+
+    def _before(self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]) -> Judged:
+        rows = {identifier: row for row, identifier in enumerate(from_bytes(baseline[IDS]))}
+        chosen = [rows[request.id] for request in requests]
+        return self._ordered({metric: from_rows(baseline[_key(BEFORE, metric)][chosen]) for metric in _metrics(baseline, BEFORE)})
+
+    def _noted(self, baseline: Mapping[str, torch.Tensor], moment: Moment) -> Judged:
+        chosen = [position - 1 for position in moment.positions]
+        where = f"{NOTED}/{moment.view}"
+        return self._ordered({metric: from_rows(baseline[_key(where, metric)][chosen]) for metric in _metrics(baseline, where)})
+
+    def _samples_before(self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]) -> Sequence[Samples]:
+        if "generate" not in self.protocols:
+            return ()
+        asked, frozen = self._questions(requests), self._frozen(requests, baseline)
+        texts = {text: said for each, one in zip(asked, frozen, strict=True) for text, said in self.generate.thaw(each, one).items()}
+        return _samples({"generate": self.generate.assess(asked, Said({}, texts), frozen)})
+
+    # Asking and judging
+
+    def _judge(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
+    ) -> tuple[Judged, Sequence[Samples]]:
+        asked, frozen = self._questions(requests), self._frozen(requests, baseline)
+        return self._assess(asked, self._ask(model, asked, frozen), frozen)
+
+    def _assess(
+        self, asked: Sequence[Questions], said: Said, frozen: Sequence[Mapping[str, torch.Tensor]]
+    ) -> tuple[Judged, Sequence[Samples]]:
+        verdicts = {protocol.name: protocol.assess(asked, said, frozen) for protocol in self._chosen()}
+        return self._ordered({metric: found for each in verdicts.values() for metric, found in each.judged.items()}), _samples(verdicts)
+
+    def _ask(self, model: EditableModel, asked: Sequence[Questions], frozen: Sequence[Mapping[str, torch.Tensor]] | None) -> Said:
+        chosen = self._chosen()
+        probes = [probe for each in asked for protocol in chosen for probe in protocol.probes(each)]
+        prompts = [prompt for each in asked for protocol in chosen for prompt in protocol.prompts(each)]
+        asks: Asks | None = next((found for protocol in chosen if (found := protocol.closer_look(asked, frozen)) is not None), None)
+        scores = score(model, probes, tokens_per_batch=self.tokens_per_batch, asks=asks)
+        cap, until = self.generate.max_new_tokens, self.generate.until
+        texts = continue_greedily(model, prompts, max_new_tokens=cap, until=until, tokens_per_batch=self.tokens_per_batch)
+        return Said(scores, texts)
+
+    def _questions(self, requests: Sequence[EditRequest]) -> list[Questions]:
+        return [Questions(in_context(request, self.context), self.attribute_prompts) for request in requests]
+
+    def _frozen(self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        names = ("greedy", "texts", "top", "log_probs", "sizes")
+        return [{name: baseline[key] for name in names if (key := f"{name}/{request.id}") in baseline} for request in requests]
+
+    def _ordered(self, judged: Judged) -> Judged:
+        """Protocols as chosen, headlines first. A saved state forgets the order of its tensors; records must not depend on it."""
+
+        def place(metric: Metric) -> tuple[int, int, str, str]:
+            family = next((index for index, name in enumerate(breakdown.HEADLINES) if metric.name.startswith(name)), len(judged))
+            return self.protocols.index(metric.protocol), family, metric.name, metric.task or ""
+
+        return {metric: judged[metric] for metric in sorted(judged, key=place)}
+
+    def _chosen(self) -> list[AbstractProtocol]:
+        known: tuple[AbstractProtocol, ...] = (Probability(), Argmax(), Token(), self.generate, self.distribution)
+        return [next(protocol for protocol in known if protocol.name == name) for name in dict.fromkeys(self.protocols)]
+
+    # Saying
+
+    @property
+    def _statistics(self) -> Statistics:
+        return Statistics(aggregation=self.aggregation, resamples=self.bootstrap)
+
+    def _measurements(self, found: Iterator[breakdown.Found], *, timing: str | None = None) -> Iterator[Measurement]:
+        for each in found:
+            estimate = each.estimate
+            yield Measurement(
+                kind="editing",
+                protocol=each.metric.protocol,
+                metric=each.metric.name,
+                task=each.metric.task,
+                value=estimate.value,
+                stderr=estimate.stderr,
+                n=estimate.n,
+                nonfinite=estimate.nonfinite,
+                low=estimate.low,
+                high=estimate.high,
+                timing=timing,
+                block=each.block,
+                subset=each.subset,
+                aggregation=self.aggregation,
+                context=self.context,
+                max_new_tokens=self.generate.max_new_tokens if each.metric.protocol == "generate" else None,
+            )
 
 
 def probes_of(request: EditRequest, protocols: Sequence[Protocol]) -> Iterator[Probe]:
     """All that must be scored for a request, possibly more than once."""
-    if "probability" in protocols:
-        for compared in _COMPARISONS.values():
-            for better, worse in compared(request):
-                yield from (better, worse)
-    if "argmax" in protocols:
-        for answered in _ANSWERS.values():
-            yield from answered(request)
-        yield from request.neighbours
+    asked = Questions(request, with_attributes=False)
+    for protocol in EditingEvaluator(protocols=tuple(protocols), tokens_per_batch=1)._chosen():
+        yield from protocol.probes(asked)
 
 
-def measure_probability(requests: Sequence[EditRequest], scores: Scores) -> list[Measurement]:
-    """Efficacy, generalization, locality, their magnitudes and their harmonic mean."""
-    shares: list[Measurement] = []
-    magnitudes: list[Measurement] = []
-    for metric, compared in _COMPARISONS.items():
-        pairs = [[(scores[better], scores[worse]) for better, worse in compared(request)] for request in requests]
-        shares += _measurements("probability", metric, [[_is_greater(*pair) for pair in of_request] for of_request in pairs])
-        differences = [[_difference(*pair) for pair in of_request] for of_request in pairs]
-        magnitudes += _measurements("probability", f"{metric}_magnitude", differences)
-    values = [share.value for share in shares if share.value is not None]
-    if len(values) < len(_COMPARISONS):
-        return shares + magnitudes
-    combined = Measurement(
-        kind="editing",
-        protocol="probability",
-        metric="score",
-        value=harmonic_mean(values),
-        stderr=None,
-        n=len(requests),
-        nonfinite=max(share.nonfinite for share in shares),
-    )
-    return [*shares, combined, *magnitudes]
+def _samples(verdicts: Mapping[str, Verdicts]) -> tuple[Samples, ...]:
+    return tuple(Samples(name=f"editing-{name}", rows=each.rows) for name, each in verdicts.items() if each.rows)
 
 
-def measure_argmax(requests: Sequence[EditRequest], scores: Scores, frozen: Frozen) -> list[Measurement]:
-    """Efficacy, generalization, locality and portability."""
-    measured = {
-        metric: _measurements("argmax", metric, [[_is_greedy(scores[probe]) for probe in answered(request)] for request in requests])
-        for metric, answered in _ANSWERS.items()
-    }
-    locality = [_agreements([scores[probe] for probe in request.neighbours], frozen[request.id]) for request in requests]
-    return [
-        *measured["efficacy"],
-        *measured["generalization"],
-        *_measurements("argmax", "locality", locality),
-        *measured["portability"],
-    ]
+def _key(where: str, metric: Metric) -> str:
+    return f"{where}/{metric.protocol}/{metric.name}/{metric.task or ''}"
 
 
-def _is_greater(better: Score, worse: Score) -> _Outcome:
-    is_finite = better.is_finite and worse.is_finite
-    return _Outcome(float(is_finite and better.mean_log_prob > worse.mean_log_prob), is_finite)
-
-
-def _difference(better: Score, worse: Score) -> _Outcome:
-    # There is no number that a failure would have: the mean becomes None where a probability is not finite.
-    is_finite = better.is_finite and worse.is_finite
-    return _Outcome(better.probability - worse.probability if is_finite else math.nan, is_finite)
-
-
-def _is_greedy(answer: Score) -> _Outcome:
-    return _Outcome(float(answer.is_finite and answer.is_greedy), answer.is_finite)
-
-
-def _agreements(neighbours: Sequence[Score], frozen: Sequence[int]) -> list[_Outcome]:
-    outcomes: list[_Outcome] = []
-    start = 0
-    for neighbour in neighbours:
-        before = tuple(frozen[start : start + len(neighbour.greedy)])
-        start += len(neighbour.greedy)
-        outcomes.append(_Outcome(float(neighbour.is_finite and neighbour.greedy == before), neighbour.is_finite))
-    assert start == len(frozen), "the baseline belongs to other neighbours or to another tokenizer"
-    return outcomes
-
-
-def _measurements(protocol: Protocol, metric: str, outcomes: Sequence[Sequence[_Outcome]]) -> list[Measurement]:
-    """The mean over requests of the mean over prompts, as the one measurement there is; none if no request has a prompt."""
-    judged = [of_request for of_request in outcomes if of_request]
-    if not judged:
-        return []
-    mean, stderr = mean_and_stderr([math.fsum(outcome.value for outcome in of_request) / len(of_request) for of_request in judged])
-    nonfinite = sum(not all(outcome.is_finite for outcome in of_request) for of_request in judged)
-    return [
-        Measurement(
-            kind="editing",
-            protocol=protocol,
-            metric=metric,
-            value=mean,
-            stderr=stderr,
-            n=len(judged),
-            nonfinite=nonfinite,
-        )
-    ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditingEvaluator(AbstractEvaluator):
-    """The chosen protocols over the same scores: no prompt runs twice for two protocols."""
-
-    protocols: tuple[Protocol, ...]
-    tokens_per_batch: int
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.protocols if name not in get_args(Protocol)]
-        if unknown:
-            raise ConfigError([f"evaluation.protocols: {name!r} - allowed: {', '.join(get_args(Protocol))}" for name in unknown])
-
-    def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> dict[str, torch.Tensor]:
-        """For each request id the greedy tokens at its neighbours' answers, one neighbour after another: int32, (tokens,)."""
-        if "argmax" not in self.protocols:
-            return {}
-        scores = self._scores(model, requests)
-        return {
-            _key(request): torch.tensor([token for probe in request.neighbours for token in scores[probe].greedy], dtype=torch.int32)
-            for request in requests
-        }
-
-    def evaluate(self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]) -> list[Measurement]:
-        scores = self._scores(model, requests)
-        measured: list[Measurement] = []
-        if "probability" in self.protocols:
-            measured += measure_probability(requests, scores)
-        if "argmax" in self.protocols:
-            measured += measure_argmax(requests, scores, {request.id: baseline[_key(request)].tolist() for request in requests})
-        return measured
-
-    def _scores(self, model: EditableModel, requests: Sequence[EditRequest]) -> dict[Probe, Score]:
-        # The baseline asks everything too: the same batches before the first edit give the same bits, so that locality is exactly 1 there.
-        probes = [probe for request in requests for probe in probes_of(request, self.protocols)]
-        return score(model, probes, tokens_per_batch=self.tokens_per_batch)
-
-
-def _key(request: EditRequest) -> str:
-    return f"neighbours/{request.id}"
+def _metrics(baseline: Mapping[str, torch.Tensor], where: str) -> list[Metric]:
+    """The metrics that the baseline has scores of; a request's own tensors are found under other names."""
+    names = [key.removeprefix(f"{where}/").split("/", 2) for key in baseline if key.startswith(f"{where}/")]
+    return [Metric(protocol, name, task or None) for protocol, name, task in names]

@@ -1,0 +1,160 @@
+"""What edited models write: how varied it is, and how much like texts about the new fact.
+
+fluency_bits  (2/3 H_2 + 4/3 H_3) / 2, where H_n is the entropy in bits of the n-grams of the texts of one request (Zhang et al. 2018, arXiv
+              1809.05972; weights of Meng et al. 2022, arXiv 2202.05262). A model that repeats itself falls towards 0. Tables of the
+              literature print a hundred times this.
+consistency   cosine of the TF-IDF vectors of the generated texts and of the references, each taken together (Meng et al. 2022, "reference
+              score"), in [0, 1]. Only where a request has references.
+
+Texts are sampled from the `top_k` most probable tokens, as in Meng et al.'s code, up to `max_tokens` tokens with the prompt; the draws are
+the same at every milestone. Requests without prompts for it are continued from their own (as EasyEdit does).
+Differs from the authors' code: words as NLTK's Treebank tokenizer has them without cutting sentences first, which would need a download;
+inverse document frequencies are those of the run's own references instead of Wikipedia's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from editkit.errors import ConfigError
+from editkit.evaluation.base import AbstractEvaluator, Measurement, Samples, mean_and_stderr
+from editkit.evaluation.frozen_text import from_bytes, to_bytes
+from editkit.lazy import torch
+from editkit.model.generate import decode, generate
+from editkit.model.tokens import encode_prompts
+from editkit.types import EditRequest
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
+
+WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # by n; their mean weighs 1
+
+
+def ngram_entropy(words: Sequence[str], n: int) -> float:
+    """Bits; 0 for texts without an n-gram."""
+    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
+    total = sum(counts.values())
+    return -math.fsum(count / total * math.log2(count / total) for count in counts.values()) + 0.0
+
+
+def fluency(texts: Sequence[str]) -> float:
+    """Bits: the mean over the texts of their weighted entropies."""
+    return math.fsum(_fluency(_words(text)) for text in texts) / len(texts)
+
+
+def _fluency(words: Sequence[str]) -> float:
+    return math.fsum(weight * ngram_entropy(words, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
+
+
+def _words(text: str) -> list[str]:
+    from nltk.tokenize import NLTKWordTokenizer
+
+    return NLTKWordTokenizer().tokenize(text)
+
+
+def terms(text: str) -> list[str]:
+    """Words of at least two letters or digits, in lower case."""
+    return re.findall(r"\b\w\w+\b", text.lower())
+
+
+@dataclass(frozen=True)
+class TfIdf:
+    """Inverse document frequencies, smoothed: ln((1 + documents) / (1 + those with the term)) + 1."""
+
+    documents: int
+    containing: Mapping[str, int]  # by term
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> TfIdf:
+        documents = [set(terms(text)) for text in texts]
+        return cls(len(documents), Counter(sorted(term for document in documents for term in document)))
+
+    def cosine(self, text: str, other: str) -> float:
+        """Of the two texts' vectors; 0 where one has no term."""
+        left, right = self._vector(text), self._vector(other)
+        product = math.fsum(value * right.get(term, 0.0) for term, value in left.items())
+        lengths = [math.sqrt(math.fsum(value * value for value in vector.values())) for vector in (left, right)]
+        return min(1.0, product / (lengths[0] * lengths[1])) if all(lengths) else 0.0
+
+    def _vector(self, text: str) -> dict[str, float]:
+        frequency = {term: math.log((1 + self.documents) / (1 + self.containing.get(term, 0))) + 1 for term in set(terms(text))}
+        return {term: count * frequency[term] for term, count in sorted(Counter(terms(text)).items())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fluency(AbstractEvaluator):
+    """Generated texts of the first `limit` requests."""
+
+    limit: int | None  # requests; 0: none, null: all
+    max_tokens: int  # of a text, the prompt's included
+    top_k: int
+    seed: int
+    tokens_per_batch: int = 4096
+
+    def __post_init__(self) -> None:
+        least = {"limit": (self.limit, 0), "max_tokens": (self.max_tokens, 2), "top_k": (self.top_k, 1)}
+        problems = [
+            f"evaluation.fluency.{name}: {value} was given; at least {limit} is needed."
+            for name, (value, limit) in least.items()
+            if value is not None and value < limit
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> Mapping[str, torch.Tensor]:
+        """The document frequencies of all references, as JSON: those of a part of the requests would differ."""
+        found = TfIdf.of(text for request in requests for text in request.references)
+        return {"tf_idf": to_bytes([found.documents, dict(found.containing)])}
+
+    def evaluate(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
+    ) -> list[Measurement | Samples]:
+        chosen = list(requests if self.limit is None else requests[: self.limit])
+        if not chosen:
+            return []
+        prompts = [list(request.generation_prompts) or [request.full_prompt] for request in chosen]
+        texts = iter(self._texts(model, [prompt for of_request in prompts for prompt in of_request]))
+        written = [[next(texts) for _ in of_request] for of_request in prompts]
+        fluencies = [fluency(each) for each in written]
+        tf_idf = TfIdf(*from_bytes(baseline["tf_idf"]))
+        likeness = {
+            request.id: tf_idf.cosine(" ".join(each), " ".join(request.references))
+            for request, each in zip(chosen, written, strict=True)
+            if request.references
+        }
+        found: list[Measurement | Samples] = [self._measurement("fluency_bits", fluencies)]
+        if likeness:
+            found.append(self._measurement("consistency", list(likeness.values())))
+        rows = [
+            {"request": request.id, "texts": each, "fluency_bits": bits, "consistency": likeness.get(request.id)}
+            for request, each, bits in zip(chosen, written, fluencies, strict=True)
+        ]
+        return [*found, Samples(name="editing-fluency", rows=tuple(rows))]
+
+    def _texts(self, model: EditableModel, prompts: Sequence[str]) -> list[str]:
+        """Each prompt with its continuation; equal prompts get draws of their own."""
+        longest = min(self.max_tokens, model.max_length)
+        rows = [ids[-(longest - 1) :] for ids in encode_prompts(model.tokenizer, prompts)]
+        generator = torch.Generator().manual_seed(self.seed)
+        size = max(1, self.tokens_per_batch // longest)
+        new = generate(model, rows, max_new_tokens=longest - 1, generator=generator, top_k=self.top_k, batch_size=size)
+        return decode(model, [(*ids, *more)[:longest] for ids, more in zip(rows, new, strict=True)])
+
+    def _measurement(self, metric: str, scores: Sequence[float]) -> Measurement:
+        mean, stderr = mean_and_stderr(scores)
+        return Measurement(
+            kind="editing",
+            protocol="text",
+            metric=metric,
+            value=mean,
+            stderr=stderr,
+            n=len(scores),
+            aggregation="request",
+            context="{}",
+            max_new_tokens=self.max_tokens,
+        )
