@@ -28,7 +28,12 @@ test: setup  ## The quick tests
 
 .PHONY: test-slow
 test-slow: setup  ## The tests that take long
-	$(BIN)/pytest -q -m 'slow and not gpu'
+	$(BIN)/pytest -q -m 'slow and not gpu and not slurm'
+
+.PHONY: test-slurm
+test-slurm: setup  ## A sweep on a real Slurm of two nodes on this host: pre-empted, killed, at its time limit (wants root; skips with the reason)
+	@tests/slurm/install || { code=$$?; test $$code = 3 || exit $$code; echo "test-slurm: SKIPPED, see above"; }
+	$(BIN)/pytest -q -m slurm tests/slurm -s
 
 .PHONY: lint
 lint: setup  ## ruff's rules
