@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from editkit.files import write_atomically
 from editkit.report.axes import colours, dress, grid, legend, mark_lost, num_columns, view_style
 from editkit.report.load import RunRecords, load_run
+from editkit.report.retention import draw_retention, retention_protocols
 from editkit.report.tables import EDITING_ORDER, editing_protocols, edits_by_step, is_summarised
 from editkit.types import EvalRecord, StepRecord
 from editkit.views import UNRESTRAINED
@@ -33,7 +34,11 @@ def draw_figures(folder: Path) -> tuple[Path, ...]:
     run = load_run(folder)
     figures = {"spectrum": draw_spectrum(run), "l1_norm": draw_l1_norm(run), "tasks": draw_tasks(run)}
     figures |= {f"editing_{protocol}" if protocol else "editing": draw_editing(run, protocol) for protocol in editing_protocols(run.evals)}
-    drawn = []
+    drawn: list[Path] = []
+    figures |= {
+        f"retention_{protocol}": draw_retention(run.evals, edits_by_step(run.steps), protocol)
+        for protocol in retention_protocols(run.evals)
+    }
     for name, figure in figures.items():
         if figure is not None:
             buffer = io.BytesIO()

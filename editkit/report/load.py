@@ -92,7 +92,7 @@ def _step(fields: dict[str, Any]) -> StepRecord:
 
 def _evaluation(fields: dict[str, Any]) -> EvalRecord:
     known = _known(EvalRecord, fields)
-    for name in ("value", "stderr"):
+    for name in ("value", "stderr", *(name for name in ("low", "high") if name in known)):
         number = known.get(name)
         if number is not None and not isinstance(number, int | float):
             raise ValueError(f"{name} is {number!r}, not a number")

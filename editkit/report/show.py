@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
+from editkit.report.collapse import collapse_points, thresholds_of
 from editkit.report.load import RunRecords, load_run
+from editkit.report.protocols import Comparison, compare_protocols, texts
 from editkit.report.tables import Table, caption, default_protocol, editing_protocols, edits_by_step, formatted, summarise
 
 if TYPE_CHECKING:
@@ -18,21 +20,34 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 
+ALL = "all"
 GAP = 2  # blanks between two columns
 
 
 def show(folder: Path, *, protocol: str | None = None) -> Summary:
-    """The final table of a run, from its files, to be printed by a rich console; `protocol` None: `probability` where it was measured.
+    """The final table of a run, from its files, to be printed by a rich console, and where it collapsed.
+
+    `protocol` None: `probability` where it was measured; "all": beside it, how the last milestone looks under each.
 
     Raises ConfigError for a folder that holds no run, malformed files, or a protocol that was not measured.
     """
     run = load_run(folder)
     measured = editing_protocols(run.evals)
-    if protocol is not None and protocol not in measured:
+    if protocol not in (None, ALL, *measured):
         raise ConfigError(
             f"{folder} has no editing metrics by the protocol '{protocol}'. Measured: {', '.join(map(str, measured)) or 'none'}."
         )
-    return Summary(title=f"{folder} ({run.status})", table=run_table(run, protocol=protocol))
+    table = run_table(run, protocol=None if protocol == ALL else protocol)
+    edits = edits_by_step(run.steps)
+    views = dict.fromkeys(row.view for row in table.rows) if protocol == ALL else ()
+    compared = [compare_protocols(run.evals, edits, view=view) for view in views]
+    points = collapse_points(run.evals, edits, thresholds_of(run.config))
+    return Summary(
+        title=f"{folder} ({run.status})",
+        table=table,
+        comparisons=tuple(each for each in compared if each is not None),
+        notes=tuple(str(point) for point in points if point.edits is not None),
+    )
 
 
 def run_table(run: RunRecords, *, protocol: str | None = None) -> Table:
@@ -46,6 +61,8 @@ class Summary:
 
     title: str
     table: Table
+    comparisons: tuple[Comparison, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.text import Text
@@ -58,6 +75,25 @@ class Summary:
         for places in _bands(self.table, texts, width=options.max_width):
             yield _band(self.table, texts, places)
         yield Text(caption(self.table), style="italic")
+        for comparison in self.comparisons:
+            yield _beside(comparison)
+        yield from map(Text, self.notes)
+
+
+def _beside(comparison: Comparison) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{comparison.view}, after {comparison.edits} edits, %", title_justify="left"
+    )
+    drawn.add_column("", min_width=20)
+    for protocol in comparison.protocols:
+        drawn.add_column(Text(protocol), justify="right", min_width=6)
+    for row, cells in zip(comparison.rows, texts(comparison), strict=True):
+        drawn.add_row(Text(row), *cells)
+    return drawn
 
 
 def _bands(table: Table, texts: Sequence[Sequence[str]], *, width: int) -> list[list[int]]:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import pandas
 
 EDITING_ORDER = ("efficacy", "generalization", "locality", "portability", "score")
-ALL_EDITS_SO_FAR = ("before", "milestone", None)  # the timings that a milestone's row may hold: "before" is step 0, on the edits to come
+# The timings that a milestone's row may hold: "before" is step 0, on the edits to come; "rollback" each batch alone on the unedited model.
+ALL_EDITS_SO_FAR = ("before", "milestone", "rollback", None)
+UNITS = ("_bits", "_nats", "_per_token")  # how the name of a metric that is no fraction ends
 WEIGHT_COLUMNS = {"condition_number": "condition number", "l1_norm": "L1 norm"}  # title by metric
 
 
@@ -51,11 +53,14 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     protocol: str | None  # of the editing metrics
+    has_rollback: bool = False  # each batch was measured alone, on the otherwise unedited model
 
 
 def is_summarised(record: EvalRecord) -> bool:
-    """Whether a milestone's summary shows it: the state of all edits so far, as fractions; not how large differences of probability are."""
-    return record.timing in ALL_EDITS_SO_FAR and record.kind != "weights" and not record.metric.endswith("_magnitude")
+    """Whether a milestone's summary shows it: the state of all edits so far, as fractions; no part of them, no difference, no distance."""
+    if record.timing not in ALL_EDITS_SO_FAR or record.kind in ("weights", "comparison") or record.is_part:
+        return False
+    return record.kind != "editing" or not record.metric.endswith(("_magnitude", "_forgetting", *UNITS))
 
 
 def edits_by_step(steps: Iterable[StepRecord]) -> dict[int, int]:
@@ -111,7 +116,7 @@ def summarise(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, edits
         if view == current
     )
     columns += tuple(Column(title=title, is_fraction=False) for title in WEIGHT_COLUMNS.values())
-    return Table(columns=columns, rows=rows, protocol=protocol)
+    return Table(columns=columns, rows=rows, protocol=protocol, has_rollback=any(record.timing == "rollback" for record in chosen))
 
 
 def weight_cells(steps: Iterable[StepRecord], evals: Sequence[EvalRecord]) -> dict[tuple[str, int], dict[str, Cell]]:
@@ -158,7 +163,8 @@ def markdown(table: Table, *, stderr: bool = False) -> str:
 
 def caption(table: Table) -> str:
     """What the numbers are, in one line."""
-    protocol = f"Editing metrics by the protocol '{table.protocol}', over all edits so far" if table.protocol else "Over all edits so far"
+    over = "each batch alone on the unedited model" if table.has_rollback else "over all edits so far"
+    protocol = f"Editing metrics by the protocol '{table.protocol}', {over}" if table.protocol else over.capitalize()
     return f"{protocol} (row 0: the unedited model on the edits to come); metrics and tasks in percent; n/f: not finite; -: not measured."
 
 
@@ -222,13 +228,17 @@ def _title(key: _Key, keys: Sequence[_Key]) -> str:
 
 
 def _check_unmixed(name: str, records: Sequence[EvalRecord]) -> None:
-    for field in ("protocol", "task_version"):
+    for field in ("protocol", "task_version", "aggregation", "context", "max_new_tokens", "dataset"):
         values = list(dict.fromkeys(getattr(record, field) for record in records))
         if len(values) > 1:
             given = ", ".join(str(value) for value in values)
             raise ConfigError(
                 f"one column of the table would mix values of {field}: '{name}' was measured with {given}. Choose one of them."
             )
+    if {"milestone", "rollback"} <= {record.timing for record in records}:
+        raise ConfigError(
+            f"one column of the table would mix edits that add up with edits that were taken back: '{name}'. Choose one of them."
+        )
     seen: set[tuple[str, int]] = set()
     for record in records:
         place = (record.view, record.step)

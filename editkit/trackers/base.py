@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from editkit.types import EvalRecord, StepRecord
+from editkit.types import EvalRecord, SampleRecord, StepRecord
 
 # How a run ended: all edits made; stopped by a signal with its state saved; stopped by a number that is not finite; ended by an error.
 Status = Literal["done", "interrupted", "collapsed", "failed"]
@@ -49,6 +49,9 @@ class AbstractTracker(abc.ABC):
     @abc.abstractmethod
     def evaluation(self, record: EvalRecord) -> None:
         """A measurement of one view was made."""
+
+    def samples(self, record: SampleRecord) -> None:  # noqa: B027 (a hook: who shows no samples need not say so)
+        """What an evaluator saw item by item; they are in the run's `samples/` whether or not a tracker wants them."""
 
     @abc.abstractmethod
     def warning(self, text: str) -> None:

@@ -160,7 +160,8 @@ class Display:
 
 def _identity(record: EvalRecord) -> tuple[object, ...]:
     """What one measurement is of: a run that goes on may repeat the last milestone."""
-    return (record.step, record.view, record.kind, record.suite, record.task, record.metric, record.protocol, record.timing)
+    part = (record.block, record.subset)
+    return (record.step, record.view, record.kind, record.suite, record.task, record.metric, record.protocol, record.timing, part)
 
 
 def _progress(out: Console) -> Progress:

@@ -1,0 +1,116 @@
+"""Summaries as text for papers and pages: Markdown, LaTeX (booktabs), HTML. Values in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from editkit.report.significance import Comparison
+from editkit.report.summary import Mean, Summary, SummaryColumn, SummaryRow, text_of
+
+HEAD = ("model", "editor", "restraint", "seeds")
+_LATEX = {
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
+def caption(table: Summary) -> str:
+    """What the numbers are, in a sentence."""
+    what = f"Protocol '{table.protocol}', over all edits so far" if table.is_editing and table.protocol else "Over all edits so far"
+    return (
+        f"{what}; mean ± standard deviation over seeds; metrics and tasks in percent; best of each model in bold; "
+        "n/f: not finite; -: not measured; seeds m/n: n were run, m came so far."
+    )
+
+
+def markdown(table: Summary) -> str:
+    """A GitHub table."""
+    lines = [[*HEAD, *(column.title for column in table.columns)], [*["---"] * len(HEAD), *["---:"] * len(table.columns)]]
+    for row in table.rows:
+        cells = [f"**{text}**" if best else text for text, best in _cells(table, row)]
+        lines.append([row.model, row.editor, row.restraint, _seeds(row), *cells])
+    return f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(table)}\n"
+
+
+def latex(table: Summary) -> str:
+    """A table for booktabs, with its caption."""
+    lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{'l' * len(HEAD)}{'r' * len(table.columns)}}}", r"\toprule"]
+    lines.append(" & ".join(tex(title) for title in (*HEAD, *(column.title for column in table.columns))) + r" \\")
+    lines.append(r"\midrule")
+    for row in table.rows:
+        cells = [_tex_cell(text, best) for text, best in _cells(table, row)]
+        lines.append(" & ".join([*(tex(text) for text in (row.model, row.editor, row.restraint, _seeds(row))), *cells]) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(table.title)}. {tex(caption(table))}}}", r"\end{table}", ""]
+    return "\n".join(lines)
+
+
+def html(table: Summary) -> str:
+    """A table with its caption."""
+    head = "".join(f"<th class='text'>{escape(title)}</th>" for title in HEAD)
+    head += "".join(f"<th>{escape(column.title)}</th>" for column in table.columns)
+    body = []
+    for row in table.rows:
+        names = "".join(f"<th scope='row'>{escape(text)}</th>" for text in (row.model, row.editor, row.restraint, _seeds(row)))
+        cells = "".join(
+            f"<td class='best'>{escape(text)}</td>" if best else f"<td>{escape(text)}</td>" for text, best in _cells(table, row)
+        )
+        body.append(f"<tr>{names}{cells}</tr>")
+    return f"<table><caption>{escape(caption(table))}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def comparison_rows(found: Sequence[Comparison]) -> list[list[str]]:
+    """Cells of a table of t-tests: model, editor, restraint, metric, difference, n, t, p."""
+    return [
+        [
+            *each.label,
+            each.metric,
+            _difference(each),
+            str(each.n),
+            "-" if each.t is None else f"{each.t:.2f}",
+            each.remark or p_text(each.p),
+        ]
+        for each in found
+    ]
+
+
+def p_text(p: float | None) -> str:
+    """A p as papers print it."""
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def tex(text: str) -> str:
+    """Text for LaTeX, without the letters that it would take for commands."""
+    escaped = "".join(_LATEX.get(letter, letter) for letter in text.replace("\\", "/"))
+    return escaped.replace("±", r"$\pm$")
+
+
+def _cells(table: Summary, row: SummaryRow) -> list[tuple[str, bool]]:
+    return [(text_of(cell, column), _is_best(cell, column)) for cell, column in zip(row.cells, table.columns, strict=True)]
+
+
+def _is_best(cell: Mean | None, column: SummaryColumn) -> bool:
+    return cell is not None and cell.is_best and column.better is not None
+
+
+def _tex_cell(text: str, best: bool) -> str:
+    mean, mark, deviation = text.partition(" ± ")
+    shown = rf"\textbf{{{tex(mean)}}}" if best else tex(mean)
+    return shown + (rf" $\pm$ {tex(deviation)}" if mark else "")
+
+
+def _seeds(row: SummaryRow) -> str:
+    return str(len(row.seeds)) if len(row.seeds) == row.num_runs else f"{len(row.seeds)}/{row.num_runs}"
+
+
+def _difference(each: Comparison) -> str:
+    if each.difference != each.difference:
+        return "n/f"
+    return f"{100 * each.difference:+.1f}" if each.is_fraction else f"{each.difference:+.3g}"

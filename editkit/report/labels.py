@@ -1,0 +1,45 @@
+"""What a run is called in tables and dashboards: short names out of its resolved configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Labels = dict[str, str]
+NONE = "none"
+
+
+def labels(config: Mapping[str, Any]) -> Labels:
+    """model, editor, restraint, dataset, suite; `?` where the configuration does not say."""
+    restraints = [restraint_label(name, node) for name, node in (config.get("restraint") or {}).items()]
+    return {
+        "model": model_label(config),
+        "editor": _name(config.get("editor")),
+        "restraint": "+".join(restraints) or NONE,
+        "dataset": _name(config.get("dataset")),
+        "suite": _suite(config.get("suite")),
+    }
+
+
+def model_label(config: Mapping[str, Any]) -> str:
+    """The model's own name, or the last part of its id."""
+    node = config.get("model") or {}
+    return str(node.get("name") or str(node.get("id", "?")).rstrip("/").rpartition("/")[2].removeprefix("asset:") or "?")
+
+
+def restraint_label(name: str, node: Any) -> str:
+    """The restraint's name; one on the total that acts elsewhere than in what is measured says where."""
+    apply_at = node.get("apply_at") if isinstance(node, Mapping) else None
+    if apply_at == "every":
+        return f"{name} every {node.get('every')}"
+    return f"{name} at the {apply_at}" if apply_at == "end" else name
+
+
+def _name(node: Any) -> str:
+    if not isinstance(node, Mapping):
+        return "?"
+    return str(node.get("name") or str(node.get("_target_", "?")).rpartition(".")[2].lower())
+
+
+def _suite(node: Any) -> str:
+    return NONE if isinstance(node, Mapping) and not node.get("tasks", True) else _name(node).removesuffix("tasks") or "?"

@@ -1,0 +1,197 @@
+"""The page: one HTML file that holds everything that it shows, plotly's script included. Values in, text out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from editkit.report import curves, formats
+from editkit.report.labels import labels
+from editkit.report.load import RunRecords
+from editkit.report.published import Beside
+from editkit.report.significance import Comparison
+from editkit.report.summary import Summary, SummaryColumn, text_of
+from editkit.report.tables import edits_by_step
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 1280px; padding: 1rem 2rem 4rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; } h3 { margin-bottom: .3rem; }
+table { border-collapse: collapse; margin: .5rem 0 1.2rem; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
+caption { caption-side: bottom; text-align: left; color: #666; font-size: .85rem; padding-top: .3rem; }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
+thead th { border-bottom: 2px solid #888; }
+th[scope=row], td.text, thead th.text { text-align: left; } th[scope=row] { font-weight: normal; }
+td.best { font-weight: bold; } .bad { color: #b00020; } .note { color: #666; }
+summary { cursor: pointer; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a page shows. `drawings` are fragments that plotly drew."""
+
+    title: str
+    runs: Sequence[RunRecords]
+    notes: Sequence[str]
+    tables: Sequence[Summary]
+    comparisons: Mapping[str, Sequence[Comparison]]  # by the table's title
+    drawings: Sequence[tuple[str, str]]  # title, fragment
+    published: Sequence[Beside]
+
+
+def page(content: Content) -> str:
+    """The whole page."""
+    parts = [
+        f"<h1>{escape(content.title)}</h1>",
+        f"<p>{escape(overview(content.runs))}</p>",
+        *(f"<p class='note'>{escape(note)}</p>" for note in content.notes),
+        "<h2>Summary</h2>",
+        *_summaries(content),
+        "<h2>Curves</h2>",
+        "<p class='note'>A line is the mean over seeds, its band one standard deviation; unrestrained models are dashed. A click on a name "
+        "hides or shows it.</p>",
+        *(f"<h3>{escape(title)}</h3>{fragment}" for title, fragment in content.drawings),
+        *_published(content.published),
+        "<h2>Failures and collapses</h2>",
+        *_failures(content.runs),
+        "<h2>Runs</h2>",
+        *_runs(content.runs),
+    ]
+    script = f"<script>{curves.library()}</script>" if content.drawings else ""
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(content.title)}</title>"
+    icon = "<link rel='icon' href='data:,'>"
+    return f"<!DOCTYPE html><html lang='en'><head>{head}{icon}<style>{STYLE}</style>{script}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def overview(runs: Sequence[RunRecords]) -> str:
+    """How many runs, and how they ended."""
+    counts = {status: sum(run.status == status for run in runs) for status in ("done", "failed", "unfinished")}
+    ended = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    seeds = sorted({int(run.config.get("seed", 0) or 0) for run in runs})
+    return f"{len(runs)} runs ({ended}), seeds {', '.join(map(str, seeds))}."
+
+
+def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "") -> str:
+    """A plain table; columns that do not only hold numbers are set to the left."""
+    rows = list(rows)
+    are_numbers = [all(_is_number(row[place]) for row in rows) for place in range(len(head))]
+    kind = ["" if is_number else " class='text'" for is_number in are_numbers]
+    titles = "".join(f"<th{kind[place]}>{escape(each)}</th>" for place, each in enumerate(head))
+    body = "".join("<tr>" + "".join(f"<td{kind[place]}>{escape(text)}</td>" for place, text in enumerate(row)) + "</tr>" for row in rows)
+    below = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f"<div class='wide'><table>{below}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _is_number(text: str) -> bool:
+    return text in ("-", "?", "None") or text[:1] in "+-<" or text[:1].isdigit()
+
+
+def _summaries(content: Content) -> Iterable[str]:
+    """The tables at the most edits of each dataset are open, those at fewer can be opened."""
+    most: dict[str, int] = {}
+    for table in content.tables:
+        most[table.dataset] = max(most.get(table.dataset, 0), table.edits)
+    for table in content.tables:
+        body = f"<div class='wide'>{formats.html(table)}</div>"
+        if found := content.comparisons.get(table.title):
+            head = ("model", "editor", "restraint", "metric", "difference", "n", "t", "p")
+            text = "Restrained minus unrestrained, seed by seed; two-sided paired t-test, p not corrected for the number of comparisons."
+            body += (
+                f"<details open><summary>paired t-tests</summary>{table_of(head, formats.comparison_rows(found), caption=text)}</details>"
+            )
+        if table.edits == most[table.dataset]:
+            yield f"<h3>{escape(table.title)}</h3>{body}"
+        else:
+            yield f"<details><summary>{escape(table.title)}</summary>{body}</details>"
+
+
+def _published(found: Sequence[Beside]) -> Iterable[str]:
+    if not found:
+        return
+    yield "<h2>Beside the published numbers</h2>"
+    if any(each.is_stand_in for each in found):
+        yield (
+            "<p class='note'>Where a bundled model stands in for the paper's (scale=tiny), compare the effect, not the numbers: which row "
+            "is better, what grows, what collapses.</p>"
+        )
+    for preset in dict.fromkeys(each.published.preset for each in found):
+        rows = [beside_row(each) for each in found if each.published.preset == preset]
+        head = ("source", "row", "metric", "paper's model", "edits", "published", "measured with", "edits", "measured")
+        yield f"<h3>{escape(preset)}</h3>" + table_of(head, rows)
+
+
+def beside_row(each: Beside) -> list[str]:
+    """Cells: source, row, metric, model, edits, published; model, edits, measured."""
+    row = each.published
+    column = SummaryColumn(title=row.metric, is_fraction=False, better=None)
+    measured = text_of(each.measured, column) if each.measured is not None else "-"
+    where = each.model if each.measured is not None else "-"
+    edits = ["-" if at is None else f"{at:,}" for at in (row.edits, each.edits if each.measured is not None else None)]
+    return [
+        f"{row.source}, {row.table}",
+        row.row,
+        row.metric,
+        row.model,
+        edits[0],
+        f"{row.value:g} {row.unit}".strip(),
+        where,
+        edits[1],
+        measured,
+    ]
+
+
+def _failures(runs: Sequence[RunRecords]) -> Iterable[str]:
+    rows = []
+    for run in runs:
+        edits = edits_by_step(run.steps)
+        if run.failure is not None:
+            step = run.failure.get("step", run.failure.get("saved_step"))
+            rows.append([str(run.folder), str(run.failure.get("kind", "error")), str(step), str(run.failure.get("error", ""))[:300]])
+        elif run.status == "unfinished":
+            rows.append([str(run.folder), "unfinished", str(run.steps[-1].step if run.steps else 0), "cut off or still running"])
+        lost = [step for step in run.steps if step.nonfinite is not None]
+        if lost and run.failure is None:
+            text = f"{lost[0].nonfinite}, requests {', '.join(lost[0].requests)}; {len(lost)} such steps"
+            rows.append([str(run.folder), "not finite", str(edits[lost[0].step]), text])
+        unscored = sum(record.nonfinite or 0 for record in run.evals)
+        if unscored:
+            rows.append([str(run.folder), "not finite", "-", f"{unscored} scores were not finite; they count as failures"])
+    yield table_of(("run", "what", "step", "why"), rows) if rows else "<p>None.</p>"
+
+
+def _runs(runs: Sequence[RunRecords]) -> Iterable[str]:
+    import yaml
+
+    rows = []
+    for run in runs:
+        about = run.provenance
+        named = labels(run.config)
+        memory = (about.get("peak_memory_bytes") or {}).values()
+        packages = about.get("packages") or {}
+        rows.append(
+            [
+                str(run.folder),
+                run.status,
+                str(run.config.get("seed", "?")),
+                *(named[name] for name in ("model", "editor", "restraint", "dataset")),
+                str(max(edits_by_step(run.steps).values(), default=0)),
+                f"{about['wall_seconds']:,.0f}" if "wall_seconds" in about else "?",
+                f"{max(memory) / 2**30:.2f}" if memory else "?",
+                str(about.get("device", "?")),
+                str(packages.get("editkit", "?")),
+                str(about.get("git", "?"))[:10],
+            ]
+        )
+    head = ("run", "status", "seed", "model", "editor", "restraint", "dataset", "edits", "seconds", "peak GiB", "device", "editkit", "git")
+    yield table_of(head, rows)
+    for run in runs:
+        config = yaml.safe_dump(dict(run.config), sort_keys=False) if run.config else "not written"
+        about_text = json.dumps(dict(run.provenance), indent=1)
+        yield (
+            f"<details><summary>{escape(str(run.folder))}: configuration and provenance</summary>"
+            f"<pre>{escape(config)}</pre><pre>{escape(about_text)}</pre></details>"
+        )

@@ -1,0 +1,82 @@
+"""`editkit report`: reads runs, and writes the page, the figures and the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from editkit.files import write_atomically
+from editkit.report import curves, formats, heatmaps, plates, scatter
+from editkit.report.find import load_runs
+from editkit.report.measured import measured, pairs
+from editkit.report.page import Content, beside_row, page
+from editkit.report.panels import sheets
+from editkit.report.published import Beside, beside, load_published
+from editkit.report.significance import compare
+from editkit.report.summary import summaries
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a report consists of."""
+
+    page: Path
+    figures: tuple[Path, ...]
+    tables: tuple[Path, ...]
+
+
+def report(folders: Iterable[Path], to: Path, *, title: str | None = None, published: Iterable[Path] | None = None) -> Written:
+    """Writes `report.html`, `figures/*.png|pdf` and `tables/*.md|tex` into the folder `to`.
+
+    Args:
+        folders: runs, or folders of runs.
+        published: files like `experiments/*/published.csv`, which are taken otherwise.
+
+    Raises ConfigError where there is no run, a file is malformed, protocols or task versions would be mixed, or a library is missing.
+    """
+    curves.require_plotly()
+    folders = tuple(folders)
+    runs = load_runs(folders)
+    subjects, notes = measured(runs)
+    tables, twins = summaries(subjects), pairs(subjects)
+    found = list(sheets(subjects))
+    numbers = beside(subjects, load_published(published))
+    blocks, clouds = list(heatmaps.heatmaps(subjects)), scatter.scatters(subjects)
+    drawings = [
+        *((sheet.title, curves.draw(sheet)) for sheet in found),
+        *((each.title, heatmaps.draw_interactive(each)) for each in blocks),
+        *((each.title, scatter.draw_interactive(each)) for each in clouds),
+    ]
+    content = Content(
+        title=title or "editkit: " + ", ".join(folder.name for folder in folders),
+        runs=runs,
+        notes=notes,
+        tables=tables,
+        comparisons={table.title: tuple(compare(table, twins)) for table in tables if table.edits},
+        drawings=drawings,
+        published=numbers,
+    )
+    plotted = {sheet.name: plates.draw(sheet) for sheet in found}
+    plotted |= {each.name: heatmaps.draw(each) for each in blocks} | {each.name: scatter.draw(each) for each in clouds}
+    figures = [path for name, figure in plotted.items() for path in plates.save(figure, to / "figures", name)]
+    texts: dict[str, Callable[[], str]] = {
+        "summary.md": lambda: "\n".join(formats.markdown(table) for table in tables),
+        "summary.tex": lambda: "\n".join(formats.latex(table) for table in tables),
+    }
+    if numbers:
+        texts["published.md"] = lambda: _published_markdown(numbers)
+    written = []
+    for name, make in texts.items():
+        written.append(to / "tables" / name)
+        write_atomically(written[-1], make().encode())
+    write_atomically(to / PAGE, page(content).encode())
+    return Written(page=to / PAGE, figures=tuple(figures), tables=tuple(written))
+
+
+def _published_markdown(numbers: Iterable[Beside]) -> str:
+    head = ("source", "row", "metric", "paper's model", "edits", "published", "measured with", "edits", "measured")
+    lines = [head, ["---"] * len(head), *(beside_row(each) for each in numbers)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

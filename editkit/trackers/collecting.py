@@ -1,0 +1,62 @@
+"""The computation of second moments on the screen: what it will take, how far it is, how long it still takes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+LINE_EVERY_S = 30.0  # where there is no terminal
+
+
+class Collecting:
+    """Takes what `stats.build.fill_store` tells; on stderr."""
+
+    def __init__(self, console: Console, bar: Progress) -> None:
+        self._console, self._bar = console, bar
+        self._start: tuple[float, int] | None = None  # when this process began, and how many documents were done before
+        self._said = 0.0
+
+    def announce(self, sentence: str) -> None:
+        self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, done)
+            self._said = now
+            if self._console.is_terminal:
+                self._bar.add_task("documents", total=of, completed=done, left="")
+            return
+        left = left_text(now - self._start[0], done=done - self._start[1], remaining=of - done)
+        if self._console.is_terminal:
+            self._bar.update(self._bar.task_ids[0], completed=done, left=left)
+        elif now - self._said >= LINE_EVERY_S or done == of:
+            self._said = now
+            self.announce(f"documents {done} of {of}{', ' + left if left else ''}")
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[Collecting]:
+    """A bar on a terminal, a line now and then elsewhere; nothing where nothing has to be computed."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield Collecting(console, bar)
+
+
+def left_text(seconds: float, *, done: int, remaining: int) -> str:
+    """How long the rest takes at the pace so far; empty where nothing can be said, or is left."""
+    if done <= 0 or remaining <= 0:
+        return ""
+    left = seconds / done * remaining
+    hours, minutes = divmod(round(left / 60), 60)
+    return f"{left:.0f} s left" if left < 90 else f"{minutes} min left" if not hours else f"{hours} h {minutes} min left"
