@@ -1,4 +1,4 @@
-"""Second moments: what they are, that batching changes nothing, and that the store gives back what was asked for or refuses."""
+"""The store of second moments gives back what was asked for or refuses, and the texts are the same ones each time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from editkit.linalg.lowrank import LowRank
 from editkit.model.capture import capture
 from editkit.model.editable import EditableModel
 from editkit.model.tokens import pad
-from editkit.stats.collect import collect
+from editkit.stats.build import build, moment_keys
 from editkit.stats.corpus import StatsConfig, digest, texts
-from editkit.stats.store import Moments, build, list_stored, moment_keys, read, verify
-from tests.helpers import KINDS, SENTENCES, Kind, real_data, tiny_model
+from editkit.stats.store import Moments, list_stored, read, verify
+from tests.helpers import SENTENCES, real_data, tiny_model
 
 MANY = tuple(f"{one} {other}" for one in SENTENCES for other in SENTENCES)
 
@@ -31,8 +31,12 @@ def config(folder: Path, **changes: Any) -> StatsConfig:
         "path": str(folder / "corpus.txt"),
         "num_documents": 1000,
         "seed": 1,
+        "preset": "full",
+        "vectors_per_dimension": 10,
         "context_length": 32,
         "batch_tokens": 256,
+        "products": "float32",
+        "save_every_s": 0.0,
         "folder": str(folder / "stats"),
     }
     (folder / "corpus.txt").write_text("\n\n".join(MANY), encoding="utf-8")
@@ -57,70 +61,6 @@ def modules_of(model: EditableModel, *layers: int) -> tuple[str, ...]:
     return model.down_projections(layers)
 
 
-# Collecting
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_sums_are_the_outer_products_of_every_token_without_padding(kind: Kind) -> None:
-    model = tiny_model(kind)
-    [module] = modules_of(model, 1)
-    found = collect(model, [module], SENTENCES, context_length=32, batch_tokens=200)[module]
-    wanted_II, num_tokens = dense(model, module, SENTENCES)
-    assert found.num_tokens == num_tokens
-    assert found.sum_II.dtype == torch.float64
-    assert float((found.sum_II - wanted_II).norm() / wanted_II.norm()) < 1e-6
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_pass_for_several_modules_is_one_pass_for_each(kind: Kind) -> None:
-    model = tiny_model(kind)
-    modules = modules_of(model, 2, 0, 1)
-    together = collect(model, modules, MANY, context_length=32, batch_tokens=256)
-    for module in modules:
-        alone = collect(model, [module], MANY, context_length=32, batch_tokens=256)[module]
-        assert torch.equal(alone.sum_II, together[module].sum_II)
-        assert alone.num_tokens == together[module].num_tokens
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_batch_size_changes_nothing(kind: Kind) -> None:
-    model = tiny_model(kind, dtype="float64")  # so that rounding does not hide a difference
-    [module] = modules_of(model, 1)
-    sums = [collect(model, [module], MANY, context_length=32, batch_tokens=tokens)[module] for tokens in (1, 100, 10_000)]
-    for other in sums[1:]:
-        assert other.num_tokens == sums[0].num_tokens
-        assert float((other.sum_II - sums[0].sum_II).norm() / sums[0].sum_II.norm()) < 1e-10
-
-
-def test_a_pass_is_no_larger_than_allowed_and_stops_above_the_last_module() -> None:
-    model = tiny_model("gpt2")
-    shapes: list[tuple[int, ...]] = []
-    model.module("transformer.h.1").register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
-    model.module("transformer.h.2").register_forward_pre_hook(lambda *_: pytest.fail("ran on behind the last module"))
-    collect(model, modules_of(model, 0, 1), MANY, context_length=32, batch_tokens=200)
-    assert len(shapes) > 1
-    assert all(rows * width <= 200 for rows, width in shapes)
-    assert sum(rows for rows, _ in shapes) == len(MANY)
-
-
-def test_long_documents_count_with_their_beginning() -> None:
-    model = tiny_model("llama")
-    [module] = modules_of(model, 0)
-    found = collect(model, [module], [" ".join(SENTENCES)], context_length=9, batch_tokens=4)[module]
-    assert found.num_tokens == 9
-    torch.testing.assert_close(found.sum_II, dense(model, module, [" ".join(SENTENCES)], 9)[0], rtol=1e-5, atol=1e-6)
-
-
-def test_progress_counts_documents_and_no_text_is_an_error() -> None:
-    model = tiny_model("gpt2")
-    seen: list[int] = []
-    collect(model, modules_of(model, 0), MANY, context_length=16, batch_tokens=200, progress=seen.append)
-    assert seen == sorted(seen)
-    assert seen[-1] == len(MANY)
-    with pytest.raises(ConfigError, match="no token"):
-        collect(model, modules_of(model, 0), [""], context_length=16, batch_tokens=200)
-
-
 # The store
 
 
@@ -130,7 +70,7 @@ def test_what_is_stored_is_what_was_computed_and_is_not_computed_again(tmp_path:
     first = build(model, modules, chosen)
     files = {path: path.read_bytes() for path in (tmp_path / "stats").iterdir()}
     assert len(files) == 2
-    again = build(model, modules, chosen, progress=lambda _: pytest.fail("computed again"))
+    again = build(model, modules, chosen, progress=lambda *_: pytest.fail("computed again"))
     for module in modules:
         wanted_II, num_tokens = dense(model, module, MANY)
         moment_II = first.second_moment(module)
@@ -161,7 +101,7 @@ def test_the_inverse_is_that_of_the_second_moment(tmp_path: Path) -> None:
     torch.testing.assert_close(moments.second_moment(module) @ solved_IN, keys_IN.double(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", ["weights", "texts", "context_length", "num_documents", "dtype"])
+@pytest.mark.parametrize("change", ["weights", "texts", "context_length", "num_documents", "dtype", "products", "preset"])
 def test_whatever_changes_the_statistics_changes_the_file(tmp_path: Path, change: str) -> None:
     model, chosen = tiny_model("gpt2"), config(tmp_path)
     [module] = modules_of(model, 0)
@@ -174,10 +114,14 @@ def test_whatever_changes_the_statistics_changes_the_file(tmp_path: Path, change
         (tmp_path / "corpus.txt").write_text("\n".join((*MANY[:-1], MANY[0])), encoding="utf-8")
     elif change == "context_length":
         chosen = dataclasses.replace(chosen, context_length=16)
+    elif change == "products":
+        chosen = dataclasses.replace(chosen, products="bfloat16")
+    elif change == "preset":
+        chosen = dataclasses.replace(chosen, preset="minimal", vectors_per_dimension=2)
     else:
         chosen = dataclasses.replace(chosen, num_documents=60)
-    calls: list[int] = []
-    build(model, [module], chosen, progress=calls.append)
+    calls: list[str] = []
+    build(model, [module], chosen, announce=calls.append)
     assert calls
     assert len(list((tmp_path / "stats").iterdir())) == 2
 
@@ -185,7 +129,7 @@ def test_whatever_changes_the_statistics_changes_the_file(tmp_path: Path, change
 def test_how_the_work_is_cut_does_not_change_the_file(tmp_path: Path) -> None:
     model, chosen = tiny_model("gpt2"), config(tmp_path)
     build(model, modules_of(model, 0), chosen)
-    build(model, modules_of(model, 0), dataclasses.replace(chosen, batch_tokens=4096), progress=lambda _: pytest.fail("computed again"))
+    build(model, modules_of(model, 0), dataclasses.replace(chosen, batch_tokens=4096), progress=lambda *_: pytest.fail("computed again"))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "text"])
@@ -285,6 +229,16 @@ def test_a_folder_gives_its_text_files_in_order(tmp_path: Path) -> None:
     assert list(texts(config(tmp_path, path=str(tmp_path / "texts")))) == ["from a.txt", "from b.txt"]
 
 
+@pytest.mark.parametrize(("separator", "count"), [("<|end|>", 3), (None, 1), ("\n", 7), ("\n\n", 2), (r"\n\n", 2)])
+def test_the_separator_says_where_a_document_ends(tmp_path: Path, separator: str | None, count: int) -> None:
+    chosen = config(tmp_path, path=str(tmp_path / "stories.txt"), separator=separator)
+    (tmp_path / "stories.txt").write_text("one\ntwo<|end|>\n\nthree\nfour\n<|end|>\nfive\n<|end|>\n", encoding="utf-8")
+    found = list(texts(chosen))
+    assert len(found) == count
+    if separator == "<|end|>":
+        assert found == ["one\ntwo", "three\nfour", "five"]
+
+
 def test_the_world_is_a_source_that_needs_nothing(tmp_path: Path) -> None:
     chosen = config(tmp_path, name="world", source="world", path=None, num_documents=50)
     first = list(texts(chosen))
@@ -304,6 +258,8 @@ def test_the_digest_is_of_content_order_and_borders() -> None:
         ({"path": None}, r"stats\.path is missing"),
         ({"num_documents": 0, "batch_tokens": -1}, r"stats\.num_documents.*\n.*stats\.batch_tokens"),
         ({"source": "hub", "path": None}, "id on the hub"),
+        ({"context_length": 512}, r"stats\.batch_tokens must hold.*context_length=512.*batch_tokens=256"),
+        ({"save_every_s": -1.0, "separator": ""}, r"stats\.save_every_s.*\n.*stats\.separator"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

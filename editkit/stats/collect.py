@@ -1,28 +1,87 @@
-"""Second moments of the keys of several matrices, in one pass over the texts.
+"""Second moments of the keys of several matrices, in one pass over the texts, which stops above the last of them.
 
-Products are taken in float32 (float64 for a float64 network) and summed in float64: the published code sums 1e7 and more outer products in
-float32. The matrix is the C of Meng et al. 2022 (arXiv 2202.05262), Eq. 2. Every token counts, a tokenizer's own BOS included, as its
-key takes part in editing prompts too; padding does not.
+Products are taken in float32 or bfloat16 and summed in float64: the published code sums 1e7 and more outer products in float32. The matrix
+is the C of Meng et al. 2022 (arXiv 2202.05262), Eq. 2. Every token counts, a tokenizer's own BOS included, as its key takes part in editing
+prompts too; padding does not. A document is a sequence of its own and counts with its first `context_length` tokens, as in the published
+code: documents are neither cut into several sequences nor joined to fill one.
 
-Shape letters: B sequences, T tokens of the longest, M tokens that are no padding, I d_in.
+The texts are cut into blocks of `BLOCK` documents, and the blocks are dealt out to `PARTS` parts. A part's sum grows block by block, the
+total part by part, always in this order: whoever computes which part, and wherever the work was interrupted, the bits are the same (on the
+same kind of machine with as many threads: a product's own rounding is the library's).
+
+Shape letters: B sequences, T tokens of the longest, M tokens that are no padding, I d_in, R rows of a block of the triangle, L columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.linalg.spectral import gram
 from editkit.model.capture import capture
 from editkit.model.tokens import pad
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-GROUP = 1024  # documents that are sorted by length together: long enough to waste little padding, short enough to show progress
+PARTS = 8  # more processes than that cannot share the work
+BLOCK = 256  # documents that are sorted by length together: enough to waste little padding, few enough to save often
+PRODUCT_TOKENS = 8192  # keys that wait for one product: adding it in float64 costs as much as multiplying 400 of them
+SMALL_BATCH = 512  # tokens of a pass that uses a processor well
+MOST_PADDING = 1 / 16  # of a pass that is not small
+ROW_BLOCKS, LEAST_ROWS = 16, 256  # of the triangle: 53 % of the products are taken, in pieces large enough to be quick
+
+Products = Literal["float32", "bfloat16"]
+
+
+class TriangleSum:
+    """sum over tokens of k k^T in float64, of which only the blocks on and below the diagonal are computed and kept."""
+
+    def __init__(self, blocks: Sequence[torch.Tensor]) -> None:
+        self.blocks = tuple(blocks)  # (R, L) each, L being the column behind the diagonal
+
+    @staticmethod
+    def zeros(size: int, device: torch.device | str = "cpu") -> TriangleSum:
+        rows = max(LEAST_ROWS, -(-size // ROW_BLOCKS))
+        borders = [(first, min(first + rows, size)) for first in range(0, size, rows)]
+        return TriangleSum([torch.zeros(last - first, last, dtype=torch.float64, device=device) for first, last in borders])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    def add_products(self, keys_MI: torch.Tensor, products: Products) -> None:
+        """Adds keys^T keys."""
+        # Only there is a bfloat16 product summed and given in float32, and not before torch 2.8.
+        is_mixed = products == "bfloat16" and keys_MI.device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads()
+        wide = torch.promote_types(keys_MI.dtype, torch.float32)
+        if products == "bfloat16":
+            keys_MI = keys_MI.to(torch.bfloat16)
+        if not is_mixed:
+            keys_MI = keys_MI.to(wide)
+        for block_RL in self.blocks:
+            last = block_RL.shape[1]
+            rows_MR, columns_ML = keys_MI[:, last - block_RL.shape[0] : last], keys_MI[:, :last]
+            block_RL.add_(torch.mm(rows_MR.T, columns_ML, out_dtype=torch.float32) if is_mixed else rows_MR.T @ columns_ML)
+
+    def add(self, other: TriangleSum) -> None:
+        for mine_RL, others_RL in zip(self.blocks, other.blocks, strict=True):
+            mine_RL.add_(others_RL)
+
+    def dense(self) -> torch.Tensor:
+        """(I, I), symmetric to the bit."""
+        size = self.blocks[-1].shape[1]
+        dense_II = self.blocks[0].new_empty((size, size))
+        for block_RL in self.blocks:
+            last = block_RL.shape[1]
+            first = last - block_RL.shape[0]
+            left, corner = block_RL[:, :first], block_RL[:, first:]
+            dense_II[first:last, :first] = left
+            dense_II[:first, first:last] = left.T
+            dense_II[first:last, first:last] = corner.tril() + corner.tril(-1).T
+        return dense_II
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +92,86 @@ class MomentSum:
     num_tokens: int
 
 
+@dataclass(slots=True, eq=False)
+class PartSum:
+    """The sums of one part, as far as they are."""
+
+    sums: Mapping[str, TriangleSum]  # by module
+    num_blocks: int = 0
+    num_tokens: int = 0
+
+
+class Collector:
+    """Runs texts through a model and adds up the keys that reach some of its matrices."""
+
+    def __init__(
+        self, model: EditableModel, modules: Sequence[str], *, context_length: int, batch_tokens: int, products: Products = "float32"
+    ) -> None:
+        """`batch_tokens` bounds a pass, padding included; it changes no result beyond rounding."""
+        self.model, self.modules = model, tuple(modules)
+        self._context_length, self._batch_tokens, self._products = context_length, batch_tokens, products
+        rows = keys_at_once(context_length, batch_tokens)
+        self._keys_MI = {module: torch.empty(rows, self._size(module), dtype=model.dtype, device=model.device) for module in self.modules}
+
+    def nothing(self) -> PartSum:
+        return PartSum({module: TriangleSum.zeros(self._size(module), self.model.device) for module in self.modules})
+
+    def add_block(self, total: PartSum, texts: Sequence[str]) -> None:
+        """Adds the keys of a block's texts. The result depends on them and on `total` alone."""
+        held = 0
+        with torch.no_grad():
+            for batch in self._batches(texts):
+                prompts = pad(batch, device=self.model.device)
+                is_token_BT = prompts.mask_BT.bool()
+                num_tokens = sum(map(len, batch))
+                if held + num_tokens > len(self._keys_MI[self.modules[0]]):
+                    held = self._multiply(total, held)
+                with capture(self.model, inputs=self.modules) as captured:
+                    self.model.final_hidden(prompts)
+                for module in self.modules:
+                    self._keys_MI[module][held : held + num_tokens] = captured.inputs[module][is_token_BT]
+                held += num_tokens
+            self._multiply(total, held)
+        total.num_blocks += 1
+
+    def _multiply(self, total: PartSum, held: int) -> int:
+        """Moves the waiting keys into the sums; how many wait then."""
+        for module, sum_of in total.sums.items():
+            sum_of.add_products(self._keys_MI[module][:held], self._products)
+        total.num_tokens += held
+        return 0
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[list[int]]]:
+        """Token ids in batches of similar length, each at most `batch_tokens` wide times high (or one text)."""
+        encoded = self.model.tokenizer(list(texts), truncation=True, max_length=self._context_length)["input_ids"]
+        batch: list[list[int]] = []
+        num_tokens = 0
+        for ids in sorted(filter(None, encoded), key=len):
+            area = len(ids) * (len(batch) + 1)
+            is_padded = num_tokens >= SMALL_BATCH and area - num_tokens - len(ids) > MOST_PADDING * area
+            if batch and (area > self._batch_tokens or is_padded):
+                yield batch
+                batch, num_tokens = [], 0
+            batch.append(ids)
+            num_tokens += len(ids)
+        if batch:
+            yield batch
+
+    def _size(self, module: str) -> int:
+        return self.model.weight(module).shape[1]
+
+
+def keys_at_once(context_length: int, batch_tokens: int) -> int:
+    """How many keys of a module are held at a time."""
+    return max(PRODUCT_TOKENS, batch_tokens, context_length)
+
+
+def blocks_of(part: int, num_documents: int) -> list[range]:
+    """Which documents a part's blocks hold; nothing but their number decides it."""
+    borders = range(0, num_documents, BLOCK)
+    return [range(start, min(start + BLOCK, num_documents)) for start in borders[part::PARTS]]
+
+
 def collect(
     model: EditableModel,
     modules: Sequence[str],
@@ -40,44 +179,31 @@ def collect(
     *,
     context_length: int,
     batch_tokens: int,
-    progress: Callable[[int], None] | None = None,
+    products: Products = "float32",
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, MomentSum]:
-    """Sums of k k^T at the inputs of `modules`, all from the same forward passes, which stop above the last of them.
+    """Sums of k k^T at the inputs of `modules`, in this process and in memory; `stats.parts` does the same with interruptions.
 
-    A text counts with its first `context_length` tokens. `batch_tokens` bounds a pass, padding included; it changes no result beyond
-    rounding. `progress` is told how many documents are done. Raises ConfigError where the texts hold no token.
+    `progress` is told how many documents are done, and of how many. Raises ConfigError where the texts hold no token.
     """
-    sums: dict[str, torch.Tensor] = {}
-    num_tokens = num_documents = 0
-    with torch.no_grad():
-        for batch in _batches(model, texts, context_length=context_length, batch_tokens=batch_tokens):
-            prompts = pad(batch, device=model.device)
-            is_token_BT = prompts.mask_BT.bool()
-            with capture(model, inputs=modules) as captured:
-                model.final_hidden(prompts)
-            for module in modules:
-                keys_MI = captured.inputs[module][is_token_BT]
-                keys_MI = keys_MI.to(torch.promote_types(keys_MI.dtype, torch.float32))
-                product_II = gram(keys_MI.mT).double()
-                sums[module] = sums[module].add_(product_II) if module in sums else product_II
-            num_tokens += int(is_token_BT.sum())
-            num_documents += len(batch)
+    collector = Collector(model, modules, context_length=context_length, batch_tokens=batch_tokens, products=products)
+    total, done = collector.nothing(), 0
+    for part in range(PARTS):
+        blocks = blocks_of(part, len(texts))
+        found = collector.nothing() if blocks and part > 0 else total
+        for block in blocks:
+            collector.add_block(found, [texts[index] for index in block])
+            done += len(block)
             if progress is not None:
-                progress(num_documents)
+                progress(done, len(texts))
+        if found is not total:
+            for module in modules:
+                total.sums[module].add(found.sums[module])
+            total.num_tokens += found.num_tokens
+    require_tokens(total.num_tokens)
+    return {module: MomentSum(total.sums[module].dense(), total.num_tokens) for module in modules}
+
+
+def require_tokens(num_tokens: int) -> None:
     if not num_tokens:
         raise ConfigError("stats: the texts hold no token - raise stats.num_documents or choose another source.")
-    return {module: MomentSum(sum_II, num_tokens) for module, sum_II in sums.items()}
-
-
-def _batches(model: EditableModel, texts: Sequence[str], *, context_length: int, batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Token ids in batches of similar length, each at most `batch_tokens` wide times high (or one text)."""
-    for start in range(0, len(texts), GROUP):
-        encoded = model.tokenizer(list(texts[start : start + GROUP]), truncation=True, max_length=context_length)["input_ids"]
-        batch: list[list[int]] = []
-        for ids in sorted(filter(None, encoded), key=len):
-            if batch and len(ids) * (len(batch) + 1) > batch_tokens:
-                yield batch
-                batch = []
-            batch.append(ids)
-        if batch:
-            yield batch

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from editkit.errors import ConfigError
-from editkit.files import write_atomically
+from editkit.files import written_atomically
 from editkit.lazy import torch
-from editkit.stats.collect import MomentSum, collect
-from editkit.stats.corpus import StatsConfig, digest, texts
-
-if TYPE_CHECKING:
-    from editkit.model.editable import EditableModel
+from editkit.linalg.recursive import SolveDtype
+from editkit.stats.collect import MomentSum
 
 SUFFIX = ".safetensors"
+FORMAT = 2  # 1 had no `products`, and its sums were cut differently
 REMEDY = "Delete the file: it is computed again by the next run or `editkit stats build`."
 
 
@@ -40,7 +38,8 @@ class MomentKey:
     num_documents: int
     context_length: int  # tokens of a document that count
     dtype: str  # of the network
-    format: int = 1
+    products: str  # what k k^T was multiplied in; sums are float64
+    format: int = FORMAT
 
     @property
     def file_name(self) -> str:
@@ -58,10 +57,14 @@ class SecondMoment:
     matrix_II: torch.Tensor
     num_tokens: int
     checksum: str = ""  # of the stored file
+    dtype: SolveDtype = "float64"  # of the factor
 
     @cached_property
     def factor_II(self) -> torch.Tensor:
-        """Lower triangular; computed at the first use (I^3 / 3 operations). Raises ConfigError where the matrix is singular."""
+        """Lower triangular; computed in float64 at the first use (I^3 / 3 operations), kept in `dtype`.
+
+        Raises ConfigError where the matrix is singular.
+        """
         size = self.matrix_II.shape[0]
         factor_II, failed_at = torch.linalg.cholesky_ex(self.matrix_II)
         # Of N keys the rank is at most N, but rounding can hide that from the factorisation.
@@ -70,7 +73,7 @@ class SecondMoment:
                 f"stats: the second moment of {self.module} cannot be inverted - it holds {self.num_tokens} keys of length {size} - "
                 "raise stats.num_documents, or do without it (ROME: editor.covariance=null)."
             )
-        return factor_II
+        return factor_II.to(getattr(torch, self.dtype))  # float32 could not factorise what is ill-conditioned
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +81,32 @@ class Moments:
     """The second moments that an editor asked for, by module; empty where it asked for none."""
 
     by_module: Mapping[str, SecondMoment] = field(default_factory=dict)
+    dtype: SolveDtype = "float64"  # `solve.dtype`: of the I x I matrices that solves are made from; the second moments stay float64
+
+    def solved_in(self, dtype: SolveDtype) -> Moments:
+        """The same, for least squares in another dtype."""
+        return Moments({module: replace(moment, dtype=dtype) for module, moment in self.by_module.items()}, dtype)
 
     def second_moment(self, module: str) -> torch.Tensor:
         """E[k k^T], (I, I) float64; not to be modified."""
         return self._of(module).matrix_II
 
     def inverse_times(self, module: str, keys_IN: torch.Tensor) -> torch.Tensor:
-        """E[k k^T]^-1 @ keys, float64, on the keys' device: two triangular solves, the factorisation is done once."""
+        """E[k k^T]^-1 @ keys, float64, on the keys' device: two triangular solves in `dtype`, the factorisation is done once."""
+        return self.unwhiten(module, self.whiten(module, keys_IN))
+
+    def whiten(self, module: str, keys_IN: torch.Tensor) -> torch.Tensor:
+        """L^-1 @ keys with E[k k^T] = L L^T, float64, on the keys' device: what common text's keys become white by."""
         factor_II = self._of(module).factor_II
-        return torch.cholesky_solve(keys_IN.to(factor_II), factor_II).to(keys_IN.device)
+        # Not `cholesky_solve`: it copies the factor, which for one column takes 25 times as long.
+        return torch.linalg.solve_triangular(factor_II, keys_IN.to(factor_II), upper=False).to(device=keys_IN.device, dtype=torch.float64)
+
+    def unwhiten(self, module: str, white_IN: torch.Tensor) -> torch.Tensor:
+        """L^-T @ it, as `whiten`."""
+        factor_II = self._of(module).factor_II
+        return torch.linalg.solve_triangular(factor_II.T, white_IN.to(factor_II), upper=True).to(
+            device=white_IN.device, dtype=torch.float64
+        )
 
     def factorise(self, module: str) -> None:
         """Does now what `inverse_times` would do at its first use. Raises ConfigError where the matrix is singular."""
@@ -102,54 +122,14 @@ class Moments:
         return self.by_module[module]
 
 
-def build(model: EditableModel, modules: Sequence[str], config: StatsConfig, *, progress: Callable[[int], None] | None = None) -> Moments:
-    """The second moments of `modules`: those stored are read and checked, the missing ones are collected in one pass and stored.
-
-    `progress` is told the number of documents done. Raises ConfigError for a corrupt file, or a source that cannot be read.
-    """
-    if not modules:
-        return Moments()
-    if config.source == "none":
-        raise ConfigError(f"stats=none, but the editor needs the second moments of {', '.join(modules)} - choose stats=world|text|hub.")
-    documents = tuple(texts(config))
-    keys = moment_keys(model, modules, config, documents)
-    folder = Path(config.folder).expanduser()
-    missing = [module for module in modules if not (folder / keys[module].file_name).exists()]
-    if missing:
-        # Differs from published code, which computes missing statistics on whatever the model has become.
-        assert not any(model.total(module).rank for module in model.edited_modules), "second moments are taken on the unedited model"
-        sums = collect(
-            model, missing, documents, context_length=keys[missing[0]].context_length, batch_tokens=config.batch_tokens, progress=progress
-        )
-        for module, moment_sum in sums.items():
-            write(folder, keys[module], moment_sum)
-    return Moments({module: read(folder / keys[module].file_name, keys[module], device=model.device) for module in modules})
-
-
-def moment_keys(model: EditableModel, modules: Sequence[str], config: StatsConfig, documents: Sequence[str]) -> dict[str, MomentKey]:
-    """The key of each module's file."""
-    corpus = digest(documents)
-    return {
-        module: MomentKey(
-            model=model.name,
-            fingerprint=model.fingerprint,
-            module=module,
-            corpus=corpus,
-            num_documents=len(documents),
-            context_length=min(config.context_length, model.max_length),
-            dtype=str(model.dtype).removeprefix("torch."),
-        )
-        for module in modules
-    }
-
-
 def write(folder: Path, key: MomentKey, moment_sum: MomentSum) -> Path:
     """Stores one second moment under its key."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     tensors = {"sum_II": moment_sum.sum_II.cpu().contiguous(), "num_tokens": torch.tensor(moment_sum.num_tokens)}
     path = folder / key.file_name
-    write_atomically(path, save(tensors, metadata={"key": key.as_json(), "checksum": _checksum(key, tensors)}))
+    with written_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata={"key": key.as_json(), "checksum": _checksum(key, tensors)})
     return path
 
 
@@ -197,7 +177,7 @@ def list_stored(folder: str | Path) -> list[StoredMoment]:
         num_bytes = path.stat().st_size
         try:
             with safe_open(path, framework="pt") as opened:
-                key, num_tokens = MomentKey(**json.loads(opened.metadata()["key"])), int(opened.get_tensor("num_tokens"))
+                key, num_tokens = _key(opened.metadata()), int(opened.get_tensor("num_tokens"))
             found.append(StoredMoment(path=path, num_bytes=num_bytes, key=key, num_tokens=num_tokens))
         except Exception as error:  # whatever a damaged header raises, the listing goes on
             found.append(
@@ -214,12 +194,19 @@ def _load(path: Path) -> tuple[MomentKey, dict[str, torch.Tensor], str]:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        key, checksum = MomentKey(**json.loads(metadata["key"])), metadata["checksum"]
+        key, checksum = _key(metadata), metadata["checksum"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"corrupt statistics: {path} cannot be read ({error}). {REMEDY}") from None
     if checksum != _checksum(key, tensors):
         raise ConfigError(f"corrupt statistics: {path} does not match its checksum. {REMEDY}")
     return key, tensors, checksum
+
+
+def _key(metadata: Mapping[str, str]) -> MomentKey:
+    fields: dict[str, Any] = json.loads(metadata["key"])
+    if fields["format"] != FORMAT:
+        raise ValueError(f"it has format {fields['format']}, of another version of editkit; this one writes {FORMAT}")
+    return MomentKey(**fields)
 
 
 def _checksum(key: MomentKey, tensors: Mapping[str, torch.Tensor]) -> str:
