@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +13,12 @@ import torch
 from editkit.errors import ConfigError
 from editkit.model.capture import add_to_output, capture
 from editkit.model.editable import EditableModel
+from editkit.model.head import divergence
 from editkit.model.tokens import pad
-from editkit.targets.continued import continued_layer
-from editkit.targets.search import Target, TargetSettings, optimise, plain_forward, prepare, search_target, search_targets, site_output
+from editkit.targets.descent import Seen, TargetProblem
+from editkit.targets.forwards import continued_layer, plain_forward, site_outputs
+from editkit.targets.search import Target, TargetSettings, search_target, search_targets, targets_of
+from editkit.targets.sequences import prepare
 from editkit.types import EditRequest
 from tests.helpers import KINDS, Kind, request, requests, tiny_model
 
@@ -37,8 +40,31 @@ def settings(**changes: Any) -> TargetSettings:
     return TargetSettings(**values | changes)
 
 
+class Alone:
+    """A `Forward` of one request, from a function of its delta alone."""
+
+    def __init__(self, forward: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.forward = forward
+
+    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> Seen:
+        log_p_C, log_p_V = self.forward(delta_NO[0])
+        before_NV = log_p_V.detach()[None] if before_NV is None else before_NV
+        return Seen(log_p_C[None], divergence(log_p_V[None], before_NV), log_p_V[None])
+
+    def only(self, kept: Sequence[int]) -> Alone:
+        assert list(kept) == [0]
+        return self
+
+
+def optimise(forward: Any, initial_O: torch.Tensor, chosen: TargetSettings) -> Target:
+    """The search of one request in one descent, over a function of its delta."""
+    problem = TargetProblem(forward=Alone(forward), initial_NO=initial_O[None], settings=chosen)
+    [found] = targets_of(problem, problem.descend(updates=chosen.steps - 1))
+    return found
+
+
 class Toy:
-    """A `Forward` of known form: log-probability -|delta - goal|^2 / 2, an unmoved distribution; remembers the deltas it was given."""
+    """A function of delta of known form: log-probability -|delta - goal|^2 / 2, an unmoved distribution; remembers the deltas."""
 
     def __init__(self, *goal: float) -> None:
         self.goal_O = torch.tensor(goal)
@@ -222,10 +248,10 @@ def test_padding_on_either_side_gives_the_same_loss(kind: Kind, side: Any) -> No
     site, sequences = model.family.mlp(1), prepare(model, request(), CONTEXTS, kl_position="subject_last")
     delta_O = torch.randn(32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours_C, ours_V = plain_forward(model, site, sequences, side=side)(delta_O)
-        alone_C, alone_V = plain_forward(model, site, sequences)(delta_O)
-    torch.testing.assert_close(ours_C, alone_C, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours_V, alone_V, rtol=1e-5, atol=1e-5)
+        ours = plain_forward(model, site, [sequences], side=side)(delta_O[None], None)
+        alone = plain_forward(model, site, [sequences])(delta_O[None], None)
+    torch.testing.assert_close(ours.log_p_NC, alone.log_p_NC, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.log_p_NV, alone.log_p_NV, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -250,7 +276,10 @@ def test_the_initial_output_is_that_of_the_clean_prompt(kind: Kind) -> None:
     batch = pad([model.tokenizer(asked.full_prompt)["input_ids"]])
     with torch.no_grad(), capture(model, outputs=[site]) as captured:
         model.final_hidden(batch)
-    torch.testing.assert_close(site_output(model, site, sequences), captured.outputs[site][0, sequences.sites[0]], rtol=1e-6, atol=1e-6)
+    wanted_O = captured.outputs[site][0, sequences.sites[0]]
+    torch.testing.assert_close(site_outputs(model, site, [sequences])[0], wanted_O, rtol=1e-6, atol=1e-6)
+    found = search_target(model, asked, site=site, contexts=CONTEXTS, settings=settings(steps=1))
+    torch.testing.assert_close(found.initial_O, wanted_O, rtol=1e-5, atol=1e-5)
 
 
 def test_any_module_can_be_the_site() -> None:
@@ -261,12 +290,10 @@ def test_any_module_can_be_the_site() -> None:
     assert found.probability_after > found.probability_before
 
 
-def test_the_same_search_gives_the_same_bits_and_several_requests_do_not_mix() -> None:
+def test_the_same_search_gives_the_same_bits() -> None:
     model = tiny_model("gpt2")
     options: Any = {"site": model.family.mlp(0), "contexts": CONTEXTS, "settings": settings(steps=5)}
-    together = search_targets(model, requests(2), **options)
-    alone = [search_target(model, asked, **options) for asked in requests(2)]
-    for one, other in zip(together, alone, strict=True):
+    for one, other in zip(search_targets(model, requests(2), **options), search_targets(model, requests(2), **options), strict=True):
         assert torch.equal(one.delta_O, other.delta_O)
         assert one.loss == other.loss
 

@@ -26,7 +26,7 @@ from editkit.model.tokens import PromptBatch, require_offsets
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-ROWS_AT_ONCE = 1024  # bounds the float64 copies that the rounding error needs
+ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}  # bounds the float64 copies that the rounding error needs; on a CPU they stay in its cache
 
 
 @dataclass(slots=True, eq=False)
@@ -213,12 +213,13 @@ class EditableModel:
     def _store(self, module: str, total_OI: torch.Tensor) -> float:
         """Writes round(W_0 + total), in slices of rows; returns the Frobenius norm of what the rounding took away."""
         weight_OI, base_OI = self.weight(module), self._edited[module].base_OI
-        squares = 0.0
+        squares = torch.zeros((), dtype=torch.float64, device=weight_OI.device)  # looked at once: each look waits for a GPU
+        rows = ROWS_AT_ONCE.get(weight_OI.device.type, 1024)
         with torch.no_grad():
-            for weight, base, total in zip(*(matrix.split(ROWS_AT_ONCE) for matrix in (weight_OI, base_OI, total_OI)), strict=True):
+            for weight, base, total in zip(*(matrix.split(rows) for matrix in (weight_OI, base_OI, total_OI)), strict=True):
                 weight.copy_(base.float() + total)
-                squares += float((weight.double() - (base.double() + total.double())).square().sum())
-        return squares**0.5
+                squares += (weight.double() - (base.double() + total.double())).square().sum()
+        return float(squares) ** 0.5
 
     def _require_editable(self, module: str, weight_OI: torch.Tensor) -> None:
         if not weight_OI.is_floating_point():

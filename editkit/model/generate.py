@@ -27,26 +27,29 @@ def generate(
     top_k: int | None = None,
     banned: Collection[int] = (),
     ends: Collection[int] | None = None,
+    until: Sequence[str] = (),
     batch_size: int = 32,
 ) -> list[tuple[int, ...]]:
     """The new tokens of each prompt (ids), without the one that ended it.
 
     Greedy without a `generator` (a CPU one); with it, sampled from the `top_k` most probable tokens (None: from all). The batch size
-    changes no draw. `banned` ids are never produced; `ends` are the ids that end a row (None: `end_ids(model)`). A row also ends where the
-    network has no further position. Raises ValueError for an empty prompt, and for one that fills all positions.
+    changes no draw. `banned` ids are never produced; `ends` are the ids that end a row (None: `end_ids(model)`). A row also ends where its
+    text holds one of `until`, which stays in it, and where the network has no further position. Raises ValueError for an empty prompt, and
+    for one that fills all positions.
     """
     if wrong := [len(ids) for ids in prompts if not 0 < len(ids) < model.max_length]:
         raise ValueError(f"prompts of {wrong[:3]} tokens cannot be continued: {model.name} has {model.max_length} positions.")
     # All draws are made first: a prompt's draws belong to it, whatever the device, its batch, and the moment at which other rows end.
     draws_NT = None if generator is None else torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
     stops = torch.tensor(sorted(end_ids(model) if ends is None else ends), dtype=torch.long, device=model.device)
+    stop_texts = _StopTexts(model, until) if until else None
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, tuple[int, ...]] = {}
     for first in range(0, len(by_length), batch_size):
         chosen = by_length[first : first + batch_size]
         choose = _Choice(top_k, sorted(banned), None if draws_NT is None else draws_NT[chosen].to(model.device))
         batch = pad([prompts[index] for index in chosen], device=model.device, side="left")
-        found.update(zip(chosen, _continue(model, batch, max_new_tokens, choose, stops), strict=True))
+        found.update(zip(chosen, _continue(model, batch, max_new_tokens, choose, stops, stop_texts), strict=True))
     return [found[index] for index in range(len(prompts))]
 
 
@@ -96,7 +99,37 @@ class _Choice:
         return ids_BK.gather(-1, place_B1.clamp(max=ids_BK.shape[-1] - 1)).squeeze(-1)
 
 
-def _continue(model: EditableModel, batch: PromptBatch, max_new_tokens: int, choose: _Choice, stops: torch.Tensor) -> list[tuple[int, ...]]:
+class _StopTexts:
+    """Says which rows hold a text that ends them. A row is decoded only when its last token could be the end of such a text."""
+
+    def __init__(self, model: EditableModel, texts: Sequence[str]) -> None:
+        self.model, self.texts = model, texts
+        self.last = {text[-1] for text in texts} | {"\ufffd"}  # a part of a character may complete it
+        self.could_end: dict[int, bool] = {}  # by token
+
+    def __call__(self, steps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(B,), true where the tokens of all steps, (B,) each and -1 behind a row's end, hold one of the texts."""
+        held = [token >= 0 and self._could_end(token) for token in steps[-1].tolist()]
+        if any(held):
+            rows = torch.stack(list(steps), dim=1).tolist()
+            texts = decode(self.model, [row if may else [] for row, may in zip(rows, held, strict=True)])
+            held = [any(stop in text for stop in self.texts) for text in texts]
+        return torch.tensor(held, device=steps[-1].device)
+
+    def _could_end(self, token: int) -> bool:
+        if token not in self.could_end:
+            self.could_end[token] = not self.last.isdisjoint(decode(self.model, [[token]])[0])
+        return self.could_end[token]
+
+
+def _continue(
+    model: EditableModel,
+    batch: PromptBatch,
+    max_new_tokens: int,
+    choose: _Choice,
+    stops: torch.Tensor,
+    stop_texts: _StopTexts | None,
+) -> list[tuple[int, ...]]:
     """One left-padded batch. Rows that are done go on as padding until all are."""
     base = model.module(model.family.base)
     arguments = batch.arguments
@@ -110,6 +143,8 @@ def _continue(model: EditableModel, batch: PromptBatch, max_new_tokens: int, cho
             token_B = choose(model.hidden_to_logits(output.last_hidden_state[:, -1]), step)
             done_B = done_B | torch.isin(token_B, stops) | (length_B >= model.max_length)
             steps.append(torch.where(done_B, -1, token_B))
+            if stop_texts is not None:
+                done_B = done_B | stop_texts(steps)
             if bool(done_B.all()):
                 break
             mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=-1)

@@ -123,7 +123,7 @@ def _without_end(ids: Sequence[int], spans: Sequence[tuple[int, int]], special: 
     """Keeps the special tokens in front of the text, drops those that end it."""
     leading = next((index for index, flag in enumerate(special) if not flag), len(special))
     end = next((index + 1 for index in range(len(special) - 1, -1, -1) if not special[index]), leading)
-    return Encoded(tuple(ids[:end]), tuple((start, stop) for start, stop in spans[:end]), leading)
+    return Encoded(tuple(ids[:end]), tuple(spans[:end]), leading)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[tuple[int, ...]]:

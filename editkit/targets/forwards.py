@@ -1,0 +1,153 @@
+"""The two ways of the network's part in a target search: the whole network in every step, or what can change alone.
+
+delta changes the site's output at the subject's last token, and the site feeds the residual stream right after its block. So the blocks up
+to that one, and all earlier tokens, are run once; each step of the search runs the tokens from the subject's last one on through the blocks
+above. Both take any number of requests together: a row of the batch is a request in a context.
+
+Shape letters: N requests, B sequences, S tokens from the subject's last one on, T all tokens, D width of the network, O width of the site's
+output, M pairs whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+from editkit.lazy import torch
+from editkit.model import continuation
+from editkit.model.capture import add_to_output, capture
+from editkit.model.head import read, read_sliced
+from editkit.model.tokens import PromptBatch, pad
+from editkit.targets.descent import Seen
+from editkit.targets.sequences import Sequences, Wanted, wanted
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlainForward:
+    """The whole network over all sequences, then its head at the wanted positions alone."""
+
+    model: EditableModel
+    site: str
+    requests: tuple[Sequences, ...]
+    side: Literal["left", "right"]
+    batch: PromptBatch
+    owner_B: torch.Tensor  # the request of each row
+    sites_B: torch.Tensor  # columns
+    wanted: Wanted
+
+    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> Seen:
+        with add_to_output(self.model, self.site, self.sites_B, delta_NO[self.owner_B]):
+            hidden_BTD = self.model.final_hidden(self.batch)
+        columns_M = self.batch.first_B[self.wanted.rows_M] + self.wanted.positions_M
+        found = read(self.model, hidden_BTD[self.wanted.rows_M, columns_M], self.wanted.ids_K, before_NV)
+        return Seen(self.wanted.means(found.log_p_K), found.kl_N, found.log_p_NV)
+
+    def only(self, kept: Sequence[int]) -> PlainForward:
+        return plain_forward(self.model, self.site, [self.requests[index] for index in kept], side=self.side)
+
+
+def plain_forward(
+    model: EditableModel, site: str, requests: Sequence[Sequences], *, side: Literal["left", "right"] = "right"
+) -> PlainForward:
+    """The function of delta that a search minimises, run the plain way."""
+    batch = pad([ids for sequences in requests for ids in sequences.ids], device=model.device, side=side)
+    return PlainForward(
+        model=model,
+        site=site,
+        requests=tuple(requests),
+        side=side,
+        batch=batch,
+        owner_B=_owners(requests, model.device),
+        sites_B=batch.columns([position for sequences in requests for position in sequences.sites]),
+        wanted=wanted(requests, device=model.device),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ContinuedForward:
+    """The same function of delta, to rounding, at a site of the continuation's layer."""
+
+    requests: tuple[Sequences, ...]
+    continuation: continuation.Continuation
+    owner_B: torch.Tensor
+    columns_M: torch.Tensor  # of what is wanted, counted from the subject's last token
+    wanted: Wanted
+
+    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> Seen:
+        hidden_BSD = self.continuation.hidden_BSD
+        moved_B1D = hidden_BSD[:, :1] + delta_NO[self.owner_B].to(hidden_BSD)[:, None]
+        final_BSD = self.continuation.run(torch.cat([moved_B1D, hidden_BSD[:, 1:]], dim=1))
+        final_MD = final_BSD[self.wanted.rows_M, self.columns_M]
+        found = read_sliced(self.continuation.model, final_MD, self.wanted.ids_K, before_NV)
+        return Seen(self.wanted.means(found.log_p_K), found.kl_N, found.log_p_NV)
+
+    def only(self, kept: Sequence[int]) -> ContinuedForward:
+        first = [0, *accumulate(len(sequences.ids) for sequences in self.requests)]
+        rows = [row for index in kept for row in range(first[index], first[index + 1])]
+        return _continued([self.requests[index] for index in kept], self.continuation.only(rows))
+
+
+def continued_layer(model: EditableModel, site: str, sequences: Sequences) -> int | None:
+    """The layer that can be gone on from when `site` is changed; None where only the whole network will do.
+
+    That is so where the site is neither a block nor an MLP whose output is added to the residual stream as it is, and where a sliding
+    window is shorter than the sequences.
+    """
+    if not continuation.can_continue(model, max(map(len, sequences.ids))):
+        return None
+    for layer in range(model.num_layers):
+        if site == model.family.block(layer) or (site == model.family.mlp(layer) and model.family.adds_mlp_output):
+            return layer
+    return None
+
+
+def continued_forward(model: EditableModel, site: str, layer: int, requests: Sequence[Sequences]) -> tuple[ContinuedForward, torch.Tensor]:
+    """The function of delta, and what the site gives for the clean prompts: (N, O), at least float32. The lower blocks run here, once."""
+    prepared = continuation.prepare(
+        model,
+        layer,
+        [ids for sequences in requests for ids in sequences.ids],
+        [position for sequences in requests for position in sequences.sites],
+        reads=[positions for sequences in requests for positions in sequences.reads],
+        at_start=[site],
+        groups=[row for sequences in requests for row in range(len(sequences.ids))],  # a context each
+    )
+    clean_N = torch.tensor([0, *accumulate(len(sequences.ids) for sequences in requests)][:-1], device=model.device)
+    # Only what the steps need is kept.
+    return _continued(requests, replace(prepared, at_start={})), at_least_float32(prepared.at_start[site][clean_N])
+
+
+def _continued(requests: Sequence[Sequences], prepared: continuation.Continuation) -> ContinuedForward:
+    device = prepared.model.device
+    found = wanted(requests, device=device)
+    sites_B = torch.tensor([position for sequences in requests for position in sequences.sites], device=device)
+    return ContinuedForward(
+        requests=tuple(requests),
+        continuation=prepared,
+        owner_B=_owners(requests, device),
+        columns_M=found.positions_M - sites_B[found.rows_M],
+        wanted=found,
+    )
+
+
+def site_outputs(model: EditableModel, site: str, requests: Sequence[Sequences]) -> torch.Tensor:
+    """v, (N, O), at least float32: what the site gives at the subject's last token of the clean prompts; the pass stops there."""
+    batch = pad([sequences.ids[0] for sequences in requests], device=model.device)
+    with torch.no_grad(), capture(model, outputs=[site]) as captured:
+        model.final_hidden(batch)
+    columns_N = batch.columns([sequences.sites[0] for sequences in requests])
+    return at_least_float32(captured.outputs[site][torch.arange(len(requests), device=model.device), columns_N])
+
+
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _owners(requests: Sequence[Sequences], device: torch.device) -> torch.Tensor:
+    """(B,): the request of each row."""
+    return torch.tensor([owner for owner, sequences in enumerate(requests) for _ in sequences.ids], device=device)

@@ -1,0 +1,110 @@
+"""The texts of a target search as token ids: every request in its contexts, and the prompt at which its essence is kept.
+
+Shape letters: B sequences (by request: the contexts, then the KL prompt), N requests, C contexts, L longest target, K tokens of targets, M
+(sequence, position) pairs whose logits are wanted (M = K + N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from editkit.lazy import torch
+from editkit.model.tokens import PLACE, TargetSequence, encode, encode_with_targets, fill, subject_position
+from editkit.types import EditRequest
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
+
+ESSENCE = "{} is a"  # the KL prompt of the published code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sequences:
+    """The sequences of one request, tokenised: each context with the target but for its last token, then the KL prompt."""
+
+    ids: tuple[tuple[int, ...], ...]  # by row
+    sites: tuple[int, ...]  # by row: position of the subject's last token
+    predicting: tuple[range, ...]  # by context: the positions whose logits predict the target
+    targets: tuple[tuple[int, ...], ...]  # by context: the target's ids
+    kl_position: int  # in the last row
+
+    @property
+    def reads(self) -> tuple[Sequence[int], ...]:
+        """By row, the positions whose logits the loss needs."""
+        return (*self.predicting, (self.kl_position,))
+
+
+def prepare(
+    model: EditableModel, request: EditRequest, contexts: Sequence[str], *, kl_position: Literal["subject_last", "prompt_end"]
+) -> Sequences:
+    """Tokenises a request in its contexts. Raises ConfigError where that cannot be done."""
+    assert contexts and contexts[0] == PLACE, "the first context is the bare prompt"
+    encoded, sites = locate(model, request, contexts)
+    essence = fill(ESSENCE, request.subject)
+    essence_encoded = encode(model.tokenizer, [essence.text])[0]
+    essence_site = subject_position(essence_encoded, essence)
+    return Sequences(
+        ids=(*(sequence.ids[:-1] for sequence in encoded), essence_encoded.ids),
+        sites=(*sites, essence_site),
+        predicting=tuple(range(sequence.predicting.start, sequence.predicting.stop) for sequence in encoded),
+        targets=tuple(sequence.target_ids for sequence in encoded),
+        # Differs from the paper: published code measures the KL at the subject's last token, the paper writes p(x | "{subject} is a").
+        kl_position=essence_site if kl_position == "subject_last" else len(essence_encoded.ids) - 1,
+    )
+
+
+def locate(model: EditableModel, request: EditRequest, contexts: Sequence[str]) -> tuple[list[TargetSequence], list[int]]:
+    """Each context with prompt and target, tokenised as one text, and where in it the subject's last token is."""
+    filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
+    encoded = encode_with_targets(model.tokenizer, [(prompt.text, request.target) for prompt in filled])
+    return encoded, [subject_position(sequence, prompt) for sequence, prompt in zip(encoded, filled, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Wanted:
+    """Where the logits of several requests are read, and how a loss comes of them; on the device, so that no step copies indices there.
+
+    The pairs are the targets' of every request and context in order, then each request's KL position.
+    """
+
+    rows_M: torch.Tensor
+    positions_M: torch.Tensor  # in the unpadded sequences
+    ids_K: torch.Tensor  # the targets' tokens: of all pairs but the last N
+    pairs_NCL: torch.Tensor  # which pairs belong to a request's context; where it has fewer than L, its first stands in
+    is_pair_NCL: torch.Tensor
+
+    def means(self, log_p_K: torch.Tensor) -> torch.Tensor:
+        """(N, C): the mean log-probability of each target's tokens."""
+        log_p_NCL = log_p_K[self.pairs_NCL]
+        return torch.where(self.is_pair_NCL, log_p_NCL, 0.0).sum(-1) / self.is_pair_NCL.sum(-1)
+
+
+def wanted(requests: Sequence[Sequences], *, device: torch.device) -> Wanted:
+    """What is read of these requests' rows, one request's after another's."""
+    pairs: list[tuple[int, int]] = []
+    kl_pairs: list[tuple[int, int]] = []
+    token_ids: list[int] = []
+    longest = max(len(target) for sequences in requests for target in sequences.targets)
+    first_row, pairs_NCL, is_pair_NCL = 0, [], []
+    for sequences in requests:
+        starts, lengths = [], [len(target) for target in sequences.targets]
+        for row, (positions, target) in enumerate(zip(sequences.predicting, sequences.targets, strict=True), first_row):
+            starts.append(len(pairs))
+            pairs += [(row, position) for position in positions]
+            token_ids += target
+        is_pair_NCL.append([[step < length for step in range(longest)] for length in lengths])
+        pairs_NCL.append(
+            [[start + step * is_pair for step, is_pair in enumerate(row)] for start, row in zip(starts, is_pair_NCL[-1], strict=True)]
+        )
+        first_row += len(sequences.ids)
+        kl_pairs.append((first_row - 1, sequences.kl_position))
+    rows_M, positions_M = torch.tensor([*pairs, *kl_pairs], device=device).T
+    return Wanted(
+        rows_M=rows_M,
+        positions_M=positions_M,
+        ids_K=torch.tensor(token_ids, device=device),
+        pairs_NCL=torch.tensor(pairs_NCL, device=device),
+        is_pair_NCL=torch.tensor(is_pair_NCL, device=device),
+    )
