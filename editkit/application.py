@@ -1,22 +1,26 @@
 """`editkit run`, the Hydra application: composes, builds, runs; one configuration or many.
 
-Exit codes: 0 done, 1 an internal failure (with its traceback) or a collapsed run, 2 the user's mistake, 128 + n stopped by signal n.
+Exit codes: 0 done, 1 an internal failure (with its traceback) or a collapsed run, 2 the user's mistake, 3 another process has the run,
+128 + n stopped by signal n.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from editkit.compose import ROOT, compose, conf_folder, with_every_key_added
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, report
 
-OK, FAILURE, MISTAKE, SIGNAL = 0, 1, 2, 128
+OK, FAILURE, MISTAKE, BUSY, SIGNAL = 0, 1, 2, 3, 128
 
 
 class JobFailed(Exception):
@@ -28,54 +32,82 @@ class JobFailed(Exception):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs what the arguments after `editkit run` ask for; the exit code. Of a multirun it is that of the first job that failed."""
+    """Runs what the arguments after `editkit run` ask for; the exit code. Of a multirun it is that of the first cell that failed."""
     import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
-    codes: list[int] = []
-
-    def job(config: Any) -> None:
-        context = HydraConfig.get()
-        if context.mode is RunMode.RUN:
-            codes.append(attempt(config, context.runtime.choices, label=""))
-            return
-        code = attempt(config, context.runtime.choices, label=f"job {context.job.num} ({' '.join(context.overrides.task)})")
-        if code > SIGNAL:
-            raise SystemExit(code)  # whoever stops a job means the sweep
-        if code != OK:
-            raise JobFailed(code)
+    from editkit.sweeps.sweeper import SweepEnded
 
     application = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=ROOT)(job)
     try:
         with hydra_called_with(arguments):
             application()
-    except JobFailed as failed:
-        return failed.code
+    except (JobFailed, SweepEnded) as ended:
+        return ended.code
+    except SystemExit as left:
+        return int(left.code or OK)
     except config_mistakes() as error:
         overrides, config_dir = given(arguments)
         report(explain(error, overrides, config_dir))
         return MISTAKE
-    return codes[0] if codes else OK
+    return OK
 
 
-def attempt(config: Any, choices: Mapping[str, Any], *, label: str) -> int:
+def job(config: Any) -> None:
+    """What Hydra runs, in whatever process its launcher chose: leaves with the exit code, or raises JobFailed in a multirun."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from editkit.sweeps.plan import CELLS, save_outcome
+
+    context = HydraConfig.get()
+    choices = context.runtime.choices
+    if context.mode is RunMode.RUN:
+        raise SystemExit(attempt(config, choices).code)
+    folder = Path(context.sweep.dir)
+    is_planned, started = (folder / CELLS).exists(), time.time()
+    outcome = {"code": None, "error": None, "host": platform.node(), "pid": os.getpid()}
+    if is_planned:
+        save_outcome(folder, context.job.num, outcome)
+    ended = attempt(config, choices, label=f"job {context.job.num} ({' '.join(context.overrides.task)})", is_cell=True)
+    if is_planned:
+        where = os.path.relpath(ended.folder, folder) if ended.folder else None
+        facts = {"code": ended.code, "error": ended.error, "folder": where, "seconds": round(time.time() - started, 3)}
+        save_outcome(folder, context.job.num, outcome | facts)
+    if ended.code > SIGNAL:
+        raise SystemExit(ended.code)  # whoever stops a job means the sweep
+    if ended.code != OK:
+        raise JobFailed(ended.code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a job ended: its exit code, what went wrong on one line, and the run's folder where it came so far."""
+
+    code: int
+    error: str | None = None
+    folder: Path | None = None
+
+
+def attempt(config: Any, choices: Mapping[str, Any], *, label: str = "", is_cell: bool = False) -> Ended:
     """Builds and runs one configuration; whatever goes wrong is shown and becomes an exit code."""
     from editkit.build import build
+    from editkit.lock import Busy
 
     make_importable(Path.cwd())  # again: a launcher may have put this job into another process
+    folder = None
     try:
         experiment = build(config, choices=choices)
         from editkit import session
 
-        with writing_below(experiment.folder):
-            return session.run(experiment)
+        folder = experiment.folder
+        with writing_below(folder):
+            return Ended(code=session.run(experiment, leave_failed=is_cell and not experiment.retry_failed), folder=folder)
     except ConfigError as error:
         report(error, label=label)
-        return MISTAKE
-    except Exception:
+        return Ended(code=BUSY if isinstance(error, Busy) else MISTAKE, error=" ".join(str(error).split()), folder=folder)
+    except Exception as error:
         report_failure(label)
-        return FAILURE
+        return Ended(code=FAILURE, error=" ".join(f"{type(error).__name__}: {error}".split()), folder=folder)
 
 
 @contextlib.contextmanager
@@ -146,20 +178,6 @@ def make_importable(folder: Path) -> None:
     """Lets `_target_: mine.Mine` find mine.py there; last in line, so that nothing installed is hidden."""
     if str(folder) not in sys.path and "" not in sys.path:
         sys.path.append(str(folder))
-
-
-def report(error: ConfigError, *, label: str = "") -> None:
-    """Shows a mistake on stderr, without a traceback."""
-    from rich.console import Console
-    from rich.text import Text
-
-    lines = [f"ConfigError{' in ' + label if label else ''}: "]
-    lines += (
-        [error.problems[0]]
-        if len(error.problems) == 1
-        else [f"{len(error.problems)} problems", *(f"\n  - {each}" for each in error.problems)]
-    )
-    Console(stderr=True, soft_wrap=True).print(Text(lines[0], style="bold red") + Text("".join(lines[1:]), style="default"))
 
 
 def report_failure(label: str) -> None:

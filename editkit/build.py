@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from editkit.compose import plain
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError
-from editkit.evaluation.base import AbstractEvaluator
+from editkit.evaluation.base import AbstractEvaluator, AbstractSuite
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.experiment import Experiment, Runtime, Settings, config_hash
 from editkit.model.load import ModelConfig
@@ -32,7 +33,7 @@ from editkit.schema import Problems, construct, unknown_option
 from editkit.stats.corpus import StatsConfig
 from editkit.trackers.base import AbstractTracker
 
-__all__ = ["Experiment", "build", "model_and_stats"]
+__all__ = ["Experiment", "build", "locate", "model_and_stats"]
 
 T = TypeVar("T")
 
@@ -58,8 +59,7 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
         config: an OmegaConf configuration or plain values; not modified.
         choices: which option of each group was taken; only for the wording of errors.
     """
-    resolved = {"restraint": {}} | plain(config)  # restraint=none leaves nothing behind
-    parts = Parts(resolved, choices or {})
+    parts = Parts({"restraint": {}} | plain(config), choices or {})  # restraint=none leaves nothing behind
     settings = parts.settings()
     model, editor, stats = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor), parts.one("stats", StatsConfig)
     restraints = parts.restraints(editor)
@@ -69,37 +69,63 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
         parts.one("tracker", AbstractTracker),
         parts.one("runtime", Runtime),
     )
-    if stats is not None and stats.source == "none" and editor is not None and editor.needs_moments:
-        remedy = "choose stats=world|text|hub (ROME: or editor.covariance=null)"
-        parts.problems.add(f"stats=none, but editor={parts.name_of('editor')} needs second moments: {remedy}.")
-    limit = editor.max_batch_size if editor is not None else None
-    if settings is not None and limit is not None and settings.batch_size > limit:
-        parts.problems.add(f"batch_size: {settings.batch_size} was given; editor={parts.name_of('editor')} edits {limit} at a time.")
+    parts.check_together(settings, editor, stats)
+    parts.check_rollback(settings, restraints)
     data = parts.load(dataset, settings)
-    if settings is not None and (obstacle := not_writable(Path(settings.paths.outputs).expanduser())):
-        parts.problems.add(f"paths.outputs: {settings.paths.outputs} was given; {obstacle}.")
+    parts.check(suite)
     parts.finish()
     assert settings and model and editor and stats and restraints and data and suite and editing and tracker and runtime
-    name = settings.name or folder_name(f"{model.label}-{parts.name_of('editor')}-{'+'.join(resolved['restraint']) or 'none'}")
-    resolved |= {"name": name, "milestones": list(settings.schedule.milestones)}
-    run = f"{name}-{config_hash(resolved)}"
+    place = parts.place(settings, model)
     return Experiment(
-        name=name,
+        name=place.config["name"],
         model=model,
         editor=editor,
         restraints=restraints,
         data=data,
-        evaluators={"editing": editing, "suite": suite} if editing.protocols else {"suite": suite},
+        evaluation=editing,
+        evaluators=editing.evaluators() | {"suite": suite},
         stats=stats,
+        solve=settings.solve,
         tracker=tracker,
         runtime=runtime,
-        schedule=settings.schedule,
+        schedule=replace(settings.schedule, measures_last="final" in editing.timings),
         seed=settings.seed,
+        rollback=settings.rollback,
         resume=settings.resume,
+        retry_failed=settings.retry_failed,
+        when_locked=settings.when_locked,
         on_collapse=settings.on_collapse,
-        folder=Path(settings.paths.outputs).expanduser() / settings.experiment_name / run / f"seed{settings.seed}",
-        config=resolved,
+        folder=place.folder,
+        config=place.config,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run writes."""
+
+    folder: Path  # outputs/<experiment_name>/<name>-<hash>/seed<k>
+    config: Mapping[str, Any]  # resolved, plain values
+    settings: Settings
+    totals: tuple[str, ...]  # the restraints that are views of the run's trajectory, by name
+
+
+def locate(config: Any, *, choices: Mapping[str, Any] | None = None) -> Place:
+    """Where the run of a configuration writes; checks all that `build` does but what is in the dataset and the suite, which are not read.
+
+    Raises ConfigError with all problems.
+    """
+    parts = Parts({"restraint": {}} | plain(config), choices or {})
+    settings, model, editor = parts.settings(), parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
+    restraints = parts.restraints(editor)
+    for key, expected in PARTS.items():
+        if key not in ("model", "editor", "restraint", "stats"):
+            parts.one(key, expected)
+    parts.check_together(settings, editor, parts.one("stats", StatsConfig))
+    parts.finish()
+    assert settings and model and restraints
+    views = tuple(name for name, each in restraints.totals.items() if each.apply_at == "evaluation")
+    return parts.place(settings, model, views)
 
 
 def model_and_stats(config: Any, *, choices: Mapping[str, Any] | None = None) -> tuple[ModelConfig, AbstractEditor, StatsConfig, Runtime]:
@@ -168,6 +194,35 @@ class Parts:
             totals={name: each for name, each in found.items() if isinstance(each, AbstractTotalRestraint)},
         )
 
+    def check_together(self, settings: Settings | None, editor: AbstractEditor | None, stats: StatsConfig | None) -> None:
+        """Notes what does not fit together, and an outputs' folder that cannot be written to."""
+        if stats is not None and stats.source == "none" and editor is not None and editor.needs_moments:
+            remedy = "choose stats=world|text|hub (ROME: or editor.covariance=null)"
+            self.problems.add(f"stats=none, but editor={self.name_of('editor')} needs second moments: {remedy}.")
+        limit = editor.max_batch_size if editor is not None else None
+        if settings is not None and limit is not None and settings.batch_size > limit:
+            self.problems.add(f"batch_size: {settings.batch_size} was given; editor={self.name_of('editor')} edits {limit} at a time.")
+        if settings is not None and (obstacle := not_writable(Path(settings.paths.outputs).expanduser())):
+            self.problems.add(f"paths.outputs: {settings.paths.outputs} was given; {obstacle}.")
+
+    def check_rollback(self, settings: Settings | None, restraints: Restraints | None) -> None:
+        """Notes restraints that would write into a trajectory which rollback has none of."""
+        if settings is not None and restraints is not None and settings.rollback:
+            for name, restraint in restraints.totals.items():
+                if restraint.apply_at != "evaluation":
+                    remedy = f"restraint.{name}.apply_at=evaluation or rollback=false"
+                    given = f"restraint.{name}.apply_at: {restraint.apply_at} was given"
+                    self.problems.add(f"{given}; with rollback=true no edits add up: {remedy}.")
+
+    def place(self, settings: Settings, model: ModelConfig, totals: tuple[str, ...] = ()) -> Place:
+        """Where a run of these parts writes: a folder named by what can change its results."""
+        restraints = "+".join(self.config["restraint"]) or "none"
+        name = settings.name or folder_name(f"{model.label}-{self.name_of('editor')}-{restraints}")
+        resolved = self.config | {"name": name, "milestones": list(settings.schedule.milestones)}
+        run = f"{name}-{config_hash(resolved)}"
+        folder = Path(settings.paths.outputs).expanduser() / settings.experiment_name / run / f"seed{settings.seed}"
+        return Place(folder=folder, config=resolved, settings=settings, totals=totals)
+
     def load(self, dataset: AbstractDataset | None, settings: Settings | None) -> LoadedDataset | None:
         """The requests; notes what is wrong with them, and whether they are too few."""
         if dataset is None or settings is None:
@@ -181,6 +236,15 @@ class Parts:
         if settings.edits > len(data.requests):
             self.problems.add(f"edits: {settings.edits} was given; dataset={self.name_of('dataset')} has {len(data.requests)} requests.")
         return data
+
+    def check(self, suite: AbstractEvaluator | None) -> None:
+        """Reads the data of the suite's tasks; notes what is missing or malformed."""
+        if isinstance(suite, AbstractSuite):
+            try:
+                suite.check()
+            except ConfigError as error:
+                for problem in error.problems:
+                    self.problems.add(problem)
 
     def name_of(self, group: str) -> str:
         """What an option is called: as it was chosen, or as its node says."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from editkit import __version__, application
-from editkit.compose import Composed, compose, options
+from editkit.commands import reports, stats, sweeps
+from editkit.commands.arguments import UNPARSED, ConfigDir, Overrides, composed_or_explained
+from editkit.compose import options
 from editkit.errors import ConfigError
-
-if TYPE_CHECKING:
-    from editkit.stats.store import StoredMoment
 
 app = typer.Typer(
     name="editkit",
@@ -23,18 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-stats_app = typer.Typer(
-    help="Second moments of keys, which ROME's covariance needs: computed once for a model and a corpus.", no_args_is_help=True
-)
-app.add_typer(stats_app, name="stats")
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Hydra overrides, as for `editkit run`: model=tiny-llama edits=50", show_default=False)
-]
-ConfigDir = Annotated[
-    Path | None, typer.Option("--config-dir", help="A folder of your own options, laid out as the groups are.", exists=True)
-]
-UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
+app.add_typer(stats.app, name="stats")
+app.add_typer(reports.app)
+app.add_typer(sweeps.app)
 
 
 def main() -> None:
@@ -103,7 +92,8 @@ def validate(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
         ("model", f"{experiment.model.label} ({experiment.model.id}, {experiment.model.dtype}, {experiment.runtime.device})"),
         ("editor", f"{composed.choices['editor']}" + (f", numbers {recipe['provenance']}: {recipe['source']}" if recipe else "")),
         ("restraints", ", ".join(experiment.config["restraint"]) or "none"),
-        ("dataset", f"{experiment.data.name}, {len(experiment.data.requests)} requests from {experiment.data.origin}"),
+        ("dataset", f"{experiment.data.label}, {len(experiment.data.requests)} requests from {experiment.data.origin}"),
+        *((f"  {kind.replace('_', ' ')}", text) for kind, text in experiment.data.counts()),
         ("edits", f"{schedule.edits} in batches of {schedule.batch_size}, measured after {', '.join(map(str, schedule.milestones))}"),
         ("folder", str(experiment.folder)),
     ):
@@ -159,64 +149,3 @@ def bench(
     options = {"repeats": repeats, "device": device, "dtype": dtype, "layers": layers, "batch": batch, "profile": profile}
     names = list(measurements()) if name == "all" else [name]
     Console().print(table([run_bench(each, shape, folder=folder, **options) for each in names]), highlight=False, markup=False)
-
-
-@stats_app.command("build")
-def build_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """Compute the second moments that a run with these overrides would need, unless they are stored."""
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn
-
-    from editkit.build import model_and_stats
-    from editkit.stats import store
-
-    composed = composed_or_explained(overrides or [], config_dir)
-    config, editor, stats, runtime = model_and_stats(composed.config, choices=composed.choices)
-    model = config.load(runtime.device)
-    modules = editor.moment_modules(model)
-    with Progress(TextColumn("documents"), MofNCompleteColumn()) as progress:
-        task = progress.add_task("documents", total=None)
-        store.build(model, modules, stats, progress=lambda done: progress.update(task, completed=done))
-    typer.echo(f"{len(modules)} second moments of {model.name} in {stats.folder}" if modules else "this editor needs no second moments")
-
-
-@stats_app.command("ls")
-def list_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """List the stored second moments; reads the files' headers only."""
-    from editkit.stats import store
-
-    show_moments(store.list_stored(stats_folder(overrides, config_dir)))
-
-
-@stats_app.command("verify")
-def verify_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """Read every stored file completely and check its key and checksum."""
-    from editkit.stats import store
-
-    found = store.verify(stats_folder(overrides, config_dir))
-    show_moments(found)
-    if problems := [each.problem for each in found if each.problem]:
-        raise ConfigError(problems)
-
-
-def stats_folder(overrides: list[str] | None, config_dir: Path | None) -> str:
-    return str(composed_or_explained(overrides or [], config_dir).config["stats"]["folder"])
-
-
-def show_moments(found: Sequence[StoredMoment]) -> None:
-    """A line for each stored file."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("model", "module", "documents", "tokens", "MB", "file", box=None, pad_edge=False)
-    for each in found:
-        facts = (each.key.model, each.key.module, str(each.key.num_documents), str(each.num_tokens)) if each.key else ("?", "?", "?", "?")
-        table.add_row(*facts, f"{each.num_bytes / 1e6:.1f}", each.path.name)
-    Console().print(table if found else "no second moments are stored there yet", highlight=False, markup=False)
-
-
-def composed_or_explained(overrides: list[str], config_dir: Path | None) -> Composed:
-    """Raises ConfigError for whatever keeps these overrides from being composed."""
-    try:
-        return compose(overrides, config_dir=config_dir)
-    except application.config_mistakes() as error:
-        raise application.explain(error, overrides, config_dir) from None

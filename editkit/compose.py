@@ -11,7 +11,7 @@ from typing import Any
 from editkit.errors import ConfigError
 
 ROOT = "config"  # conf/config.yaml
-HIDDEN = ("hydra",)  # how Hydra is told to behave; nothing to choose
+HIDDEN = ("hydra", "scaled")  # how Hydra is told to behave, and what scale=... finds by itself: nothing to choose
 
 
 def conf_folder() -> Path:

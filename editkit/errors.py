@@ -20,3 +20,17 @@ class ConfigError(ValueError):
         if len(self.problems) == 1:
             return self.problems[0]
         return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
+
+
+def report(error: ConfigError, *, label: str = "") -> None:
+    """Shows a mistake on stderr, without a traceback."""
+    from rich.console import Console
+    from rich.text import Text
+
+    lines = [f"ConfigError{' in ' + label if label else ''}: "]
+    lines += (
+        [error.problems[0]]
+        if len(error.problems) == 1
+        else [f"{len(error.problems)} problems", *(f"\n  - {each}" for each in error.problems)]
+    )
+    Console(stderr=True, soft_wrap=True).print(Text(lines[0], style="bold red") + Text("".join(lines[1:]), style="default"))

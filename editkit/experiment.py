@@ -14,6 +14,8 @@ from editkit.datasets.base import LoadedDataset
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError
 from editkit.evaluation.base import AbstractEvaluator
+from editkit.evaluation.editing import EditingEvaluator
+from editkit.linalg.recursive import SolveDtype
 from editkit.restraints.base import Restraints
 from editkit.schedule import Schedule
 from editkit.stats.corpus import StatsConfig
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from editkit.model.load import ModelConfig
 
 # What cannot change a result: where, how often and on which device it is computed, what watches it, its name. The seed has its own folder.
-UNHASHED = ("name", "experiment_name", "seed", "paths", "checkpoint", "resume", "tracker", "runtime", "recipe", "stats.folder")
+UNHASHED = (
+    *("name", "experiment_name", "seed", "paths", "checkpoint", "resume", "retry_failed", "when_locked", "tracker", "runtime", "recipe"),
+    *("stats.folder", "stats.save_every_s", "evaluation.thresholds"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,13 @@ class Every:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Solve:
+    """How least squares are computed."""
+
+    dtype: SolveDtype
+
+
+@dataclass(frozen=True, kw_only=True)
 class Paths:
     """Where things are written."""
 
@@ -66,11 +78,15 @@ class Settings:
     seed: int
     edits: int
     batch_size: int
+    rollback: bool
     milestones: tuple[int, ...] | None
     resume: Literal["auto", "never"]
+    retry_failed: bool
+    when_locked: Literal["leave", "wait"]
     on_collapse: Literal["stop", "continue"]
     checkpoint: Every
     telemetry: Every
+    solve: Solve
     paths: Paths
 
     def problems(self) -> list[str]:
@@ -106,13 +122,18 @@ class Experiment:
     editor: AbstractEditor
     restraints: Restraints
     data: LoadedDataset
-    evaluators: Mapping[str, AbstractEvaluator]  # "editing", and "suite" for the downstream tasks
+    evaluation: EditingEvaluator  # its options that are the runner's: timings, how many requests
+    evaluators: Mapping[str, AbstractEvaluator]  # "editing" and its companions, and "suite" for the downstream tasks
     stats: StatsConfig
+    solve: Solve
     tracker: AbstractTracker
     runtime: Runtime
     schedule: Schedule
     seed: int
+    rollback: bool
     resume: Literal["auto", "never"]
+    retry_failed: bool  # of a sweep's cells; a single run always tries again
+    when_locked: Literal["leave", "wait"]
     on_collapse: Literal["stop", "continue"]
     folder: Path  # outputs/<experiment_name>/<name>-<hash>/seed<k>
     config: Mapping[str, Any]  # resolved, plain values; building it again gives the same experiment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 import subprocess
@@ -23,6 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),  # a launcher's slot
         "threads": torch.get_num_threads(),
         "command": sys.argv[1:],
     }

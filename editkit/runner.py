@@ -20,7 +20,7 @@ from editkit.state import RunState, generator_states, restore_generators
 from editkit.timing import Stopwatch
 from editkit.trajectory import Collapse, Trajectory
 from editkit.types import EvalRecord, SampleRecord, StepRecord
-from editkit.views import corrections, evaluate, measure
+from editkit.views import corrections, evaluate, measure, note, tell_batch
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
@@ -32,23 +32,30 @@ def run_edits(job: Trajectory, state: RunState | None = None) -> Iterator[Event]
     """Edits from the beginning, or on from `state`. Raises Collapse after the state was yielded, if told to stop there."""
     job.model.edit(job.editor.modules(job.model))
     if state is None:
-        state = begin(job)
+        state = origin = begin(job)
         yield StepRecord(step=0, modules=describe(job, state.spectra, {}))
         if job.schedule.is_milestone(0):
             yield from evaluate(job, state)
         yield state
     else:
+        origin = unedited(job, state) if job.rollback else state
         job.model.restore(state.totals)
         restore_generators(state.rng)
     for step in range(state.step + 1, job.schedule.last_step + 1):
-        record, state_after = take_step(job, step, state)
+        before = state
+        if job.rollback:
+            job.model.restore(origin.totals)
+            before = replace(state, totals=origin.totals, editor=origin.editor, solve=origin.solve)
+        record, state_after = take_step(job, step, before)
         if record.nonfinite and job.on_collapse == "stop":
             yield state  # the last sound one: going on from it meets the same collapse again
             yield record
             raise Collapse(record)
-        state = state_after
+        state = note(job, state_after) if job.notes_every_step else state_after
         yield record
-        if job.schedule.is_milestone(step):
+        if job.rollback and job.schedule.batch_size > 1:
+            yield from tell_batch(job, state)
+        if job.schedule.is_measured(step):
             yield from evaluate(job, state)
         if step == job.schedule.last_step:
             for name, restraint in job.restraints.totals.items():
@@ -75,11 +82,18 @@ def begin(job: Trajectory) -> RunState:
         contexts=job.editor.contexts(job.model, generator),
         editor=job.editor.init(job.model, job.moments),
         solve={} if job.restraints.solve is None else job.restraints.solve.init(job.model, job.moments),
-        baselines={name: evaluator.baseline(job.model, job.requests) for name, evaluator in job.evaluators.items()},
+        baselines={name: evaluator.baseline(job.model, job.ever_measured()) for name, evaluator in job.evaluators.items()},
         spectra=spectra,
         base_sigma_max=base_sigma_max,
         rng=generator_states(),
     )
+
+
+def unedited(job: Trajectory, state: RunState) -> RunState:
+    """The state with all edits taken back, of a model that has none yet."""
+    solver = job.restraints.solve
+    solve = {} if solver is None else solver.init(job.model, job.moments)
+    return replace(state, totals=job.model.totals(), editor=job.editor.init(job.model, job.moments), solve=solve)
 
 
 def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, RunState]:

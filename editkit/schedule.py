@@ -14,6 +14,7 @@ class Schedule:
     milestones: tuple[int, ...]  # in edits; 0 measures the unedited model
     telemetry_every: int
     checkpoint_every: int
+    measures_last: bool = False  # the last step is measured even if it is no milestone
 
     @property
     def last_step(self) -> int:
@@ -29,6 +30,14 @@ class Schedule:
 
     def is_milestone(self, step: int) -> bool:
         return step in {self.step_of(edits) for edits in self.milestones}
+
+    def is_measured(self, step: int) -> bool:
+        return self.is_milestone(step) or (self.measures_last and step == self.last_step)
+
+    def is_every(self, step: int, every: int) -> bool:
+        """Whether a milestone is one of every so many of them, the first and the last always included."""
+        steps = sorted({self.step_of(edits) for edits in self.milestones})
+        return step not in steps or steps.index(step) % every == 0 or step == steps[-1]
 
     def has_telemetry(self, step: int) -> bool:
         return step % self.telemetry_every == 0 or step == self.last_step or self.is_milestone(step)

@@ -116,7 +116,9 @@ def _value(value: Any, annotation: Any, key: str, problems: Problems) -> Any:
     if value == MISSING:
         problems.unset.append(key)
         return None
-    nested = next((each for each in (annotation, *_alternatives(annotation)) if dataclasses.is_dataclass(each)), None)
+    names_class = isinstance(value, Mapping) and TARGET in value  # then an abstract class may be what is expected
+    candidates = (annotation, *_alternatives(annotation))
+    nested = next((each for each in candidates if dataclasses.is_dataclass(each) or (names_class and inspect.isabstract(each))), None)
     if isinstance(nested, type) and isinstance(value, Mapping):
         return construct(value, key, nested, problems)
     try:

@@ -5,16 +5,11 @@ Everything that the runner must not do happens here: files, signals, trackers, w
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import shutil
-import signal
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +20,19 @@ from editkit.errors import ConfigError
 from editkit.files import write_atomically
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
+from editkit.lock import locked
 from editkit.provenance import environment, peak_memory_bytes
 from editkit.report.figures import draw_figures
 from editkit.runner import Event, run_edits
+from editkit.signals import Received, stop_signals
 from editkit.state import RunState, load_state, read_pointer, save_state
-from editkit.stats.store import build as build_moments
+from editkit.stats.build import build as build_moments
 from editkit.trackers.base import AbstractTracker, RunInfo, Status
+from editkit.trackers.collecting import collecting
 from editkit.trackers.files import EVALS, STEPS, RecordFiles, save_samples
-from editkit.trajectory import Collapse, Trajectory
+from editkit.trackers.guarded import Guarded
+from editkit.trackers.logged import warnings_shown
+from editkit.trajectory import DIGITS, Collapse, Trajectory
 from editkit.types import SampleRecord, StepRecord
 from editkit.views import views
 
@@ -40,16 +40,25 @@ DONE, FAILED, PROVENANCE, CONFIG = "DONE", "FAILED.json", "provenance.json", "co
 OK, FAILURE = 0, 1  # exit codes; 2 is a ConfigError, 128 + n a stop by signal n
 
 
-def run(experiment: Experiment) -> int:
-    """Runs an experiment to its end, or on from where it was cut off; the exit code. Raises ConfigError for what the user can mend."""
-    folder = experiment.folder
-    with locked(folder):
+def run(experiment: Experiment, *, leave_failed: bool = False) -> int:
+    """Runs an experiment to its end, or on from where it was cut off; the exit code. Raises ConfigError for what the user can mend.
+
+    A run that another process has is waited for, or raises Busy, as `when_locked` says.
+
+    Args:
+        leave_failed: do nothing where the run failed before, as a sweep does unless it is told to try again.
+    """
+    folder, warn = experiment.folder, experiment.tracker.warning
+    with locked(folder, may_wait=experiment.when_locked == "wait", waiting=lambda holder: warn(f"waiting for {holder}: {folder}")):
         if experiment.resume == "never":
             clear(folder)
         if (folder / DONE).exists():
-            experiment.tracker.warning(f"already done: {folder} (resume=never runs it anew)")
+            warn(f"already done: {folder} (resume=never runs it anew)")
             return OK
-        with stop_signals() as received:
+        if leave_failed and (folder / FAILED).exists():
+            warn(f"failed before, and left so: {folder} (retry_failed=true tries again)")
+            return FAILURE
+        with stop_signals() as received, warnings_shown(experiment.tracker):
             return execute(experiment, received)
 
 
@@ -59,10 +68,11 @@ def execute(experiment: Experiment, received: Received) -> int:
     pointer = read_pointer(folder / "state")
     state = load_state(folder / "state") if pointer else None
     job = prepare(experiment, should_stop=lambda: received.number is not None)
+    num_lost = steps_after(folder / STEPS, pointer["record_bytes"].get(STEPS, 0)) if pointer else 0
     records = RecordFiles(folder, pointer["record_bytes"] if pointer else {})
     write_atomically(folder / CONFIG, yaml.safe_dump(experiment.config, sort_keys=False).encode())
     (folder / FAILED).unlink(missing_ok=True)
-    tracker = experiment.tracker
+    tracker = Guarded(experiment.tracker)
     tracker.open(run_info(experiment, job, resumed_at=state.step if state else 0))
     recipe = experiment.config.get("recipe") or {}
     if recipe.get("provenance") == "untuned":
@@ -83,7 +93,7 @@ def execute(experiment: Experiment, received: Received) -> int:
         raise
     finally:
         records.close()
-        save_provenance(folder, describe(experiment, job), seconds=time.time() - started, device=job.model.device)
+        save_provenance(folder, describe(experiment, job), seconds=time.time() - started, device=job.model.device, num_lost=num_lost)
         if status == "done":
             write_atomically(folder / DONE, b"")
         try:
@@ -106,7 +116,10 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Traje
     torch.set_num_threads(experiment.runtime.threads) if experiment.runtime.threads else None
     model = experiment.model.load(experiment.runtime.device)
     editor, restraints = experiment.editor, experiment.restraints
-    moments = build_moments(model, editor.moment_modules(model), experiment.stats)
+    with collecting() as shown:
+        moments = build_moments(
+            model, editor.moment_modules(model), experiment.stats, announce=shown.announce, progress=shown.progress
+        ).solved_in(experiment.solve.dtype)
     modules = editor.modules(model)
     if restraints.totals:
         base_sigma_max = {module: extreme_singular_values(model.weight(module), None).sigma_max for module in modules}
@@ -123,6 +136,10 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Traje
         moments=moments,
         seed=experiment.seed,
         on_collapse=experiment.on_collapse,
+        timings=experiment.evaluation.timings,
+        rollback=experiment.rollback,
+        max_requests=experiment.evaluation.max_requests,
+        dataset=experiment.data.digest[:DIGITS],
         should_stop=should_stop,
     )
 
@@ -134,6 +151,7 @@ def handle(event: Event, folder: Path, records: RecordFiles, tracker: AbstractTr
         return
     if isinstance(event, SampleRecord):
         save_samples(event, folder / "samples")
+        tracker.samples(event)
         return
     records.append(event)
     if isinstance(event, StepRecord):
@@ -158,19 +176,31 @@ def describe(experiment: Experiment, job: Trajectory) -> dict[str, Any]:
     """The provenance as far as it is known before the first edit."""
     return environment(job.model.device) | {
         "model": {"name": job.model.name, "fingerprint": job.model.fingerprint, "dtype": str(job.model.dtype).removeprefix("torch.")},
-        "dataset": {"name": experiment.data.name, "digest": experiment.data.digest, "skipped": dict(experiment.data.skipped)},
+        "dataset": experiment.data.provenance(),
+        "requests": [request.id for request in job.requests],
+        "evaluated": job.evaluated(),
         "statistics": job.moments.digests,
         "seed": experiment.seed,
     }
 
 
-def save_provenance(folder: Path, provenance: dict[str, Any], *, seconds: float, device: torch.device) -> None:
-    """Wall time adds up over the parts of a run that was cut off."""
+def steps_after(path: Path, num_bytes: int) -> int:
+    """How many steps were recorded after the checkpoint: a run that goes on from there makes them again."""
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(num_bytes)
+        return file.read().count(b"\n")
+
+
+def save_provenance(folder: Path, provenance: dict[str, Any], *, seconds: float, device: torch.device, num_lost: int) -> None:
+    """Wall time and steps that were made again add up over the parts of a run that was cut off."""
     path = folder / PROVENANCE
     before = json.loads(path.read_text()) if path.exists() else {}
     measured = {
         "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
         "sessions": before.get("sessions", 0) + 1,
+        "steps_made_again": before.get("steps_made_again", 0) + num_lost,
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     write_atomically(path, json.dumps(provenance | measured, indent=1).encode())
@@ -180,45 +210,5 @@ def clear(folder: Path) -> None:
     """Removes what an earlier run of this cell wrote."""
     for name in (STEPS, EVALS, DONE, FAILED, PROVENANCE, CONFIG):
         (folder / name).unlink(missing_ok=True)
-    for name in ("state", "figures", "samples"):
+    for name in ("state", "figures", "samples", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process a run; the lock goes with the process that holds it. Raises ConfigError where another has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{folder} is being written by another process: wait for it, or change the experiment or the seed.") from None
-        yield
-
-
-@dataclass
-class Received:
-    """The signal that asked the run to stop, once one did."""
-
-    number: int | None = None
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Received]:
-    """Turns the first SIGTERM, SIGUSR1 or Ctrl-C into a request to save and stop after the edit at hand; a second Ctrl-C stops at once."""
-    received = Received()
-
-    def note(number: int, _frame: object) -> None:
-        if received.number is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.number = number
-
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
-        yield received
-        return
-    former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

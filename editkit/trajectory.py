@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.editors.base import AbstractEditor
 from editkit.evaluation.base import AbstractEvaluator
@@ -15,6 +16,8 @@ from editkit.types import EditRequest, StepRecord
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
+
+DIGITS = 12
 
 
 class Collapse(Exception):
@@ -38,9 +41,61 @@ class Trajectory:
     moments: Moments
     seed: int
     on_collapse: Literal["stop", "continue"] = "stop"
+    timings: tuple[str, ...] = ("milestone",)  # also "immediate" and "final"
+    rollback: bool = False  # every batch on the unedited model
+    max_requests: int | None = None  # measured at a milestone; None: all edits so far
+    dataset: str | None = None  # its digest
     should_stop: Callable[[], bool] = field(default=lambda: False)  # asked at every step's end: save and leave?
+
+    @property
+    def notes_every_step(self) -> bool:
+        """Whether each batch is measured right after it was edited in: with rollback, nothing else would ever measure it."""
+        return self.rollback or "immediate" in self.timings
 
     def batch(self, step: int) -> tuple[EditRequest, ...]:
         """The requests of a step, counted from 1."""
         size = self.schedule.batch_size
         return self.requests[(step - 1) * size : step * size]
+
+    def positions(self, step: int) -> tuple[int, ...]:
+        """Of a step's batch among the run's edits, counted from 1."""
+        first = (step - 1) * self.schedule.batch_size + 1
+        return tuple(range(first, first + len(self.batch(step))))
+
+    def measured(self, step: int) -> tuple[int, ...]:
+        """The positions of the edits that are measured at a step: all so far, at step 0 those to come; or the seeded sample of them.
+
+        Whether an edit is in the sample depends on its id and on how many others there are: from one milestone to the next most stay.
+        """
+        so_far = range(1, (self.schedule.edits_at(step) or len(self.requests)) + 1)
+        if self.max_requests is None or len(so_far) <= self.max_requests:
+            return tuple(so_far)
+
+        def lot(position: int) -> bytes:
+            return hashlib.sha256(f"{self.seed}/{self.requests[position - 1].id}".encode()).digest()
+
+        return tuple(sorted(sorted(so_far, key=lot)[: self.max_requests]))
+
+    def evaluated(self) -> dict[str, dict[str, Any]]:
+        """By the digest that evaluations carry, which of the run's edits were measured: their positions, or all up to a number."""
+        found: dict[str, dict[str, Any]] = {}
+        for step in range(self.schedule.last_step + 1):
+            if self.schedule.is_measured(step):
+                positions = self.measured(step)
+                is_all = positions == tuple(range(1, len(positions) + 1))
+                key = digest_of([self.requests[position - 1] for position in positions])
+                found[key] = {"first": len(positions)} if is_all else {"positions": list(positions)}
+        return found
+
+    def ever_measured(self) -> tuple[EditRequest, ...]:
+        """The requests whose answers the unedited model must give."""
+        if self.notes_every_step or self.max_requests is None:
+            return self.requests
+        steps = (step for step in range(self.schedule.last_step + 1) if self.schedule.is_measured(step))
+        chosen = {position for step in steps for position in self.measured(step)}
+        return tuple(self.requests[position - 1] for position in sorted(chosen))
+
+
+def digest_of(requests: Sequence[EditRequest]) -> str:
+    """Twelve hexadecimal digits that stand for the requests' ids in evaluations; the list is in provenance.json."""
+    return hashlib.sha256("\n".join(request.id for request in requests).encode()).hexdigest()[:DIGITS]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import torch
 
 from editkit.model.tokens import PromptBatch, encode_with_target
@@ -13,7 +16,9 @@ class Bigram:
 
     def __init__(self, *, bos: bool = False, max_length: int = 64, memory: int | None = None) -> None:
         self.tokenizer = tiny_tokenizer("gpt2", bos=bos)
-        self.device = torch.device("cpu")
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.name, self.family = "bigram", SimpleNamespace(base="base")
+        self.network = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"), generation_config=None)
         self.max_length = max_length
         self.logits_VV = torch.zeros(len(self.tokenizer), len(self.tokenizer))  # (current token, next token)
         self.shapes: list[tuple[int, int]] = []
@@ -28,6 +33,11 @@ class Bigram:
         assert width <= self.max_length
         self.shapes.append((rows, width))
         return batch.ids_BT[..., None].double()
+
+    def module(self, name: str) -> Callable[..., SimpleNamespace]:
+        """What a generation calls, token by token: it needs no cache."""
+        assert name == "base"
+        return lambda input_ids, **_: SimpleNamespace(last_hidden_state=input_ids[..., None].double(), past_key_values=None)
 
     def hidden_to_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         return self.logits_VV[hidden_ND[:, 0].long()]

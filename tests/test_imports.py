@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "editkit"
 
 # From the bottom up; a file may import from its own layer and from those before it.
 LAYERS = (
-    {"__init__", "types", "errors", "lazy", "files", "timing", "schedule", "linalg"},
+    {"__init__", "types", "errors", "lazy", "files", "lock", "signals", "timing", "schedule", "linalg"},
     {"model", "stats", "targets"},
     {"editors", "restraints", "datasets", "evaluation"},
     {"state", "trajectory", "views", "runner"},
     {"schema", "compose", "experiment", "build", "trackers", "report", "provenance", "export", "bench"},
     {"session"},
-    {"application", "cli", "__main__"},
+    {"sweeps"},
+    {"application", "commands", "cli", "__main__"},
 )
 # The world's text is generated, without a model or a request: the one thing that statistics take from a dataset.
 ALLOWED = {("stats", "datasets")}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from editkit.linalg.lowrank import LowRank
 from editkit.linalg.total import Total
 from editkit.restraints.prune import Prune
+from editkit.views import corrections
 
 SHAPE = (30, 50)
 FUNCTIONS = [("log", 1.2), ("log", 2.0), ("log", math.e), ("linear", 1.2)]
@@ -81,6 +82,14 @@ def test_nothing_changes_when_nothing_exceeds_sigma_max_of_w0() -> None:
     for number in (0, 1, 6, 40):
         total = total_of(number)
         assert prune().correction(total, 1.001 * total.sigma_max() + 1e-3) is None
+
+
+def test_a_view_in_which_nothing_exceeds_is_the_very_same_model() -> None:
+    """Not W_0 plus a rebuilt D: there is nothing to write, so W_0 + D keeps its bits."""
+    totals = {"h.0": total_of(6), "h.1": total_of(40)}
+    limits = {name: 1.001 * total.sigma_max() for name, total in totals.items()}
+    assert corrections(prune(), totals, limits) == {}
+    assert corrections(prune(), totals, limits | {"h.1": 0.9 * totals["h.1"].sigma_max()}).keys() == {"h.1"}
 
 
 def test_the_correction_has_one_column_for_each_value_above_sigma_max_of_w0() -> None:

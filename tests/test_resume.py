@@ -23,6 +23,7 @@ RUN = (
     *("model=tiny-gpt2", "editor=rome", "restraint=prune", "dataset=world", "suite=none", "tracker=none"),
     *("edits=12", "milestones=[0,4,12]", "checkpoint.every=3", "editor.context_lengths=[[5,2]]", "editor.target.steps=4"),
     *("stats.num_documents=2000", "restraint.prune.function=linear"),
+    *("evaluation.timings=[milestone,immediate,final]", "evaluation.block_size=4", "evaluation.bootstrap=20"),
 )
 
 

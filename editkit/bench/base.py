@@ -112,6 +112,11 @@ class Race:
         last = self.costs[side][-1]
         self.costs[side][-1] = last.without(seconds / last.seconds)
 
+    def multiply(self, side: Side, factor: float) -> None:
+        """Takes the last run for a part of the work, of which the whole is so many."""
+        last = self.costs[side][-1]
+        self.costs[side][-1] = last.without(1 - factor)
+
     def found(self, *, relative_difference: float, **more: Any) -> Found:
         plain, ours = self.costs["plain"], self.costs["ours"]
         plain_cpu_s, ours_cpu_s = (statistics.median(cost.cpu_seconds for cost in costs) for costs in (plain, ours))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from editkit.lazy import torch
 from editkit.model.capture import add_to_output, capture
 from editkit.model.tokens import PromptBatch, encode, encode_with_target, fill, pad, subject_position
-from editkit.targets.search import ESSENCE, TargetSettings
+from editkit.targets.search import TargetSettings
+from editkit.targets.sequences import ESSENCE
 from editkit.types import EditRequest, Probe
 
 if TYPE_CHECKING:
@@ -184,8 +185,10 @@ class DenseAlphaEdit:
         return torch.linalg.solve(system_II, self.projector_II @ keys_IN @ residuals_ON.T).T
 
 
-def second_moment(model: EditableModel, module: str, texts: Sequence[str], *, context_length: int, batch_tokens: int) -> torch.Tensor:
-    """E[k k^T] of one matrix, float32 sums, in a pass of its own, which stops there."""
+def second_moment(
+    model: EditableModel, module: str, texts: Sequence[str], *, context_length: int, batch_tokens: int, stop: bool = True
+) -> torch.Tensor:
+    """E[k k^T] of one matrix, float32 sums, in a pass of its own, which stops there unless told otherwise."""
     size = model.weight(module).shape[1]
     sum_II = torch.zeros(size, size, device=model.device)
     num_tokens = 0
@@ -196,7 +199,7 @@ def second_moment(model: EditableModel, module: str, texts: Sequence[str], *, co
             rows = max(1, sum(len(ids) * (count + 1) <= batch_tokens for count, ids in enumerate(documents)))
             batch = pad(documents[:rows], device=model.device)
             documents = documents[rows:]
-            with torch.no_grad(), capture(model, inputs=[module]) as captured:
+            with torch.no_grad(), capture(model, inputs=[module], stop_after_last=stop) as captured:
                 model.network(**batch.arguments, use_cache=False)
             keys_MI = captured.inputs[module][batch.mask_BT.bool()].float()
             sum_II += keys_MI.T @ keys_MI

@@ -15,11 +15,12 @@ from editkit.files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 FOLDER = Path("benchmarks/results")
 NOTES = (  # below the table
     *("phases_s", "telemetry_share", "batch", "batch_per_edit_s", "batch_gain", "batch_cpu_gain"),
-    *("edit_1_s", "later_over_first", "later_over_first_cpu", "records", "tokens"),
+    *("edit_1_s", "later_over_first", "later_over_first_cpu", "records", "plain_records", "tokens", "unstopped_s", "flop_ratio"),
 )
 
 
@@ -75,7 +76,7 @@ def table(results: Sequence[dict[str, Any]]) -> Group:
     found = Table("", "plain s", "ours s", "ratio", "of CPU", "difference", "peak GB", box=None, pad_edge=False)
     for column in found.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    notes = []
+    notes: list[Any] = []
     for result in results:
         name = f"{result['name']} {result['model']}"
         found.add_row(
@@ -91,8 +92,23 @@ def table(results: Sequence[dict[str, Any]]) -> Group:
         if result["layers"] < result["layers_of_the_model"]:
             facts.insert(0, f"{result['layers']} of {result['layers_of_the_model']} layers")
         notes += [f"{name}: {', '.join(facts)}"] if facts else []
-        notes += [f"  {row['seconds']:8.3g} s {row['calls']:7} calls  {row['operation']}" for row in result.get("profile", ())]
+        if profile := result.get("profile"):
+            kinds = [kind for kind in ("phase", "operation") if any(kind in row for row in profile)]
+            notes += [note for kind in kinds for note in ("", _profile_table(profile, kind))]
     return Group(found, *notes)
+
+
+def _profile_table(profile: Sequence[dict[str, Any]], kind: str) -> Table:
+    """The phases of a step, or the costliest operations."""
+    from rich.table import Table
+
+    found = Table(kind, "s", "share", "calls", box=None, pad_edge=False)
+    for column in found.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for row in profile:
+        if kind in row:
+            found.add_row(row[kind], f"{row['seconds']:.3f}", f"{row['share']:.1%}", str(row["calls"]))
+    return found
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,9 @@
 """Made-up models, requests, texts and second moments: a benchmark needs sizes, not sense. Everything follows from fixed seeds.
 
 A word is a token, so that sequence lengths are what they are said to be, and about those of CounterFact's first 600 records under GPT-2's
-tokenizer: prompts of 8.5 tokens on average, 3.4 of them behind the subject, targets of 1.0, paraphrases of 19.1, neighbours of 8.2.
+tokenizer: prompts of 8.5 tokens on average, 3.4 of them behind the subject, targets of 1.0, paraphrases of 19.1, neighbours of 8.2. As
+there, records share what they ask of their relation's other subjects: of 1,000 records' 13,000 prompts 10,100 differ, and what the contexts
+of these begin with in common leaves 74 % of their tokens to be run.
 
 Shape letters: I d_in, R rank.
 """
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 END, SPECIAL = "<|endoftext|>", ("<|endoftext|>", ".", " is", " a")
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 NUM_PARAPHRASES, NUM_NEIGHBOURS = 2, 10  # of a CounterFact record
+NUM_RELATIONS, NUM_SUBJECTS = 34, 90  # relations of CounterFact; subjects of a relation that neighbours ask about
+SUBJECT_AT = (5, 5, 4, 0)  # how many words precede the subject in a relation's wordings
 SEED = 0
 
 
@@ -70,6 +74,16 @@ def requests_for(shape: Shape, count: int) -> tuple[EditRequest, ...]:
     def phrase(length: int) -> str:
         return " ".join(chance.choices(known, k=length))
 
+    relations = [
+        ([(phrase(before), phrase(5 - before)) for before in SUBJECT_AT], [phrase(3) for _ in range(NUM_SUBJECTS)])
+        for _ in range(NUM_RELATIONS)
+    ]
+
+    def neighbour(index: int) -> str:
+        wordings, subjects = relations[index % NUM_RELATIONS]
+        before, after = chance.choice(wordings)
+        return f"{before} {chance.choice(subjects)} {after}".strip()
+
     found = []
     for index in range(count):
         subject, old, new = phrase(3), phrase(1), phrase(2 if index % 10 == 9 else 1)
@@ -81,7 +95,7 @@ def requests_for(shape: Shape, count: int) -> tuple[EditRequest, ...]:
                 target=new,
                 target_old=old,
                 paraphrases=tuple(f"{phrase(11)}. {subject} {phrase(4)}" for _ in range(NUM_PARAPHRASES)),
-                neighbours=tuple(Probe(prompt=phrase(8), answer=old) for _ in range(NUM_NEIGHBOURS)),
+                neighbours=tuple(Probe(prompt=neighbour(index), answer=old) for _ in range(NUM_NEIGHBOURS)),
             )
         )
     return tuple(found)
