@@ -24,7 +24,7 @@ from editkit.lock import locked
 from editkit.provenance import environment, peak_memory_bytes
 from editkit.report.figures import draw_figures
 from editkit.runner import Event, run_edits
-from editkit.signals import Received, stop_signals
+from editkit.signals import Received, Stopped, stop_signals
 from editkit.state import RunState, load_state, read_pointer, save_state
 from editkit.stats.build import build as build_moments
 from editkit.trackers.base import AbstractTracker, RunInfo, Status
@@ -67,7 +67,10 @@ def execute(experiment: Experiment, received: Received) -> int:
     folder, started = experiment.folder, time.time()
     pointer = read_pointer(folder / "state")
     state = load_state(folder / "state") if pointer else None
-    job = prepare(experiment, should_stop=lambda: received.number is not None)
+    try:
+        job = prepare(experiment, should_stop=lambda: received.number is not None)
+    except Stopped:
+        return 128 + (received.number or 0)
     num_lost = steps_after(folder / STEPS, pointer["record_bytes"].get(STEPS, 0)) if pointer else 0
     records = RecordFiles(folder, pointer["record_bytes"] if pointer else {})
     write_atomically(folder / CONFIG, yaml.safe_dump(experiment.config, sort_keys=False).encode())
@@ -112,13 +115,22 @@ def save_failure(folder: Path, failure: dict[str, Any]) -> None:
 
 
 def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Trajectory:
-    """Loads the model, its second moments and the requests, and checks what could not be checked without them."""
+    """Loads the model, its second moments and the requests, and checks what could not be checked without them.
+
+    Raises Stopped where it was to stop while second moments were computed: what was done of them is saved.
+    """
     torch.set_num_threads(experiment.runtime.threads) if experiment.runtime.threads else None
     model = experiment.model.load(experiment.runtime.device)
     editor, restraints = experiment.editor, experiment.restraints
     with collecting() as shown:
+
+        def progress(done: int, of: int) -> None:
+            shown.progress(done, of)
+            if should_stop():
+                raise Stopped
+
         moments = build_moments(
-            model, editor.moment_modules(model), experiment.stats, announce=shown.announce, progress=shown.progress
+            model, editor.moment_modules(model), experiment.stats, announce=shown.announce, progress=progress
         ).solved_in(experiment.solve.dtype)
     modules = editor.modules(model)
     if restraints.totals:

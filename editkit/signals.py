@@ -12,6 +12,10 @@ from dataclasses import dataclass
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
+class Stopped(Exception):
+    """Work that keeps what it has done was asked to stop."""
+
+
 @dataclass
 class Received:
     """The signal that asked the run to stop, once one did."""
@@ -27,7 +31,7 @@ def stop_signals() -> Iterator[Received]:
     def note(number: int, _frame: object) -> None:
         if received.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.number = number
+        received.number = received.number or number  # the first is why: later ones are the scheduler losing patience
 
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
         yield received

@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from editkit.build import build
+from editkit.compose import compose
 from editkit.errors import ConfigError
+from editkit.session import execute
+from editkit.signals import Received
 from editkit.state import load_state
 from editkit.trackers.files import EVALS, STEPS, RecordFiles
 from editkit.types import StepRecord
@@ -95,6 +99,15 @@ def test_a_signal_saves_at_the_next_edit_and_the_same_command_goes_on(number: si
     assert stopped_at == records(folder, STEPS)[-1]["step"]
     finish(tmp_path)
     assert [record["step"] for record in records(folder, STEPS)] == list(range(13))
+
+
+def test_a_signal_while_second_moments_are_computed_keeps_what_is_done_of_them(tmp_path: Path) -> None:
+    composed = compose([*RUN, f"paths.outputs={tmp_path}", f"stats.folder={tmp_path / 'statistics'}"])
+    experiment = build(composed.config, choices=composed.choices)
+    experiment.folder.mkdir(parents=True)
+    assert execute(experiment, Received(signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert not (experiment.folder / STEPS).exists() and not (experiment.folder / "FAILED.json").exists()
+    assert execute(experiment, Received()) == 0
 
 
 def test_record_files_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def compute(
     """Brings this process's parts to their end; those that another process works on are waited for.
 
     `is_stored` says whether somebody has finished it all, and removed the parts. `progress` is told how many documents of this process's
-    share are done, and of how many.
+    share are done, and of how many; it may raise to stop the work, which is saved first.
     """
     mine = [part for part in parts.wanted if part % shard.of == shard.rank]
     of = {part: [len(block) for block in blocks_of(part, len(texts))] for part in mine}
@@ -134,13 +134,14 @@ def compute(
                 announce(f"waiting for another process that works on part {part + 1} of {PARTS}")
             with locked(parts.folder / f"part-{part}.lock", may_wait=may_wait) as is_mine:
                 if is_mine and not is_stored():
-                    for num_documents in _finish(parts, part, collector, texts, save_every_s=save_every_s):
-                        done[part] = num_documents
-                        progress(sum(done.values()), total)
+                    with contextlib.closing(_finish(parts, part, collector, texts, save_every_s=save_every_s)) as steps:
+                        for num_documents in steps:
+                            done[part] = num_documents
+                            progress(sum(done.values()), total)
 
 
-def _finish(parts: Parts, part: int, collector: Collector, texts: Sequence[str], *, save_every_s: float) -> Iterator[int]:
-    """Takes a part's remaining blocks; yields how many documents are done, after each."""
+def _finish(parts: Parts, part: int, collector: Collector, texts: Sequence[str], *, save_every_s: float) -> Generator[int]:
+    """Takes a part's remaining blocks; yields how many documents are done, after each. Saves when it is closed early."""
     blocks = blocks_of(part, len(texts))
     done = parts.blocks_done(part)
     if done == len(blocks):  # another process did it in the meantime
@@ -154,7 +155,11 @@ def _finish(parts: Parts, part: int, collector: Collector, texts: Sequence[str],
         if is_due or found.num_blocks == len(blocks):
             parts.save(part, found)
             cost, saved = time.monotonic() - saved - waited, time.monotonic()
-        yield sum(map(len, blocks[: found.num_blocks]))
+        try:
+            yield sum(map(len, blocks[: found.num_blocks]))
+        except GeneratorExit:
+            parts.save(part, found)
+            raise
 
 
 @contextlib.contextmanager

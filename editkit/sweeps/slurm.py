@@ -30,6 +30,7 @@ from editkit.sweeps.sweeper import say
 
 EARLY = (signal.SIGUSR1, signal.SIGUSR2)  # held back until they can be handled
 STOPPED = 128  # exit codes above it: stopped by a signal
+WARNED = {STOPPED + number for number in EARLY}  # by Slurm, of a pre-emption or the time limit; a cancelled job gets SIGTERM
 COMMON = ("name", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "nodes", "tasks_per_node", "stderr_to_stdout")
 ALIVE = re.compile(r"PENDING|RUNNING|CONFIGURING|COMPLETING|SUSPENDED|REQUEUE|RESIZING|SIGNALING|STAGE_OUT|STOPPED")
 
@@ -134,7 +135,7 @@ class CellJob:
             )
         except SystemExit as stop:
             code = int(stop.code or 0)
-            if code > STOPPED and not was_cancelled():
+            if code in WARNED or (code > STOPPED and not is_over()):
                 requeue()
             return code
         return int(getattr(returned._return_value, "code", 0) if returned.status is JobStatus.FAILED else 0)
@@ -164,11 +165,14 @@ def requeue() -> None:
     signal.raise_signal(getattr(signal, f"SIG{submitit.JobEnvironment().USR_SIG}"))
 
 
-def was_cancelled() -> bool:
-    """Whether a person ended this job: it should not come back."""
+def is_over() -> bool:
+    """Whether Slurm has ended this job by itself: a person cancelled it, and it should not come back, or Slurm itself will requeue it.
+
+    A cancelled job that still saves is shown as COMPLETING; one that is warned of a pre-emption or its time limit, as RUNNING.
+    """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
-    return "CANCELLED" in _answer(["scontrol", "show", "job", job])
+    return bool(re.search(r"JobState=(COMPLETING|CANCELLED)", _answer(["scontrol", "show", "job", job])))
 
 
 def queued(job: str) -> dict[str, str]:
