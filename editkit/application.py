@@ -21,6 +21,16 @@ from editkit.compose import ROOT, compose, conf_folder, with_every_key_added
 from editkit.errors import ConfigError, report
 
 OK, FAILURE, MISTAKE, BUSY, SIGNAL = 0, 1, 2, 3, 128
+COMPONENTS = (
+    "model",
+    "editor",
+    "restraint",
+    "dataset",
+    "suite",
+    "evaluation",
+    "stats",
+    "tracker",
+)  # groups whose options differ in their keys
 
 
 class JobFailed(Exception):
@@ -39,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
 
     application = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=ROOT)(job)
     try:
-        with hydra_called_with(arguments):
+        with hydra_called_with(left_to_the_cells(arguments)):
             application()
     except (JobFailed, SweepEnded) as ended:
         return ended.code
@@ -50,6 +60,27 @@ def run(arguments: Sequence[str]) -> int:
         report(explain(error, overrides, config_dir))
         return MISTAKE
     return OK
+
+
+def left_to_the_cells(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a multirun with the values of components as sweeps over one value: `restraint.prune.alpha=choice(1.6)`.
+
+    Hydra composes what is common to all cells first, and there a swept group has its default still, which need not have that key.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+
+    asked = given(arguments)[0]
+    if not {"--multirun", "-m"} & set(arguments) and not any(each.startswith("sweep=") for each in asked):
+        return list(arguments)
+    parsed = {each.input_line: each for each in OverridesParser.create().parse_overrides(asked)}
+    single = {
+        line: f"{line.partition('=')[0]}=choice({line.partition('=')[2]})"
+        for line, each in parsed.items()
+        if each.type is OverrideType.CHANGE and not each.is_sweep_override() and each.key_or_group.partition(".")[0] in COMPONENTS
+        if "." in each.key_or_group
+    }
+    return [single.get(each, each) for each in arguments]
 
 
 def job(config: Any) -> None:

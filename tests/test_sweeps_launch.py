@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from editkit.application import left_to_the_cells
 from editkit.errors import ConfigError
 from editkit.lock import locked
 from editkit.state import load_state
@@ -248,3 +249,21 @@ def test_without_slurm_the_launcher_says_so(tmp_path: Path, monkeypatch: pytest.
     launcher = SlurmLauncher(submitit_folder=str(tmp_path / "%j"), detach=False, poll_s=1, max_num_timeout=1, name="n")
     with pytest.raises(ConfigError, match="srun"):
         launcher._executor()
+
+
+def test_a_value_of_what_is_swept_reaches_the_cells_that_have_it_and_no_other_stops_them(tmp_path: Path) -> None:
+    more = ("restraint=norm_cap,rect", "restraint.norm_cap.ratio=0.5", "edits=1", "milestones=[0,1]")
+    done = sweep(tmp_path, *more)
+    assert done.returncode == 2
+    assert "restraint=rect" in done.stderr and "Could not override 'restraint.norm_cap.ratio'" in done.stderr
+    assert "1 done, 0 running, 1 failed" in done.stdout
+    (folder,) = runs(tmp_path)
+    assert "ratio: 0.5" in (folder / "config.yaml").read_text()
+
+
+def test_only_values_of_components_and_only_in_a_multirun_are_left_to_the_cells() -> None:
+    asked = ["restraint=rect,prune", "restraint.prune.alpha=1.6", "editor.context_lengths=[[5,2]]", "editor.layers=[1],[2]", "seed=1"]
+    assert left_to_the_cells(asked) == asked
+    left = ["restraint=rect,prune", "restraint.prune.alpha=choice(1.6)", "editor.context_lengths=choice([[5,2]])"]
+    assert left_to_the_cells(["-m", *asked]) == ["-m", *left, "editor.layers=[1],[2]", "seed=1"]
+    assert left_to_the_cells(["sweep=restraints", *asked])[2] == left[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import open_dict
 
@@ -37,6 +38,7 @@ class CellSweeper(Sweeper):
         self.config: Any = None
         self.hydra_context: Any = None
         self.launcher: Any = None
+        self.not_composed: HydraException | None = None  # the first cell's
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         """Hydra's hook; makes the launcher."""
@@ -48,6 +50,8 @@ class CellSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Plans, launches and sums up. Raises SweepEnded unless every cell is done, or the launcher does not wait."""
         cells = [self._candidate(number, tuple(overrides)) for number, overrides in enumerate(self._grid(arguments))]
+        if self.not_composed is not None and not any(isinstance(each, Candidate) for each in cells):
+            raise self.not_composed  # a mistake of the command, not of one cell
         folder = Path(self.config.hydra.sweep.dir)
         plan = make_plan(cells, place_of=self._place, earlier=sorted(path.parent for path in folder.parent.glob(f"*/{CELLS}")))
         shutil.rmtree(folder / JOBS, ignore_errors=True)  # of a sweep that was told to use the same folder
@@ -118,9 +122,12 @@ class CellSweeper(Sweeper):
             return Candidate(number=number, overrides=overrides, place=self._place(overrides))
         except ConfigError as error:
             return Broken(number=number, overrides=overrides, error=error)
+        except HydraException as error:
+            self.not_composed = self.not_composed or error
+            return Broken(number=number, overrides=overrides, error=ConfigError(str(error).splitlines()[0]))
 
     def _place(self, overrides: Sequence[str]) -> Place:
-        """Composes as the launcher will. Raises ConfigError; Hydra's own exceptions mean that no cell can be composed."""
+        """Composes as the launcher will. Raises ConfigError and Hydra's own exceptions."""
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         choices = dict(config.hydra.runtime.choices)
         with open_dict(config):
