@@ -73,7 +73,7 @@ def left_to_the_cells(arguments: Sequence[str]) -> list[str]:
     asked = given(arguments)[0]
     if not {"--multirun", "-m"} & set(arguments) and not any(each.startswith("sweep=") for each in asked):
         return list(arguments)
-    parsed = {each.input_line: each for each in OverridesParser.create().parse_overrides(asked)}
+    parsed = dict(zip(asked, OverridesParser.create().parse_overrides(asked), strict=True))
     single = {
         line: f"{line.partition('=')[0]}=choice({line.partition('=')[2]})"
         for line, each in parsed.items()

@@ -100,9 +100,9 @@ def _summaries(content: Content) -> Iterable[str]:
         if found := content.comparisons.get(table.title):
             head = ("model", "editor", "restraint", "metric", "difference", "n", "t", "p")
             text = "Restrained minus unrestrained, seed by seed; two-sided paired t-test, p not corrected for the number of comparisons."
-            body += (
-                f"<details open><summary>paired t-tests</summary>{table_of(head, formats.comparison_rows(found), caption=text)}</details>"
-            )
+            opened = " open" if any(each.p is not None for each in found) else ""
+            rows = table_of(head, formats.comparison_rows(found), caption=text)
+            body += f"<details{opened}><summary>paired t-tests</summary>{rows}</details>"
         if table.edits == most[table.dataset]:
             yield f"<h3>{escape(table.title)}</h3>{body}"
         else:
