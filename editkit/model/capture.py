@@ -10,7 +10,7 @@ Hooks exist inside the `with` block only. Shape letters: B rows, T tokens, O the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +53,14 @@ def capture(
 
     def read_input(name: str) -> Any:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.inputs[name] = args[0] if args else next(iter(kwargs.values()))
+            captured.inputs[name] = (args[0] if args else next(iter(kwargs.values()))).to(model.device)
             stop_if_complete()
 
         return hook
 
     def read_output(name: str) -> Any:
         def hook(_module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            captured.outputs[name] = _tensor(output)
+            captured.outputs[name] = _tensor(output).to(model.device)
             stop_if_complete()
 
         return hook
@@ -119,6 +119,63 @@ def add_to_matrix(model: EditableModel, module: str, update_OI: torch.Tensor) ->
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def add_low_rank(model: EditableModel, module: str, left_BRO: torch.Tensor, right_BRI: torch.Tensor) -> Iterator[None]:
+    """Lets a linear module compute, for each row b of a batch, as if its matrix were W + left_b^T right_b; gradients reach the factors.
+
+    The matrix itself is never formed. A row of zeros in either factor adds nothing.
+    """
+
+    def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return output + (args[0] @ right_BRI.to(output).mT) @ left_BRO.to(output)
+
+    handle = model.module(module).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def capture_for_gradients(model: EditableModel, modules: Sequence[str]) -> Iterator[Captured]:
+    """Captures the inputs, detached, and the outputs of linear modules; the graph begins at the first of them, and holds no weight.
+
+    `torch.autograd.grad(loss, outputs)` then gives each module's output gradient: with the inputs, the gradient of its matrix in factors.
+    Enter it within `torch.enable_grad()`, and after `add_low_rank`.
+    """
+    captured = Captured()
+
+    def hook_of(name: str) -> Any:
+        def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()
+            captured.inputs[name], captured.outputs[name] = args[0].detach(), output
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for name in modules:
+            hooks.callback(model.module(name).register_forward_hook(hook_of(name)).remove)
+        yield captured
+
+
+@contextlib.contextmanager
+def change_outputs(model: EditableModel, changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+    """Inside, what each of these modules gives is what the function makes of it; the function leaves what it is given as it was."""
+
+    def changing(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        def hook(_module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+            changed = change(_tensor(output))
+            return changed if torch.is_tensor(output) else (changed, *output[1:])
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for module, change in changes.items():
+            hooks.callback(model.module(module).register_forward_hook(changing(change)).remove)
+        yield
 
 
 def _tensor(output: Any) -> torch.Tensor:

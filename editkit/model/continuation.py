@@ -53,7 +53,7 @@ class Continuation:
                 position_ids=self.positions_BS,
                 past_key_values=_cache(self.prefix),
                 use_cache=True,
-            ).last_hidden_state
+            ).last_hidden_state.to(self.model.device)
 
     @cached_property
     def sparse(self) -> dict[Any, torch.Tensor]:
@@ -70,7 +70,7 @@ class Continuation:
             self,
             hidden_BSD=self.hidden_BSD[rows_R],
             at_start={name: output_BX[rows_R] for name, output_BX in self.at_start.items()},
-            prefix=tuple((keys[rows_R], values[rows_R]) for keys, values in self.prefix),
+            prefix=tuple((keys[rows_R.to(keys.device)], values[rows_R.to(keys.device)]) for keys, values in self.prefix),
             mask_BT=self.mask_BT[rows_R],
             positions_BS=self.positions_BS[rows_R],
             is_token_BS=self.is_token_BS[on_cpu],
@@ -159,6 +159,7 @@ def only_blocks(model: EditableModel, layers: range) -> Iterator[Any]:
     if kinds is not None:
         config.layer_types = kinds[layers.start : layers.stop]  # some networks look a block's mask up by its place in the list
     positions = getattr(base, "wpe", None)
+    former = vars(positions).get("forward") if positions is not None else None  # accelerate, too, sets it on the instance
     if positions is not None:
         positions.forward = lambda _: torch.zeros(())  # GPT-2 adds them to what it is given
     try:
@@ -167,8 +168,10 @@ def only_blocks(model: EditableModel, layers: range) -> Iterator[Any]:
         setattr(base, name, blocks)
         if kinds is not None:
             config.layer_types = kinds
-        if positions is not None:
+        if positions is not None and former is None:
             del positions.forward
+        elif positions is not None:
+            positions.forward = former
 
 
 def _prefix(

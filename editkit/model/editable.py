@@ -33,7 +33,7 @@ ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}  # bounds the float64 copies that the 
 class _Edited:
     """One matrix under edit."""
 
-    base_OI: torch.Tensor  # W_0, in the dtype it came in
+    base_OI: torch.Tensor  # W_0, in the dtype it came in; on the CPU if it was asked for there
     total: Total
     sum_OI: torch.Tensor  # total.dense(), kept up to date: adding it up anew would cost more with every edit
 
@@ -84,19 +84,30 @@ class EditableModel:
 
     def down_projections(self, layers: Sequence[int]) -> tuple[str, ...]:
         """The MLP down projections of some layers, in the order given. Raises ConfigError for a layer that is not there."""
+        self._require_layers(layers)
+        return tuple(self.family.down_projection(layer) for layer in layers)
+
+    def mlp_matrices(self, layers: Sequence[int]) -> tuple[str, ...]:
+        """All matrices of the MLPs of some layers, in the order in which a pass reaches them. Raises ConfigError as `down_projections`."""
+        self._require_layers(layers)
+        names = tuple(name for layer in layers for name in self.family.mlp_matrices(layer))
+        for name in names:
+            self.module(name)  # the names of a family of a person's own may be wrong
+        return names
+
+    def _require_layers(self, layers: Sequence[int]) -> None:
         if wrong := [layer for layer in layers if not 0 <= layer < self.num_layers]:
             raise ConfigError(f"editor.layers: {self.name} has layers 0 to {self.num_layers - 1} - given {', '.join(map(str, wrong))}.")
-        return tuple(self.family.down_projection(layer) for layer in layers)
 
     # What it computes
 
     def final_hidden(self, batch: PromptBatch) -> torch.Tensor:
         """(B, T, D): the hidden states behind the final norm, before the head. Under the caller's grad mode."""
-        return self.module(self.family.base)(**batch.arguments, use_cache=False).last_hidden_state
+        return self.module(self.family.base)(**batch.arguments, use_cache=False).last_hidden_state.to(self.device)
 
     def hidden_to_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) in the model's dtype, from `final_hidden` at the positions that matter: logits of all positions are never formed."""
-        logits_NV = self.network.get_output_embeddings()(hidden_ND)
+        logits_NV = self.network.get_output_embeddings()(hidden_ND).to(hidden_ND.device)
         cap = getattr(self.network.config, "final_logit_softcapping", None)  # Gemma 2
         return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
 
@@ -113,17 +124,23 @@ class EditableModel:
             return found.weight.detach()
         raise ConfigError(f"{module} is a {type(found).__name__} - only Linear and Conv1D hold a matrix that can be edited.")
 
-    def edit(self, modules: Sequence[str]) -> None:
+    def edit(self, modules: Sequence[str], *, base_device: str | None = None) -> None:
         """Declares which matrices will be edited: keeps their W_0 and a float32 total. Declaring one again changes nothing.
 
-        Raises ConfigError for a matrix that other modules share (tied embeddings), and for quantised weights.
+        Args:
+            base_device: where W_0 is kept; None: beside the weights.
+
+        Raises:
+            ConfigError: other modules share a matrix (tied embeddings), or its weights are quantised, or elsewhere until they are needed.
         """
         for name in modules:
             if name not in self._edited:
                 weight_OI = self.weight(name)
                 self._require_editable(name, weight_OI)
                 zeros_OI = torch.zeros(weight_OI.shape, dtype=torch.float32, device=weight_OI.device)
-                self._edited[name] = _Edited(weight_OI.clone(), Total((weight_OI.shape[0], weight_OI.shape[1])), zeros_OI)
+                self._edited[name] = _Edited(
+                    weight_OI.clone().to(base_device or weight_OI.device), Total((weight_OI.shape[0], weight_OI.shape[1])), zeros_OI
+                )
 
     @property
     def edited_modules(self) -> tuple[str, ...]:
@@ -151,7 +168,7 @@ class EditableModel:
         if self._is_corrected:
             raise RuntimeError("apply inside `temporarily`: the update would be computed on weights that are about to go.")
         edited = self._declared(module)
-        update = update.to(device=edited.base_OI.device)
+        update = update.to(device=edited.sum_OI.device)
         edited.total = edited.total.plus(update)
         if edited.total.matrix is None:
             edited.sum_OI += dense(update).to(
@@ -171,9 +188,9 @@ class EditableModel:
                 raise ConfigError(
                     f"the saved total of {name} is {tuple(total.shape)}, the matrix is {tuple(edited.base_OI.shape)}: another model."
                 )
-            edited.total = _moved(total, edited.base_OI.device)
+            edited.total = _moved(total, edited.sum_OI.device)
             sum_OI = edited.total.dense() if edited.total.matrix is None else edited.total.matrix
-            edited.sum_OI = sum_OI.to(edited.base_OI.device)  # an empty total does not know its device
+            edited.sum_OI = sum_OI.to(self.weight(name).device)  # an empty total does not know its device
             self._store(name, edited.sum_OI)
 
     @contextlib.contextmanager
@@ -201,7 +218,7 @@ class EditableModel:
         """Moves the network, and what is kept of the edited matrices."""
         self.network.to(device)
         for edited in self._edited.values():
-            edited.base_OI = edited.base_OI.to(device)
+            edited.base_OI = edited.base_OI.to(device)  # W_0 too, wherever it was
             edited.total = _moved(edited.total, device)
             edited.sum_OI = edited.sum_OI.to(device) if edited.total.matrix is None else edited.total.matrix
 
@@ -217,11 +234,14 @@ class EditableModel:
         rows = ROWS_AT_ONCE.get(weight_OI.device.type, 1024)
         with torch.no_grad():
             for weight, base, total in zip(*(matrix.split(rows) for matrix in (weight_OI, base_OI, total_OI)), strict=True):
+                base = base.to(total.device, non_blocking=True)
                 weight.copy_(base.float() + total)
                 squares += (weight.double() - (base.double() + total.double())).square().sum()
         return float(squares) ** 0.5
 
     def _require_editable(self, module: str, weight_OI: torch.Tensor) -> None:
+        if weight_OI.device.type == "meta":
+            raise ConfigError(f"{module} lies elsewhere until it is needed (offloaded) - an edit has to be written: give it a device.")
         if not weight_OI.is_floating_point():
             raise ConfigError(f"{module} holds {weight_OI.dtype} values - quantised weights cannot be edited.")
         storage = weight_OI.untyped_storage().data_ptr()

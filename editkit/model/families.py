@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from editkit.errors import ConfigError
-
-if TYPE_CHECKING:
-    from editkit.lazy import torch
+from editkit.lazy import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +20,7 @@ class Family:
     mlp_in_block: str = "mlp"
     down_projection_in_block: str = "mlp.down_proj"  # from the MLP's inner width back to the residual stream
     adds_mlp_output: bool = True  # to the residual stream, as it is: no norm in between
+    mlp_matrices_in_block: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # all of them, from input to output
 
     def block(self, layer: int) -> str:
         return f"{self.blocks}.{layer}"
@@ -32,18 +31,34 @@ class Family:
     def down_projection(self, layer: int) -> str:
         return f"{self.blocks}.{layer}.{self.down_projection_in_block}"
 
+    def mlp_matrices(self, layer: int) -> tuple[str, ...]:
+        return tuple(f"{self.blocks}.{layer}.{name}" for name in self.mlp_matrices_in_block)
+
 
 def known_families() -> dict[str, Family]:
     """The families by `config.model_type`."""
     llama = Family(base="model", blocks="model.layers", final_norm="model.norm")
     return {
-        "gpt2": Family(base="transformer", blocks="transformer.h", final_norm="transformer.ln_f", down_projection_in_block="mlp.c_proj"),
-        "gptj": Family(base="transformer", blocks="transformer.h", final_norm="transformer.ln_f", down_projection_in_block="mlp.fc_out"),
+        "gpt2": Family(
+            base="transformer",
+            blocks="transformer.h",
+            final_norm="transformer.ln_f",
+            down_projection_in_block="mlp.c_proj",
+            mlp_matrices_in_block=("mlp.c_fc", "mlp.c_proj"),
+        ),
+        "gptj": Family(
+            base="transformer",
+            blocks="transformer.h",
+            final_norm="transformer.ln_f",
+            down_projection_in_block="mlp.fc_out",
+            mlp_matrices_in_block=("mlp.fc_in", "mlp.fc_out"),
+        ),
         "gpt_neox": Family(
             base="gpt_neox",
             blocks="gpt_neox.layers",
             final_norm="gpt_neox.final_layer_norm",
             down_projection_in_block="mlp.dense_4h_to_h",
+            mlp_matrices_in_block=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         ),
         "llama": llama,
         "mistral": llama,
@@ -61,9 +76,57 @@ def family_of(model_type: str) -> Family:
     if model_type not in families:
         raise ConfigError(
             f"model.id: the architecture {model_type!r} is not known. Known: {', '.join(sorted(families))}. "
-            "Give model.family the name of one that has the same module names, or the names themselves."
+            "Give model.family the name of one that has the same module names, or the names themselves: base, blocks, final_norm, "
+            "mlp_in_block, down_projection_in_block, adds_mlp_output (`editkit probe` looks for them)."
         )
     return families[model_type]
+
+
+def suggestion(config: Any) -> list[str]:
+    """For an unknown architecture: the names that seem to be right, as `model.family` takes them; no sentence where they do not show."""
+    from editkit.model.load import empty_network
+
+    try:
+        found = guess(empty_network(config))
+    except (ValueError, RuntimeError, ImportError, AttributeError):  # no causal language model, or nothing that can be built here
+        return []
+    if found is None:
+        return []
+    names = ("base", "blocks", "final_norm", "mlp_in_block", "down_projection_in_block")
+    given = ",".join(f"{name}:{getattr(found, name)}" for name in names)
+    return [
+        f"model.family: its modules look like model.family={{{given}}} - check that the MLP's output is added to the residual stream as it "
+        "is (else add adds_mlp_output:false)."
+    ]
+
+
+def guess(network: torch.nn.Module) -> Family | None:
+    """The names of an unknown architecture by their shapes; None where they do not show.
+
+    The blocks are the longest list of modules; the down projection is a block's last matrix from a larger width to the residual one.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    lists = {name: module for name, module in network.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module)}
+    if not lists:
+        return None
+    blocks = max(lists, key=lambda name: (len(lists[name]), -len(name)))
+    base, block = blocks.rpartition(".")[0], lists[blocks][0]
+    width = network.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    downs = []
+    for name, module in block.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            shape = tuple(module.weight.shape)
+            outputs, inputs = shape[::-1] if isinstance(module, Conv1D) else shape
+            if outputs == width and inputs > width:
+                downs.append(name)
+    after = list(network.get_submodule(base).named_children()) if base else []
+    norms = [name for name, module in after if "norm" in type(module).__name__.lower()]
+    if not downs or not norms:
+        return None
+    down = downs[-1]
+    mlp = down.rpartition(".")[0] or down
+    return Family(base=base, blocks=blocks, final_norm=f"{base}.{norms[-1]}", mlp_in_block=mlp, down_projection_in_block=down)
 
 
 def check_family(family: Family, network: torch.nn.Module) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 SAMPLE = 2**20  # values a tensor
+SUMMED_AT_ONCE = 2**24  # values: a sum in another dtype copies what it adds, four times a bfloat16 embedding
 NOT_CONTENT = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}  # keys of a config
 
 
@@ -30,10 +31,16 @@ def fingerprint(network: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) ->
     for name, tensor in sorted(network.state_dict().items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         bits = tensor.detach().contiguous().view(-1).view(_integer_of_size(tensor.element_size()))
-        total.update(int(bits.sum(dtype=torch.int64)).to_bytes(8, signed=True))
+        total.update(_sum(bits).to_bytes(8, signed=True))
         stride = -(-bits.numel() // SAMPLE) or 1
         total.update(bits[::stride].contiguous().cpu().numpy().tobytes())
     return total.hexdigest()[:32]
+
+
+def _sum(bits: torch.Tensor) -> int:
+    """Modulo 2^64, as a signed number: the same however it is cut."""
+    parts = [part.sum(dtype=torch.int64) for part in bits.split(SUMMED_AT_ONCE)]
+    return int(torch.stack(parts).sum()) if parts else 0
 
 
 def _config_json(config: PretrainedConfig) -> str:

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.model.families import Family, family_of
+from editkit.model.architecture import ASSET, facts_without_download, known_facts
+from editkit.model.families import Family, family_of, suggestion
+from editkit.model.placement import placement
 from editkit.model.tokens import require_offsets
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from editkit.model.editable import EditableModel
 
-ASSET = "asset:"
+SEED = 0  # of random weights
+BUNDLED_TOKENIZERS = {True: "asset:tiny-llama", False: "asset:tiny-gpt2"}  # for random weights, by whether the family is like Llama
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,9 @@ class ModelConfig:
     revision: str | None = None  # of the hub repository; None: its main branch
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     family: Family | str | None = None  # None: by the checkpoint's model_type; else the name of a known one, or the module names themselves
+    weights: Literal["pretrained", "random"] = "pretrained"  # random: the real shape, seeded, without the hub
+    tokenizer: str | None = None  # a folder or hub id; None: the model's own, with random weights a bundled one
+    device_map: Literal["auto"] | None = None  # auto: over all GPUs, by accelerate; None: the whole model on runtime.device
 
     @property
     def label(self) -> str:
@@ -40,7 +48,7 @@ class ModelConfig:
         some of the weights, and a device that is not there. Code that comes with a checkpoint is never run.
         """
         from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         from editkit.model.editable import EditableModel
@@ -48,26 +56,91 @@ class ModelConfig:
         logging.disable_progress_bar()  # runs show their own
 
         _require_device(device)
+        if self.weights == "random":
+            config = self.network_config()
+            network = random_network(config, device=device, dtype=self.dtype)
+            return EditableModel(network, self.load_tokenizer(), name=self.label, family=self.family_of(config))
         source = self._source()
-        where: dict[str, Any] = {"revision": self.revision, "trust_remote_code": False}
         try:
-            config = AutoConfig.from_pretrained(source, **where)
-            family = self._family(config.model_type)
-            tokenizer: Any = AutoTokenizer.from_pretrained(source, **where)
-            require_offsets(tokenizer)
+            config = self.network_config()
+            family = self.family_of(config)
+            tokenizer = self.load_tokenizer()
             weights: Any = AutoModelForCausalLM  # with output_loading_info it gives a pair, which its types do not say
             network, report = weights.from_pretrained(
-                source, config=config, dtype=getattr(torch, self.dtype), output_loading_info=True, **where
+                source,
+                config=config,
+                dtype=getattr(torch, self.dtype),
+                output_loading_info=True,
+                **self._where,
+                **({"device_map": placement(config, family, self.dtype)} if self.device_map else {}),
             )
         except ConfigError:
             raise
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, gated, unreachable; damaged, of other shapes
-            raise ConfigError(
-                f"model.id: {self.id!r} cannot be loaded - looked in {self._looked_in(source)} - {_first_line(error)}"
-            ) from error
+            raise self._unloadable(source, error) from error
         if absent := sorted(report["missing_keys"]):
             raise ConfigError(f"model.id: the checkpoint {self.id!r} lacks weights that its architecture has: {', '.join(absent[:4])}.")
-        return EditableModel(network.to(device), tokenizer, name=self.label, family=family)
+        if not self.device_map:
+            network = network.to(device)
+        return EditableModel(network, tokenizer, name=self.label, family=family)
+
+    def facts(self) -> dict[str, Any] | None:
+        """The config.json, as far as it is known without the hub and without torch; None where only the hub knows."""
+        return facts_without_download(self.label, self.id)
+
+    def network_config(self, *, is_local: bool = False) -> Any:
+        """The transformers configuration: from the checkpoint; of random weights without the hub, where the sizes are known here.
+
+        Args:
+            is_local: prefer what is known here, as for random weights.
+        """
+        from transformers import AutoConfig
+
+        facts = None if Path(self.id).expanduser().is_dir() else known_facts().get(self.label)
+        if facts is not None and (is_local or self.weights == "random"):
+            kind = facts.pop("model_type")
+            return AutoConfig.for_model(kind, **facts)
+        source = self._source()
+        try:
+            return AutoConfig.from_pretrained(source, **self._where)
+        except (OSError, ValueError) as error:
+            raise self._unloadable(source, error) from error
+
+    def load_tokenizer(self, *, is_local: bool = False) -> Any:
+        """The tokenizer, a fast one. Raises ConfigError for one that is not there, or slow.
+
+        Args:
+            is_local: look on this machine alone.
+        """
+        from transformers import AutoTokenizer
+
+        source, where = self.tokenizer or self._source(), {} if self.tokenizer else dict(self._where)
+        if self.weights == "random" and self.tokenizer is None and not _has_tokenizer(source):
+            kind = (self.facts() or {}).get("model_type", "")
+            asset = BUNDLED_TOKENIZERS[kind not in ("gpt2", "gptj", "gpt_neox")]
+            source, where = ModelConfig(id=asset)._source(), {}
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=is_local, **where)
+        except (OSError, ValueError) as error:
+            raise self._unloadable(source, error) from error
+        require_offsets(tokenizer)
+        return tokenizer
+
+    def family_of(self, config: Any) -> Family:
+        """The family of a transformers configuration. Raises ConfigError for an unknown one, with the names to give where they show."""
+        if isinstance(self.family, Family):
+            return self.family
+        try:
+            return family_of(self.family or config.model_type)
+        except ConfigError as error:
+            raise ConfigError([*error.problems, *suggestion(config)]) from None
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": False}
+
+    def _unloadable(self, source: str, error: Exception) -> ConfigError:
+        return ConfigError(f"model.id: {self.id!r} cannot be loaded - looked in {self._looked_in(source)} - {_first_line(error)}")
 
     def _source(self) -> str:
         """What transformers is asked for. Raises ConfigError for a folder that is not there."""
@@ -97,8 +170,27 @@ class ModelConfig:
             f"{Path(source).absolute()} (no such folder) and on the hub, {'revision ' + self.revision if self.revision else 'main branch'}"
         )
 
-    def _family(self, model_type: str) -> Family:
-        return self.family if isinstance(self.family, Family) else family_of(self.family or model_type)
+
+def random_network(config: Any, *, device: str, dtype: str) -> PreTrainedModel:
+    """A network of that configuration with seeded random weights, made where it will run; the global generators stay as they were."""
+    from transformers import AutoModelForCausalLM
+
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.device(device):
+        torch.manual_seed(SEED)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def empty_network(config: Any) -> PreTrainedModel:
+    """The network without its weights, on the meta device: names and shapes."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _has_tokenizer(source: str) -> bool:
+    return any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def _require_device(device: str) -> None:

@@ -38,7 +38,8 @@ class Shared:
     def keys_and_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, H, P, E) each."""
         keys_GHPE, values_GHPE = self.layers[layer]
-        return keys_GHPE[self.own_B], values_GHPE[self.own_B]
+        own_B = self.own_B.to(keys_GHPE.device)  # a layer may lie on another device
+        return keys_GHPE[own_B], values_GHPE[own_B]
 
 
 def share(

@@ -72,7 +72,8 @@ def at_tokens(tokens_by_module: Mapping[Any, torch.Tensor]) -> Iterator[None]:
 def _at(forward: Callable[[torch.Tensor], torch.Tensor], tokens_M: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     def sparse(hidden_BTX: torch.Tensor) -> torch.Tensor:
         shape_BT = hidden_BTX.shape[:2]
-        found_MY = forward(hidden_BTX.flatten(0, 1).index_select(0, tokens_M)[None])[0]
-        return found_MY.new_zeros(shape_BT.numel(), found_MY.shape[-1]).index_copy(0, tokens_M, found_MY).unflatten(0, shape_BT)
+        found_MY = forward(hidden_BTX.flatten(0, 1).index_select(0, tokens_M.to(hidden_BTX.device))[None])[0]
+        places_M = tokens_M.to(found_MY.device)  # a module may lie on another device
+        return found_MY.new_zeros(shape_BT.numel(), found_MY.shape[-1]).index_copy(0, places_M, found_MY).unflatten(0, shape_BT)
 
     return sparse

@@ -1,0 +1,126 @@
+"""The sizes of networks, from what their config.json says: known for the named models without a download, and without torch.
+
+`architectures.json` holds the facts of the models that `conf/model` names, in the words of their own config.json (sizes, heads,
+vocabulary; a default of transformers may be left out). Random weights, benchmarks and the estimate of memory all read them there.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ASSET = "asset:"
+NAMES = {  # what the same size is called in config.json
+    "width": ("hidden_size", "n_embd"),
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "num_heads": ("num_attention_heads", "n_head"),
+    "num_positions": ("max_position_embeddings", "n_positions"),
+    "inner": ("intermediate_size", "n_inner"),
+}
+TIED = {"gpt2", "gemma", "gemma2", "gemma3_text"}  # families whose head is the embedding unless the configuration says otherwise
+EAGER = {"gptj"}  # attention as scores and their softmax: transformers has no other for them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A network's sizes."""
+
+    facts: Mapping[str, Any]  # as in config.json
+    kind: str  # config.model_type
+    width: int
+    inner: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_width: int
+    vocabulary: int
+    num_positions: int
+    is_tied: bool
+
+    @property
+    def num_parameters(self) -> int:
+        """To the parameter for the families of the table; another family is counted as a Llama, within a few percent."""
+        width, inner, layers, vocabulary = self.width, self.inner, self.num_layers, self.vocabulary
+        if self.kind in ("gpt2", "gptj", "gpt_neox"):
+            attention = 4 * width * width + (0 if self.kind == "gptj" else 4 * width)
+            norms = 2 * width if self.kind == "gptj" else 4 * width
+            block = attention + norms + 2 * width * inner + inner + width
+            embeddings = vocabulary * width + (self.num_positions * width if self.kind == "gpt2" else 0)
+            head = (0 if self.is_tied else vocabulary * width) + (vocabulary if self.kind == "gptj" else 0)
+            return embeddings + layers * block + 2 * width + head
+        queries, keys = self.num_heads * self.head_width, self.num_key_value_heads * self.head_width
+        attention = 2 * width * queries + 2 * width * keys
+        if self.kind == "qwen2" or self.facts.get("attention_bias"):
+            attention += queries + 2 * keys + (0 if self.kind == "qwen2" else width)
+        norms = (4 if self.kind in ("gemma2", "gemma3_text") else 2) * width
+        norms += 2 * self.head_width if self.kind in ("qwen3", "gemma3_text") else 0
+        biases = 2 * inner + width if self.facts.get("mlp_bias") else 0
+        head = 0 if self.is_tied else vocabulary * width
+        return vocabulary * width + layers * (attention + norms + 3 * width * inner + biases) + width + head
+
+    @property
+    def block_parameters(self) -> int:
+        """Of one block."""
+        return self.num_parameters - self.of_depth(self.num_layers - 1).num_parameters
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has two matrices into its inner width."""
+        return self.kind not in ("gpt2", "gptj", "gpt_neox")
+
+    def of_depth(self, num_layers: int) -> Architecture:
+        """The same with another number of layers."""
+        key = next(key for key in NAMES["num_layers"] if key in self.facts)
+        return replace(self, facts={**self.facts, key: num_layers}, num_layers=num_layers)
+
+
+def architecture_of(facts: Mapping[str, Any]) -> Architecture:
+    """The sizes in a config.json. Raises KeyError for one that names them otherwise."""
+
+    def size(name: str) -> int | None:
+        return next((int(facts[key]) for key in NAMES[name] if facts.get(key) is not None), None)
+
+    width, heads = size("width"), size("num_heads")
+    if width is None or heads is None:
+        raise KeyError("hidden_size, num_attention_heads")
+    kind = str(facts["model_type"])
+    layers, positions = size("num_layers"), size("num_positions")
+    if layers is None:
+        raise KeyError("num_hidden_layers")
+    return Architecture(
+        facts=facts,
+        kind=kind,
+        width=width,
+        inner=size("inner") or 4 * width,
+        num_layers=layers,
+        num_heads=heads,
+        num_key_value_heads=int(facts.get("num_key_value_heads") or heads),
+        head_width=int(facts.get("head_dim") or width // heads),
+        vocabulary=int(facts["vocab_size"]),
+        num_positions=positions or 2048,
+        is_tied=bool(facts.get("tie_word_embeddings", kind in TIED)),
+    )
+
+
+def known_facts() -> dict[str, dict[str, Any]]:
+    """What is known of the named models, by name; the instances are new ones at each call."""
+    text = (importlib.resources.files("editkit") / "model" / "architectures.json").read_text()
+    found: dict[str, dict[str, Any]] = json.loads(text)
+    return found
+
+
+def facts_without_download(name: str, id: str) -> dict[str, Any] | None:
+    """The config.json of a bundled model or a folder, or what is known of a named model; None where only the hub knows."""
+    folder = Path(str(importlib.resources.files("editkit"))) / "assets" / id.removeprefix(ASSET) if id.startswith(ASSET) else Path(id)
+    path = folder.expanduser() / "config.json"
+    if path.is_file():
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except ValueError:  # loading says so, with the remedy
+            return None
+        return found
+    return known_facts().get(name)

@@ -1,0 +1,118 @@
+"""What editkit finds in a model before any weight of it is loaded: modules, shapes, orientation, and how its tokenizer behaves.
+
+The network is built on the meta device, where tensors have shapes and no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from editkit.errors import ConfigError
+from editkit.lazy import torch
+from editkit.model.families import Family, check_family
+from editkit.model.load import empty_network
+from editkit.model.tokens import encode, encode_with_target, fill, subject_position
+
+if TYPE_CHECKING:
+    from editkit.model.load import ModelConfig
+
+SAMPLE = ("The mother tongue of {} is", "Léon Blum's", "Paris")  # an accent and an apostrophe in the subject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """A down projection."""
+
+    name: str
+    type: str  # Linear or Conv1D
+    is_transposed: bool  # whether it is stored as (I, O)
+    shape: tuple[int, int]  # (O, I)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """What was found."""
+
+    kind: str
+    family: Family
+    matrices: tuple[Matrix, ...]  # by layer
+    num_parameters: int
+    is_tied: bool
+    num_positions: int
+    attention: str
+    tokenizer: tuple[tuple[str, str], ...]  # what is asked, what was found; empty where there is none here
+    no_tokenizer: str | None  # why
+
+
+def probe(config: ModelConfig) -> Probed:
+    """Builds the network without weights and looks.
+
+    Raises ConfigError for an unknown architecture, with the names that seem to be right.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    found = config.network_config(is_local=True)
+    family = config.family_of(found)
+    network = empty_network(found)
+    num_layers = check_family(family, network)
+    matrices = []
+    for layer in range(num_layers):
+        name = family.down_projection(layer)
+        module = network.get_submodule(name)
+        if not isinstance(module, Conv1D | torch.nn.Linear):
+            raise ConfigError(
+                f"model.family: {name} is a {type(module).__name__} - only Linear and Conv1D hold a matrix that can be edited."
+            )
+        rows, columns = module.weight.shape
+        is_transposed = isinstance(module, Conv1D)
+        shape = (columns, rows) if is_transposed else (rows, columns)
+        matrices.append(Matrix(name=name, type=type(module).__name__, is_transposed=is_transposed, shape=shape))
+    head: Any = network.get_output_embeddings()
+    tokenizer, reason = _tokenizer(config)
+    return Probed(
+        kind=found.model_type,
+        family=family,
+        matrices=tuple(matrices),
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        is_tied=head.weight is network.get_input_embeddings().weight,
+        num_positions=found.max_position_embeddings,
+        attention=str(getattr(network.config, "_attn_implementation", "?")),
+        tokenizer=() if tokenizer is None else behaviour(tokenizer),
+        no_tokenizer=reason,
+    )
+
+
+def behaviour(tokenizer: Any) -> tuple[tuple[str, str], ...]:
+    """What editing depends on, each with what it looks like on a sample."""
+    prompt, subject, target = SAMPLE
+    place = fill(prompt, subject)
+    encoded = encode(tokenizer, [place.text])[0]
+    special = tokenizer.convert_ids_to_tokens(list(encoded.ids[: encoded.num_special]))
+    position = subject_position(encoded, place)
+    shown = tokenizer.convert_ids_to_tokens(list(encoded.ids))
+    sequence = encode_with_target(tokenizer, place.text, target)
+    first, after = sequence.encoded.spans[sequence.start]
+    if first > len(place.text):
+        blank = "no part of the target's tokens, which begin behind it"
+    else:
+        blank = "a token of its own" if after == len(place.text) + 1 else "part of the target's first token"
+    pad = tokenizer.pad_token
+    return (
+        ("class", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens"),
+        ("BOS", f"{special[0]} before every text" if special else "none is added"),
+        ("leading blank", blank),
+        ("padding side", f"{tokenizer.padding_side} (editkit pads by itself: right, and left where it goes on from a token)"),
+        ("pad token", f"{pad}" if pad else "none (not needed)"),
+        ("sample", " ".join(f"[{piece}]" if index == position else piece for index, piece in enumerate(shown))),
+        ("target", " ".join(tokenizer.convert_ids_to_tokens(list(sequence.target_ids)))),
+    )
+
+
+def _tokenizer(config: ModelConfig) -> tuple[Any, str | None]:
+    try:
+        return config.load_tokenizer(is_local=True), None
+    except ConfigError as error:
+        reason = error.problems[0]
+    is_slow = "slow tokenizer" in reason
+    return None, reason if is_slow else "no tokenizer of it is on this machine: give model.tokenizer=<folder>, or load the model once"
