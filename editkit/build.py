@@ -72,6 +72,7 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
     parts.check_together(settings, editor, stats)
     parts.check_rollback(settings, restraints)
     data = parts.load(dataset, settings)
+    parts.check_edits(editor, data, settings)
     parts.check(suite)
     parts.finish()
     assert settings and model and editor and stats and restraints and data and suite and editing and tracker and runtime
@@ -174,7 +175,11 @@ class Parts:
                 "restraint: the option's file must put its values under its own name, so that several restraints can be chosen."
             )
             return None
-        built = {name: construct(node, f"restraint.{name}", AbstractRestraint, self.problems) for name, node in nodes.items()}
+        chosen = {name: node for name, node in nodes.items() if not isinstance(node, Mapping) or "_target_" in node}
+        for name in nodes.keys() - chosen.keys():
+            stack = ",".join([*chosen, name])
+            self.problems.add(f"restraint.{name}: a value was given, but {name} is not among the chosen restraints (restraint=[{stack}]).")
+        built = {name: construct(node, f"restraint.{name}", AbstractRestraint, self.problems) for name, node in chosen.items()}
         found = {name: restraint for name, restraint in built.items() if restraint is not None}
         for name, restraint in found.items():
             if editor is not None and restraint.place not in editor.places:
@@ -199,6 +204,11 @@ class Parts:
         if stats is not None and stats.source == "none" and editor is not None and editor.needs_moments:
             remedy = "choose stats=world|text|hub (ROME: or editor.covariance=null)"
             self.problems.add(f"stats=none, but editor={self.name_of('editor')} needs second moments: {remedy}.")
+        device_map = (self.config.get("model") or {}).get("device_map")
+        if device_map is not None and editor is not None and not editor.spans_devices:
+            self.problems.add(
+                f"model.device_map: {device_map} was given; editor={self.name_of('editor')} wants the whole model on one device: null."
+            )
         limit = editor.max_batch_size if editor is not None else None
         if settings is not None and limit is not None and settings.batch_size > limit:
             self.problems.add(f"batch_size: {settings.batch_size} was given; editor={self.name_of('editor')} edits {limit} at a time.")
@@ -236,6 +246,12 @@ class Parts:
         if settings.edits > len(data.requests):
             self.problems.add(f"edits: {settings.edits} was given; dataset={self.name_of('dataset')} has {len(data.requests)} requests.")
         return data
+
+    def check_edits(self, editor: AbstractEditor | None, data: LoadedDataset | None, settings: Settings | None) -> None:
+        """Notes what keeps the editor from editing these requests."""
+        if editor is not None and data is not None and settings is not None:
+            for problem in editor.check_requests(data, data.requests[: settings.edits]):
+                self.problems.add(problem)
 
     def check(self, suite: AbstractEvaluator | None) -> None:
         """Reads the data of the suite's tasks; notes what is missing or malformed."""

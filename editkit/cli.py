@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from editkit import __version__, application
-from editkit.commands import reports, stats, sweeps
+from editkit.commands import probe, reports, stats, sweeps, training
 from editkit.commands.arguments import UNPARSED, ConfigDir, Overrides, composed_or_explained
 from editkit.compose import options
 from editkit.errors import ConfigError
@@ -22,8 +22,10 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(stats.app, name="stats")
+app.add_typer(probe.app)
 app.add_typer(reports.app)
 app.add_typer(sweeps.app)
+app.add_typer(training.app)
 
 
 def main() -> None:
@@ -96,6 +98,7 @@ def validate(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
         *((f"  {kind.replace('_', ' ')}", text) for kind, text in experiment.data.counts()),
         ("edits", f"{schedule.edits} in batches of {schedule.batch_size}, measured after {', '.join(map(str, schedule.milestones))}"),
         ("folder", str(experiment.folder)),
+        *probe.memory_rows(dict(experiment.config)),
     ):
         table.add_row(*row)
     console = Console()

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 # What cannot change a result: where, how often and on which device it is computed, what watches it, its name. The seed has its own folder.
 UNHASHED = (
     *("name", "experiment_name", "seed", "paths", "checkpoint", "resume", "retry_failed", "when_locked", "tracker", "runtime", "recipe"),
-    *("stats.folder", "stats.save_every_s", "evaluation.thresholds"),
+    *("stats.folder", "stats.save_every_s", "evaluation.thresholds", "model.device_map", "editor.train"),
 )
+# Options that came later, with the value that means what was so before: where they have it, a run keeps its folder.
+LATER: dict[tuple[str, str], Any] = {("model", "weights"): "pretrained", ("model", "tokenizer"): None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,9 @@ class Runtime:
 
     device: str
     threads: int | None
+    memory_gb: float | None = None  # that a run may take on the device; None: what is free there
+    statistics: Literal["device", "cpu", "disk"] = "device"  # where second moments and their factors lie
+    base: Literal["device", "cpu"] = "device"  # where W_0 of the edited matrices lies
 
     def __post_init__(self) -> None:
         problems = []
@@ -44,6 +49,8 @@ class Runtime:
             problems.append(f"runtime.device: {self.device!r} was given; cpu, cuda, cuda:<number> or mps.")
         if self.threads is not None and self.threads < 1:
             problems.append(f"runtime.threads: {self.threads} was given; at least 1, or null for torch's own choice.")
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            problems.append(f"runtime.memory_gb: {self.memory_gb} was given; more than 0, or null for what is free on the device.")
         if problems:
             raise ConfigError(problems)
 
@@ -145,7 +152,8 @@ class Experiment:
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits for what can change a result; 1 and 1.0 are the same."""
-    kept = _without(config, UNHASHED)
+    later = tuple(f"{group}.{key}" for (group, key), former in LATER.items() if (config.get(group) or {}).get(key, former) == former)
+    kept = _without(config, (*UNHASHED, *later))
     return hashlib.sha256(json.dumps(_canonical(kept), sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -98,7 +98,7 @@ def unedited(job: Trajectory, state: RunState) -> RunState:
 
 def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, RunState]:
     """One batch of edits. The only writes are `model.apply`."""
-    model, editor, requests, clock = job.model, job.editor, job.batch(step), Stopwatch(job.model.device)
+    model, editor, requests, clock = job.model, job.editor, job.batch(step), Stopwatch(job.model.device, job.peaks)
     solver = job.restraints.solve
     with clock.phase("target"):
         plan = editor.plan(model, requests, state.contexts, state.editor, job.restraints.objective)
@@ -114,7 +114,8 @@ def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, 
         with clock.phase("solve"):
             update = editor.propose(model, requests, module, plan, state.editor, job.moments, solve)
             for restraint in job.restraints.updates:
-                update = restraint.restrain(update, model.weight(module))
+                weight_OI = model.weight(module)
+                update = restraint.restrain(update.to(device=weight_OI.device), weight_OI)
             if not is_finite(update):
                 nonfinite = f"update of {module}"
                 break

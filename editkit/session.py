@@ -21,6 +21,8 @@ from editkit.files import write_atomically
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.lock import locked
+from editkit.memory import require_fit
+from editkit.peak import Peaks
 from editkit.provenance import environment, peak_memory_bytes
 from editkit.report.figures import draw_figures
 from editkit.runner import Event, run_edits
@@ -96,7 +98,7 @@ def execute(experiment: Experiment, received: Received) -> int:
         raise
     finally:
         records.close()
-        save_provenance(folder, describe(experiment, job), seconds=time.time() - started, device=job.model.device, num_lost=num_lost)
+        save_provenance(folder, describe(experiment, job), seconds=time.time() - started, job=job, num_lost=num_lost)
         if status == "done":
             write_atomically(folder / DONE, b"")
         try:
@@ -120,9 +122,12 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Traje
     Raises Stopped where it was to stop while second moments were computed: what was done of them is saved.
     """
     torch.set_num_threads(experiment.runtime.threads) if experiment.runtime.threads else None
-    model = experiment.model.load(experiment.runtime.device)
-    editor, restraints = experiment.editor, experiment.restraints
-    with collecting() as shown:
+    runtime, editor, restraints = experiment.runtime, experiment.editor, experiment.restraints
+    require_fit(experiment.config, free_bytes=free_bytes(runtime.device))
+    peaks = Peaks(runtime.device)
+    with peaks.phase("load"):
+        model = experiment.model.load(runtime.device)
+    with peaks.phase("statistics"), collecting() as shown:
 
         def progress(done: int, of: int) -> None:
             shown.progress(done, of)
@@ -130,9 +135,15 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Traje
                 raise Stopped
 
         moments = build_moments(
-            model, editor.moment_modules(model), experiment.stats, announce=shown.announce, progress=progress
+            model,
+            editor.moment_modules(model),
+            experiment.stats,
+            place=runtime.statistics,
+            announce=shown.announce,
+            progress=progress,
         ).solved_in(experiment.solve.dtype)
     modules = editor.modules(model)
+    model.edit(modules, base_device=None if runtime.base == "device" else runtime.base)
     if restraints.totals:
         base_sigma_max = {module: extreme_singular_values(model.weight(module), None).sigma_max for module in modules}
         found = {name: restraint.check(base_sigma_max) for name, restraint in restraints.totals.items()}
@@ -153,7 +164,15 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Traje
         max_requests=experiment.evaluation.max_requests,
         dataset=experiment.data.digest[:DIGITS],
         should_stop=should_stop,
+        peaks=peaks,
     )
+
+
+def free_bytes(device: str) -> float | None:
+    """Of a GPU; None where it is not known, or another way is taken."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.mem_get_info(device)[0])
 
 
 def handle(event: Event, folder: Path, records: RecordFiles, tracker: AbstractTracker) -> None:
@@ -192,6 +211,7 @@ def describe(experiment: Experiment, job: Trajectory) -> dict[str, Any]:
         "requests": [request.id for request in job.requests],
         "evaluated": job.evaluated(),
         "statistics": job.moments.digests,
+        "editor": dict(experiment.editor.provenance()),
         "seed": experiment.seed,
     }
 
@@ -205,15 +225,19 @@ def steps_after(path: Path, num_bytes: int) -> int:
         return file.read().count(b"\n")
 
 
-def save_provenance(folder: Path, provenance: dict[str, Any], *, seconds: float, device: torch.device, num_lost: int) -> None:
+def save_provenance(folder: Path, provenance: dict[str, Any], *, seconds: float, job: Trajectory, num_lost: int) -> None:
     """Wall time and steps that were made again add up over the parts of a run that was cut off."""
     path = folder / PROVENANCE
     before = json.loads(path.read_text()) if path.exists() else {}
+    peaks = job.peaks.bytes
+    whole, key = peak_memory_bytes(job.model.device), "device" if job.model.device.type == "cuda" else "host"
+    whole[key] = max(whole[key], *peaks.values())  # noting phases begins the process's own count anew
     measured = {
         "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
         "sessions": before.get("sessions", 0) + 1,
         "steps_made_again": before.get("steps_made_again", 0) + num_lost,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": whole,
+        "peak_memory_bytes_by_phase": peaks,  # of the last session
     }
     write_atomically(path, json.dumps(provenance | measured, indent=1).encode())
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from editkit.lazy import torch
+from editkit.peak import Peaks
 
 PHASE = "editkit."  # what the names of phases begin with in a profile
 
@@ -19,14 +20,14 @@ def measured(name: str) -> AbstractContextManager[object]:
 class Stopwatch:
     """Adds up the wall time of named phases; waits for the GPU at a phase's end, so that work is charged to the phase that asked for it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, peaks: Peaks | None = None) -> None:
+        self._device, self._peaks = device, peaks or Peaks()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        with measured(name):
+        with self._peaks.phase(name), measured(name):
             try:
                 yield
             finally:

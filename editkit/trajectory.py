@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.editors.base import AbstractEditor
 from editkit.evaluation.base import AbstractEvaluator
+from editkit.peak import Peaks
 from editkit.restraints.base import Restraints
 from editkit.schedule import Schedule
 from editkit.types import EditRequest, StepRecord
@@ -45,6 +46,7 @@ class Trajectory:
     rollback: bool = False  # every batch on the unedited model
     max_requests: int | None = None  # measured at a milestone; None: all edits so far
     dataset: str | None = None  # its digest
+    peaks: Peaks = field(default_factory=Peaks)  # the memory of each phase
     should_stop: Callable[[], bool] = field(default=lambda: False)  # asked at every step's end: save and leave?
 
     @property

@@ -45,7 +45,16 @@ def test_every_restraint_stands_under_its_own_name_so_that_several_stack(option:
     assert list(node) == ([] if option.name == "none" else [option.name])
 
 
-@pytest.mark.parametrize("option", of("recipe"), ids=label)
+def recipes() -> list[object]:
+    """All of them; those that only point at another recipe's values are left to the slow run: composing takes most of this file's time."""
+
+    def points(option: Option) -> bool:
+        return "\ndefaults:" in (conf_folder() / "recipe" / f"{option.name}.yaml").read_text()
+
+    return [pytest.param(each, marks=[pytest.mark.slow] if points(each) else [], id=label(each)) for each in of("recipe")]
+
+
+@pytest.mark.parametrize("option", recipes())
 def test_every_recipe_makes_its_pair_complete_and_is_found_by_itself_where_it_bears_the_models_name(option: Option) -> None:
     editor, name = option.name.split("/")
     models = {each.name for each in of("model")}

@@ -19,6 +19,7 @@ import torch
 
 from editkit.build import build
 from editkit.compose import compose, conf_folder
+from editkit.editors.mend import Mend
 from editkit.errors import ConfigError
 from editkit.experiment import Experiment
 from editkit.restraints.base import PLACES, AbstractRestraint, AbstractTotalRestraint
@@ -27,6 +28,7 @@ from editkit.schema import Problems, construct
 from editkit.types import EvalRecord, StepRecord
 from tests.fakes import SumOfWeights, trajectory
 from tests.helpers import KINDS, Kind, requests, tiny_model
+from tests.hypernets import saved
 from tests.methods import model_moments
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -48,6 +50,7 @@ QUICK = {
     "restraint.prune.function": "linear",
     "restraint.alphaedit.threshold": 2.0,  # times the mean eigenvalue
     "restraint.alphaedit.threshold_unit": "relative",
+    "editor.hypernetwork": "asset:mend/tiny-gpt2",  # exists; `run` puts one of the model at hand in its place
 }
 
 
@@ -102,15 +105,18 @@ def label(pair: Pair) -> str:
     return f"{pair[0]}-{'+'.join(pair[1]) or 'none'}"
 
 
-def run(editor: str, restraints: tuple[str, ...], kind: Kind) -> None:
+def run(editor: str, restraints: tuple[str, ...], kind: Kind, folder: Path) -> None:
     experiment = build(config(editor, restraints, model=f"tiny-{kind}"))
     # A layer above the edited ones: what is added at the subject reaches the prompt's end through attention alone.
     model = tiny_model(kind, num_layers=2 + max(experiment.editor.layers))  # type: ignore[attr-defined]
-    modules = experiment.editor.modules(model)
+    edited_by = experiment.editor
+    if isinstance(edited_by, Mend):
+        edited_by = replace(edited_by, hypernetwork=str(saved(model, folder, layers=edited_by.layers)))
+    modules = edited_by.modules(model)
     asked = [replace(each, id=f"pair/{index}") for index, each in enumerate(requests(EDITS))]
     job = replace(
-        trajectory(model, asked, editor=experiment.editor, restraints=experiment.restraints, milestones=(0, EDITS), checkpoint_every=100),
-        moments=model_moments(model, experiment.editor.moment_modules(model)),
+        trajectory(model, asked, editor=edited_by, restraints=experiment.restraints, milestones=(0, EDITS), checkpoint_every=100),
+        moments=model_moments(model, edited_by.moment_modules(model)),
         evaluators={"fake": SumOfWeights(module=modules[-1])},
     )
     events = list(run_edits(job))
@@ -128,10 +134,10 @@ def run(editor: str, restraints: tuple[str, ...], kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("pair", ALL, ids=label)
-def test_a_pair_runs_five_edits_on_every_architecture_or_is_refused_with_the_places_that_there_are(pair: Pair) -> None:
+def test_a_pair_runs_five_edits_on_every_architecture_or_is_refused_with_the_places_that_there_are(pair: Pair, tmp_path: Path) -> None:
     if is_allowed(*pair):
         for kind in KINDS:
-            run(*pair, kind)
+            run(*pair, kind, tmp_path)
     else:
         assert_refused(*pair)
 

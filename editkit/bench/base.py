@@ -8,14 +8,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from editkit.bench.shapes import Shape, model_shapes
 from editkit.errors import ConfigError
 from editkit.lazy import torch
+from editkit.peak import peak_memory, reset_peak_memory
 
 T = TypeVar("T")
 Side = Literal["plain", "ours"]
@@ -173,26 +172,6 @@ def timed(work: Callable[[], T], device: str) -> tuple[Cost, T]:
 def synchronise(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def reset_peak_memory(device: str) -> None:
-    """From here on the peak is counted anew, where the system lets it."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark
-
-
-def peak_memory(device: str) -> int:
-    """Bytes; 0 where the system cannot tell."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def relative_difference(plain: torch.Tensor, ours: torch.Tensor) -> float:

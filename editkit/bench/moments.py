@@ -53,8 +53,9 @@ def flop_ratio(shape: Shape) -> float:
 
     Attention's scores, padding and everything elementwise are left out.
     """
-    gates = 2 if shape.kind == "llama" else 1
-    key_values = (shape.num_key_value_heads or shape.num_heads) / shape.num_heads
+    gates = 2 if shape.architecture.is_gated else 1
+    sizes = shape.architecture
+    key_values = sizes.num_key_value_heads / sizes.num_heads
     attention = shape.width**2 * (2 + 2 * key_values)
     below = attention + gates * shape.width * shape.inner  # up to the down projection's input
     block = below + shape.width * shape.inner

@@ -19,6 +19,7 @@ from editkit.bench.shapes import Shape
 from editkit.lazy import torch
 from editkit.model.editable import EditableModel
 from editkit.model.families import family_of
+from editkit.model.load import random_network
 from editkit.stats.store import Moments, SecondMoment
 from editkit.types import EditRequest, Probe
 
@@ -35,13 +36,9 @@ SEED = 0
 
 def model_of(shape: Shape, name: str, *, device: str, dtype: str) -> EditableModel:
     """A network with random weights, made where it will run, and a tokenizer with a token for each row of its vocabulary."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(shape.kind, **shape.config())
-    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.device(device):
-        torch.manual_seed(SEED)
-        network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    network = random_network(AutoConfig.for_model(shape.kind, **shape.config()), device=device, dtype=dtype)
     return EditableModel(network, tokenizer(shape.vocabulary), name=name, family=family_of(shape.kind))
 
 

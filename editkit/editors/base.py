@@ -15,6 +15,7 @@ from editkit.restraints.base import AbstractObjectiveRestraint, LeastSquares, Pl
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
+    from editkit.datasets.base import LoadedDataset
     from editkit.lazy import torch
     from editkit.linalg.lowrank import Update
     from editkit.model.editable import EditableModel
@@ -39,11 +40,20 @@ class AbstractEditor(abc.ABC):
 
     places: ClassVar[frozenset[Place]]  # where a restraint may act on this editor
     max_batch_size: ClassVar[int | None] = None  # requests that one batch may hold; None: any number
+    spans_devices: ClassVar[bool] = False  # whether it works with model.device_map, a model that lies on several devices
 
     @property
     @abc.abstractmethod
     def needs_moments(self) -> bool:
         """Whether second moments of keys are needed: known before a model is loaded."""
+
+    def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
+        """What keeps this editor from making these edits, those of `data` that a run would make: known before a model is loaded."""
+        return []
+
+    def provenance(self) -> Mapping[str, object]:
+        """Files besides the model that its edits depend on, as plain values."""
+        return {}
 
     @abc.abstractmethod
     def modules(self, model: EditableModel) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ class Ft(AbstractEditor):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"update", "total"})
+    spans_devices: ClassVar[bool] = True
 
     name: str
     layers: tuple[int, ...]

@@ -65,6 +65,7 @@ class Memit(AbstractEditor):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"objective", "solve", "update", "total"})
+    spans_devices: ClassVar[bool] = True
 
     name: str
     layers: tuple[int, ...]  # ascending; z is searched behind the last

@@ -52,6 +52,7 @@ class Rome(AbstractEditor):
 
     places: ClassVar[frozenset[Place]] = frozenset({"objective", "update", "total"})
     max_batch_size: ClassVar[int | None] = 1
+    spans_devices: ClassVar[bool] = True
 
     name: str
     layers: tuple[int, ...]  # one

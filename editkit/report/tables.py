@@ -98,7 +98,7 @@ def summarise(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, edits
     by_key = {key: [record for record in chosen if _key(record) == key] for key in keys}
     for key, records in by_key.items():
         _check_unmixed(" ".join(part for part in key if part), records)
-    columns = tuple(Column(title=_title(key, keys), is_fraction=key[0] != "language") for key in keys)
+    columns = tuple(Column(title=_title(key, keys), is_fraction=key[0] not in ("language", "training")) for key in keys)
     cells = {(key, record.view, record.step): _cell(record) for key, records in by_key.items() for record in records}
     weights = weight_cells(steps, evals)
     places = sorted({(record.view, record.step) for record in chosen}, key=lambda place: place[1])

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from editkit.errors import ConfigError
 from editkit.stats.collect import BLOCK, PARTS, Collector
@@ -18,10 +18,12 @@ from editkit.stats.corpus import StatsConfig, digest, fewest, texts
 from editkit.stats.estimate import estimate
 from editkit.stats.parts import Parts, compute, locked
 from editkit.stats.shards import ALONE, Shard
-from editkit.stats.store import MomentKey, Moments, read, write
+from editkit.stats.store import MomentKey, Moments, mapped_into, read, write
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
+
+Place = Literal["device", "cpu", "disk"]  # where second moments lie once they are read
 
 UNFINISHED = "unfinished"  # folder of the sums that are not complete
 
@@ -46,9 +48,11 @@ class Statistics:
         """The modules whose second moment is not stored."""
         return [module for module in self.keys if not self.path(module).exists()]
 
-    def read(self) -> Moments:
-        """All of them. Raises ConfigError for a damaged file."""
-        return Moments({module: read(self.path(module), key, device=self.model.device) for module, key in self.keys.items()})
+    def read(self, place: Place = "device") -> Moments:
+        """All of them: on the model's device, on the CPU, or mapped from files. Raises ConfigError for a damaged file."""
+        device = self.model.device if place == "device" else "cpu"
+        keep = mapped_into(self.folder) if place == "disk" else None
+        return Moments({module: read(self.path(module), key, device=device, keep=keep) for module, key in self.keys.items()})
 
     @property
     def num_documents(self) -> int:
@@ -60,6 +64,7 @@ def build(
     modules: Sequence[str],
     config: StatsConfig,
     *,
+    place: Place = "device",
     announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Moments:
@@ -72,7 +77,7 @@ def build(
         return Moments()
     wanted = statistics(model, modules, config)
     fill_store(wanted, announce=announce, progress=progress)
-    return wanted.read()
+    return wanted.read(place)
 
 
 def statistics(model: EditableModel, modules: Sequence[str], config: StatsConfig) -> Statistics:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,7 @@ class SecondMoment:
     num_tokens: int
     checksum: str = ""  # of the stored file
     dtype: SolveDtype = "float64"  # of the factor
+    keep: Callable[[torch.Tensor], torch.Tensor] | None = None  # puts the factor where it shall lie; None: beside the matrix
 
     @cached_property
     def factor_II(self) -> torch.Tensor:
@@ -73,7 +75,8 @@ class SecondMoment:
                 f"stats: the second moment of {self.module} cannot be inverted - it holds {self.num_tokens} keys of length {size} - "
                 "raise stats.num_documents, or do without it (ROME: editor.covariance=null)."
             )
-        return factor_II.to(getattr(torch, self.dtype))  # float32 could not factorise what is ill-conditioned
+        factor_II = factor_II.to(getattr(torch, self.dtype))  # float32 could not factorise what is ill-conditioned
+        return factor_II if self.keep is None else self.keep(factor_II)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +125,23 @@ class Moments:
         return self.by_module[module]
 
 
+def mapped_into(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that moves a tensor into a file below the folder, which is mapped into memory and goes with the process.
+
+    The system may drop its pages whenever memory is short, and reads them again when they are used.
+    """
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="mapped-") as file:
+            flat = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        mapped = flat.view(tensor.shape)
+        mapped.copy_(tensor)
+        return mapped
+
+    return keep
+
+
 def write(folder: Path, key: MomentKey, moment_sum: MomentSum) -> Path:
     """Stores one second moment under its key."""
     from safetensors.torch import save_file
@@ -133,14 +153,24 @@ def write(folder: Path, key: MomentKey, moment_sum: MomentSum) -> Path:
     return path
 
 
-def read(path: Path, key: MomentKey | None = None, *, device: torch.device | str = "cpu") -> SecondMoment:
-    """One stored second moment. Raises ConfigError where the file is damaged, or holds another key than `key`."""
+def read(
+    path: Path,
+    key: MomentKey | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    keep: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> SecondMoment:
+    """One stored second moment; `keep` moves matrix and factor to where they shall lie.
+
+    Raises ConfigError where the file is damaged, or holds another key than `key`.
+    """
     stored, tensors, checksum = _load(path)
     if key is not None and stored != key:
         differing = ", ".join(name for name, value in asdict(key).items() if value != getattr(stored, name))
         raise ConfigError(f"corrupt statistics: {path} holds the second moment of something else ({differing} differ). {REMEDY}")
     num_tokens = int(tensors["num_tokens"])
-    return SecondMoment(stored.module, (tensors["sum_II"] / num_tokens).to(device), num_tokens, checksum)
+    matrix_II = tensors.pop("sum_II").to(device) / num_tokens
+    return SecondMoment(stored.module, matrix_II if keep is None else keep(matrix_II), num_tokens, checksum, keep=keep)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ class RunInfo:
     batch_size: int  # edits a step; the last step may hold fewer
     views: tuple[str, ...]  # the trajectory's own view first, then the restrained ones
     config: Mapping[str, Any]  # resolved, plain values
+    unit: str = "edits"  # what is counted: a training counts steps
     resumed_at: int = 0  # the last step that was done before; 0: a new run, whose first record is step 0
 
 

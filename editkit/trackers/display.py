@@ -50,8 +50,8 @@ class Display:
         if info.resumed_at:
             self._recall()
         past = f", going on after step {info.resumed_at}" if info.resumed_at else ""
-        self._say(f"{info.name}: {info.edits} edits; views: {', '.join(info.views)}{past}")
-        self._bar: Progress | None = _progress(self._out) if self._out.is_terminal else None
+        self._say(f"{info.name}: {info.edits} {info.unit}; views: {', '.join(info.views)}{past}")
+        self._bar: Progress | None = _progress(self._out, info.unit) if self._out.is_terminal else None
         if self._bar is not None:
             self._bar.add_task("", total=info.edits, completed=self._edits_at(info.resumed_at), figures="")
             self._bar.start()
@@ -129,7 +129,7 @@ class Display:
         except ConfigError as error:
             self.warn(str(error))
             return
-        parts = [f"{self._edits_at(self._last.step)}/{self._info.edits} edits", *self._figures()]
+        parts = [f"{self._edits_at(self._last.step)}/{self._info.edits} {self._info.unit}", *self._figures()]
         for row in table.rows:
             measured = zip(table.columns, formatted(table, row), row.cells, strict=True)
             parts.append(f"{row.view}: " + ", ".join(f"{column.title} {text}" for column, text, cell in measured if cell is not None))
@@ -164,14 +164,14 @@ def _identity(record: EvalRecord) -> tuple[object, ...]:
     return (record.step, record.view, record.kind, record.suite, record.task, record.metric, record.protocol, record.timing, part)
 
 
-def _progress(out: Console) -> Progress:
+def _progress(out: Console, unit: str) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (
         SpinnerColumn(),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("edits"),
+        TextColumn(unit),
         TextColumn("{task.fields[figures]}", markup=False),
     )
     return Progress(*columns, console=out)
