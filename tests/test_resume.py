@@ -101,6 +101,7 @@ def test_a_signal_saves_at_the_next_edit_and_the_same_command_goes_on(number: si
     assert [record["step"] for record in records(folder, STEPS)] == list(range(13))
 
 
+@pytest.mark.slow
 def test_a_signal_while_second_moments_are_computed_keeps_what_is_done_of_them(tmp_path: Path) -> None:
     composed = compose([*RUN, f"paths.outputs={tmp_path}", f"stats.folder={tmp_path / 'statistics'}"])
     experiment = build(composed.config, choices=composed.choices)

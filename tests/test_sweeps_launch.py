@@ -251,6 +251,7 @@ def test_without_slurm_the_launcher_says_so(tmp_path: Path, monkeypatch: pytest.
         launcher._executor()
 
 
+@pytest.mark.slow
 def test_a_value_of_what_is_swept_reaches_the_cells_that_have_it_and_no_other_stops_them(tmp_path: Path) -> None:
     more = ("restraint=norm_cap,rect", "restraint.norm_cap.ratio=0.5", "edits=1", "milestones=[0,1]")
     done = sweep(tmp_path, *more)
