@@ -45,7 +45,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def editkit(folder: Path, *arguments: str, cluster: Cluster | None = None, outputs: str = "outputs") -> subprocess.CompletedProcess[str]:
     environment = {**(cluster.environment if cluster else os.environ), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    where = [f"paths.outputs={outputs}", "stats.folder=statistics"] if arguments[0] in ("run", "submit") else []
+    where = [f"paths.outputs={outputs}", "stats.folder=statistics"] if arguments[0] in ("run", "submit", "stats") else []
     options = [each for each in arguments if each == "--detach"]
     command = [sys.executable, "-m", "editkit", *(each for each in arguments if each not in options), *where, *options]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -139,6 +139,8 @@ def test_a_job_at_its_time_limit_saves_and_is_requeued_and_a_cancelled_one_is_no
     limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30")
     long = [each for each in CELL if not each.startswith(("edits=", "milestones=", "checkpoint"))]
     length = ("edits=1000", "milestones=[0]", "checkpoint.every=500")
+    built = editkit(tmp_path, "stats", "build", "editor=rome", *long)  # so that the job comes as far as its edits
+    assert built.returncode == 0, built.stderr
     submitted = editkit(tmp_path, "submit", *SLOW, "editor=rome", *long, *length, *SLURM, *limit, "--detach", cluster=cluster)
     assert submitted.returncode == 0, submitted.stderr
     found = re.search(r"Slurm job (\d+): 1 job,", submitted.stdout)
