@@ -107,7 +107,9 @@ def test_a_restrained_views_spectrum_is_drawn_where_it_was_measured(tmp_path: Pa
         EvalRecord(step=step, view="prune", kind="weights", metric="condition_number", task=MODULES[0], value=50.0, stderr=None, n=1)
         for step in (0, 2)
     ]
-    drawn = lines(draw_spectrum(a_run(tmp_path, evals=EVALS + measured)).axes[0])
+    figure = draw_spectrum(a_run(tmp_path, evals=EVALS + measured))
+    drawn = {line.get_gid(): line for line in figure.axes[0].get_lines()}
+    assert labels_of(figure) == [*MODULES, "unrestrained", "prune"], "a sum of entries, not their product"
     assert list(drawn[f"{MODULES[0]}, prune"].get_xdata()) == [0, 4]
     assert drawn[f"{MODULES[0]}, unrestrained"].get_linestyle() == "--"
 

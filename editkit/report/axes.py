@@ -18,6 +18,7 @@ MARKERS = ("s", "^", "D", "v", "P", "X")
 LOST = "not finite"
 MAX_COLUMNS = 4
 LEGEND_LINE = 0.22  # inches
+LEGEND_LINES = 2  # for which every figure has room
 
 
 def grid(num_panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -26,7 +27,7 @@ def grid(num_panels: int, *, width: float, height: float) -> tuple[Figure, list[
 
     columns = num_columns(num_panels)
     rows = -(-num_panels // columns)
-    figure = Figure(figsize=(columns * width, rows * height + 2 * LEGEND_LINE), layout="constrained")
+    figure = Figure(figsize=(columns * width, rows * height + LEGEND_LINES * LEGEND_LINE), layout="constrained")
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(num_panels)]
     return figure, axes
 
@@ -89,6 +90,8 @@ def legend(figure: Figure, axes: Sequence[Axes], *, note: str | None = None) -> 
         entries[note] = Line2D([], [], linestyle="")
     longest = max(map(len, entries), default=1)
     columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.07 * longest + 0.6))))
+    lines = -(-len(entries) // columns)
+    figure.set_figheight(figure.get_figheight() + max(0, lines - LEGEND_LINES) * LEGEND_LINE)
     figure.legend(
         list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=8, frameon=False, handlelength=2.6
     )

@@ -108,7 +108,13 @@ def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> 
                 style |= {"linestyle": "-"} if len(views) == 1 else {}  # nothing to tell apart by style
                 style |= {"color": colour} if len(views) == 1 or len(modules) > 1 else {}
                 style |= {"marker": ""} if view == trajectory and len(at) > 1 else {}  # a mark per edit would be a smear
-                axis.plot(at, values, label=f"{module}, {view}" if len(views) > 1 else module, **style)
+                name = f"{module}, {view}" if len(views) > 1 else module
+                axis.plot(at, values, gid=name, label="" if len(modules) > 1 < len(views) else name, **style)
+        if len(modules) > 1 < len(views):  # colours tell matrices, lines and marks tell views: a sum of entries, not their product
+            for module, colour in zip(modules, colours(len(modules)), strict=True):
+                axis.plot([], [], color=colour, label=module)
+            for view in views:
+                axis.plot([], [], label=view, **view_style(view, views) | {"color": "0.3", "linewidth": 1.3, "markersize": 3.5})
         lost = [_is_lost(step, metric) for step in run.steps]
         begins = [step for step, now, before in zip(run.steps, lost, [False, *lost], strict=False) if now and not before]
         mark_lost(axis, [edits[step.step] for step in begins])
