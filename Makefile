@@ -24,11 +24,11 @@ demo: setup  ## 200 sequential ROME edits of the bundled model, with PRUNE as a 
 
 .PHONY: test
 test: setup  ## The quick tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto
 
 .PHONY: test-slow
 test-slow: setup  ## The tests that take long
-	$(BIN)/pytest -q -m 'slow and not gpu and not slurm'
+	$(BIN)/pytest -q -n auto -m 'slow and not gpu and not slurm'
 
 .PHONY: test-slurm
 test-slurm: setup  ## A sweep on a real Slurm of two nodes on this host: pre-empted, killed, at its time limit (wants root; skips with the reason)
