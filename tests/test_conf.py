@@ -42,7 +42,7 @@ def test_every_option_is_taken_by_its_class(option: Option) -> None:
 @pytest.mark.parametrize("option", of("restraint"), ids=label)
 def test_every_restraint_stands_under_its_own_name_so_that_several_stack(option: Option) -> None:
     node = OmegaConf.load(conf_folder() / "restraint" / f"{option.name}.yaml")
-    assert list(node) == ([] if option.name == "none" else [option.name])
+    assert [name for name in node if name != "defaults"] == ([] if option.name == "none" else [option.name])
 
 
 def recipes() -> list[object]:
@@ -64,6 +64,22 @@ def test_every_recipe_makes_its_pair_complete_and_is_found_by_itself_where_it_be
     assert composed.config["recipe"]["provenance"] in ("published", "copied", "untuned", "tuned")
     problems = Problems()
     assert construct(composed.config["editor"], "editor", AbstractEditor, problems) is not None, problems
+
+
+@pytest.mark.parametrize("option", of("restraint_recipe"), ids=label)
+def test_every_restraint_recipe_is_found_by_itself_and_yields_to_the_command_line(option: Option) -> None:
+    restraint, model = option.name.split("/")
+    values = OmegaConf.load(conf_folder() / "restraint_recipe" / f"{option.name}.yaml")["restraint"][restraint]
+    chosen = [f"model={model}", "editor=memit", f"restraint=[rect,{restraint}]"]
+    assert {name: compose(chosen).config["restraint"][restraint][name] for name in values} == values
+    name, former = next(iter(values.items()))
+    assert compose([*chosen, f"restraint.{restraint}.{name}={former + 1}"]).config["restraint"][restraint][name] == former + 1
+
+
+def test_alphaedit_means_the_same_by_either_name() -> None:
+    by_editor, by_restraint = (compose(["model=tiny-llama", *each]).config for each in (["editor=alphaedit"], ["editor=memit", "restraint=alphaedit"]))
+    assert by_editor["restraint"] == by_restraint["restraint"]
+    assert by_editor["restraint"]["alphaedit"]["l2"] == 1
 
 
 # The papers' presets, which want the papers' data, are checked in test_experiments.py.

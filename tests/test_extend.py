@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,18 +33,8 @@ def test_an_editor_a_restraint_a_dataset_and_a_task_of_ones_own_run_from_an_empt
         (tmp_path / yaml_name).write_text(example("yaml", yaml_name))
         (tmp_path / module_name).write_text(example("python", module_name))
     (tmp_path / "pairs.tsv").write_text(PAIRS)
-    choices = (
-        *("editor=mine", "restraint=[halve,prune]", "dataset=pairs", "dataset.path=pairs.tsv", "suite=capitals"),
-        *(
-            "model=tiny-gpt2",
-            "tracker=none",
-            "edits=3",
-            "milestones=[3]",
-            "restraint.prune.function=linear",
-            "evaluation.protocols=[argmax]",
-        ),
-    )
-    command = [sys.executable, "-m", "editkit", "run", "--config-dir", "conf", *choices]
+    (line,) = re.findall(r"^editkit (run --config-dir .*)$", README.read_text(), flags=re.MULTILINE)
+    command = [sys.executable, "-m", "editkit", *shlex.split(line)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("outputs/default/tiny-gpt2-mine-halve+prune-*/seed0")

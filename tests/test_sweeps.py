@@ -82,15 +82,15 @@ def test_what_acts_on_the_edits_is_a_run_of_its_own(tmp_path: Path) -> None:
 
 
 def test_three_kinds_of_view_share_a_run_that_composes(tmp_path: Path) -> None:
-    other = ("restraint=prune", "restraint.prune.alpha=1.5")
+    other = ("restraint=prune", "restraint.prune.alpha=1.7")
     candidates = cells(NONE, PRUNE, other, LINEAR, outputs=tmp_path)
     plan = plan_of(candidates)
     (run,) = plan.runs
     place = place_of(run.overrides)
     assert place.folder == run.folder
-    assert set(place.totals) == {"prune", "prune-alpha1_5", "prune_linear"}
-    assert place.config["restraint"]["prune-alpha1_5"] == candidates[2].place.config["restraint"]["prune"]
-    assert [cell.views for cell in plan.cells] == [("unrestrained",), ("prune",), ("prune-alpha1_5",), ("prune_linear",)]
+    assert set(place.totals) == {"prune", "prune-alpha1_7", "prune_linear"}
+    assert place.config["restraint"]["prune-alpha1_7"] == candidates[2].place.config["restraint"]["prune"]
+    assert [cell.views for cell in plan.cells] == [("unrestrained",), ("prune",), ("prune-alpha1_7",), ("prune_linear",)]
 
 
 def test_the_merged_run_is_the_same_for_the_cells_in_any_order(tmp_path: Path) -> None:

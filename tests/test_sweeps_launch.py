@@ -117,7 +117,7 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again_only_when_told(tmp_path
 
 @pytest.mark.slow
 def test_a_view_that_its_matrices_forbid_does_not_take_its_trajectory_with_it(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "restraint=none,prune")
+    done = sweep(tmp_path, "restraint=none,prune", "restraint.prune.alpha=1.2")
     assert done.returncode == 2
     assert "the views of one run are tried apart" in done.stdout
     assert "failed: cell 1 (restraint=prune): restraint.prune.alpha: F would enlarge" in done.stdout
