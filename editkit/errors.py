@@ -22,6 +22,10 @@ class ConfigError(ValueError):
         return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
 
 
+class OptionError(ConfigError):
+    """Options that an object refuses, each sentence beginning with the option's name: whoever knows the object's place puts it before."""
+
+
 def report(error: ConfigError, *, label: str = "") -> None:
     """Shows a mistake on stderr, without a traceback."""
     from rich.console import Console

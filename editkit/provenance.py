@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from editkit.files import write_atomically
+from editkit.inputs import of_dataset
 from editkit.lazy import torch
 
+if TYPE_CHECKING:
+    from editkit.experiment import Experiment
+    from editkit.trajectory import Trajectory
+
+PROVENANCE = "provenance.json"
+ENVIRONMENT = ("git", "packages", "python", "platform", "device", "threads")  # what may change the last bits
 PACKAGES = ("editkit", "torch", "transformers", "tokenizers", "numpy", "safetensors", "hydra-core")
 
 
@@ -53,3 +62,50 @@ def peak_memory_bytes(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def describe(experiment: Experiment, job: Trajectory) -> dict[str, Any]:
+    """The provenance as far as it is known before the first edit."""
+    return environment(job.model.device) | {
+        "model": {"name": job.model.name, "fingerprint": job.model.fingerprint, "dtype": str(job.model.dtype).removeprefix("torch.")},
+        "dataset": experiment.data.provenance(),
+        "requests": [request.id for request in job.requests],
+        "evaluated": job.evaluated(),
+        "statistics": job.moments.digests,
+        "editor": dict(experiment.editor.provenance()),
+        "seed": experiment.seed,
+    }
+
+
+def save_provenance(folder: Path, provenance: dict[str, Any], *, seconds: float, job: Trajectory, num_lost: int) -> None:
+    """Wall time and steps that were made again add up over the parts of a run that was cut off."""
+    path, before = folder / PROVENANCE, read_provenance(folder)
+    peaks = job.peaks.bytes
+    whole, key = peak_memory_bytes(job.model.device), "device" if job.model.device.type == "cuda" else "host"
+    whole[key] = max(whole[key], *peaks.values())  # noting phases begins the process's own count anew
+    # A run that was cut off may have gone on elsewhere: of earlier sessions stands here what the next one had another of.
+    changed = {key: before[key] for key in ENVIRONMENT if key in before and before[key] != provenance[key]}
+    measured = {
+        "earlier_sessions": [*before.get("earlier_sessions", []), *([changed] if changed else [])],
+        "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
+        "sessions": before.get("sessions", 0) + 1,
+        "steps_made_again": before.get("steps_made_again", 0) + num_lost,
+        "peak_memory_bytes": whole,
+        "peak_memory_bytes_by_phase": peaks,  # of the last session
+    }
+    write_atomically(path, json.dumps(provenance | measured, indent=1).encode())
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What earlier sessions of a run wrote of themselves; empty where that is not there or cannot be read."""
+    try:
+        found = json.loads((folder / PROVENANCE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def recorded_dataset(folder: Path) -> dict[str, str] | None:
+    """What a run's dataset was, as inputs; None where its provenance does not say."""
+    dataset = read_provenance(folder).get("dataset")
+    return of_dataset(dataset) if isinstance(dataset, dict) and "digest" in dataset else None

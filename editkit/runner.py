@@ -15,12 +15,12 @@ from editkit.linalg.lowrank import is_finite
 from editkit.linalg.solve import least_squares
 from editkit.linalg.spectral import Spectrum, extreme_singular_values
 from editkit.linalg.telemetry import module_record
-from editkit.restraints.base import AbstractTotalRestraint, LeastSquares
+from editkit.restraints.base import AbstractTotalRestraint, LeastSquares, Norms
 from editkit.state import RunState, generator_states, restore_generators
 from editkit.timing import Stopwatch
 from editkit.trajectory import Collapse, Trajectory
 from editkit.types import EvalRecord, SampleRecord, StepRecord
-from editkit.views import corrections, evaluate, measure, note, tell_batch
+from editkit.views import corrections, evaluate, measure, note, tell_batch, weigh
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
@@ -58,11 +58,13 @@ def run_edits(job: Trajectory, state: RunState | None = None) -> Iterator[Event]
         if job.schedule.is_measured(step):
             yield from evaluate(job, state)
         if step == job.schedule.last_step:
+            unrestrained = state.totals
             for name, restraint in job.restraints.totals.items():
                 if restraint.apply_at == "end":
                     restrain_trajectory(job, restraint, state)
-                    state = replace(state, totals=job.model.totals())
+                    state = replace(state, totals=job.model.totals(), before_end=unrestrained)
                     yield from measure(job, state, name)
+                    yield from weigh(job, state, name)
         stopping = job.should_stop()  # asked once: the answer may change while the state is written
         if job.schedule.has_checkpoint(step) or stopping:
             yield state
@@ -86,6 +88,7 @@ def begin(job: Trajectory) -> RunState:
         spectra=spectra,
         base_sigma_max=base_sigma_max,
         rng=generator_states(),
+        inputs=job.inputs,
     )
 
 
@@ -113,9 +116,10 @@ def take_step(job: Trajectory, step: int, state: RunState) -> tuple[StepRecord, 
     for module in editor.modules(model) if nonfinite is None else ():
         with clock.phase("solve"):
             update = editor.propose(model, requests, module, plan, state.editor, job.moments, solve)
+            weight_OI = model.weight(module)
+            base = Norms(sigma_max=state.base_sigma_max[module], frobenius=model.base_frobenius(module))
             for restraint in job.restraints.updates:
-                weight_OI = model.weight(module)
-                update = restraint.restrain(update.to(device=weight_OI.device), weight_OI)
+                update = restraint.restrain(update.to(device=weight_OI.device), weight_OI, base)
             if not is_finite(update):
                 nonfinite = f"update of {module}"
                 break

@@ -1,7 +1,8 @@
 """From a plain mapping to a dataclass instance: names checked against the fields, values against their annotations, problems collected.
 
 The fields of the configurable classes are the schema. Values are checked as pydantic checks strict JSON: an int may stand for a float and a
-list for a tuple, but a string is no number and true is no int.
+list for a tuple, but a string is no number and true is no int. Numbers are finite, unless a field's annotation says otherwise:
+`Annotated[float, pydantic.AllowInfNan(True)]`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, OptionError
 
 T = TypeVar("T")
 MISSING = "???"  # OmegaConf's mark for a value that somebody must set
@@ -93,7 +94,7 @@ def _fill(target: type[T], options: Mapping[str, Any], key: str, problems: Probl
     fields = {each.name: each for each in dataclasses.fields(target) if each.init}  # type: ignore[arg-type]
     for name in options.keys() - fields.keys():
         problems.add(unknown_option(f"{prefix}{name}", target.__name__, fields))
-    annotations = typing.get_type_hints(target)
+    annotations = typing.get_type_hints(target, include_extras=True)
     values: dict[str, Any] = {}
     for name, each in fields.items():
         if name in options:
@@ -104,6 +105,9 @@ def _fill(target: type[T], options: Mapping[str, Any], key: str, problems: Probl
         return None
     try:
         return target(**values)
+    except OptionError as error:  # names its options, and cannot know where it stands
+        for problem in error.problems:
+            problems.add(f"{prefix}{problem}")
     except ConfigError as error:  # names its keys itself
         for problem in error.problems:
             problems.add(problem)
@@ -122,7 +126,8 @@ def _value(value: Any, annotation: Any, key: str, problems: Problems) -> Any:
     if isinstance(nested, type) and isinstance(value, Mapping):
         return construct(value, key, nested, problems)
     try:
-        return TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+        finite = None if dataclasses.is_dataclass(annotation) else ConfigDict(allow_inf_nan=False)  # a class has its fields checked
+        return TypeAdapter(annotation, config=finite).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         for each in error.errors(include_url=False):
             where = ".".join(map(str, (key, *(part for part in each["loc"] if isinstance(part, int)))))

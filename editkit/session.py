@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ import yaml
 from editkit.build import Experiment
 from editkit.errors import ConfigError
 from editkit.files import write_atomically
+from editkit.inputs import MODEL, of_dataset, require_same, second_moment
 from editkit.lazy import torch
+from editkit.lengths import require_room
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.lock import locked
-from editkit.memory import require_fit
+from editkit.memory import free_bytes, require_fit
+from editkit.model.load import require_device
 from editkit.peak import Peaks
-from editkit.provenance import environment, peak_memory_bytes
+from editkit.provenance import PROVENANCE, describe, recorded_dataset, save_provenance
 from editkit.report.figures import draw_figures
 from editkit.runner import Event, run_edits
 from editkit.signals import Received, Stopped, stop_signals
-from editkit.state import RunState, load_state, read_pointer, save_state
+from editkit.state import LATEST, RunState, load_state, read_pointer, save_state
 from editkit.stats.build import build as build_moments
 from editkit.trackers.base import AbstractTracker, RunInfo, Status
 from editkit.trackers.collecting import collecting
@@ -38,7 +41,7 @@ from editkit.trajectory import DIGITS, Collapse, Trajectory
 from editkit.types import SampleRecord, StepRecord
 from editkit.views import views
 
-DONE, FAILED, PROVENANCE, CONFIG = "DONE", "FAILED.json", "provenance.json", "config.yaml"
+DONE, FAILED, CONFIG = "DONE", "FAILED.json", "config.yaml"
 OK, FAILURE = 0, 1  # exit codes; 2 is a ConfigError, 128 + n a stop by signal n
 
 
@@ -52,27 +55,29 @@ def run(experiment: Experiment, *, leave_failed: bool = False) -> int:
     """
     folder, warn = experiment.folder, experiment.tracker.warning
     with locked(folder, may_wait=experiment.when_locked == "wait", waiting=lambda holder: warn(f"waiting for {holder}: {folder}")):
-        if experiment.resume == "never":
-            clear(folder)
-        if (folder / DONE).exists():
-            warn(f"already done: {folder} (resume=never runs it anew)")
-            return OK
-        if leave_failed and (folder / FAILED).exists():
-            warn(f"failed before, and left so: {folder} (retry_failed=true tries again)")
-            return FAILURE
+        if experiment.resume != "never":
+            if (folder / DONE).exists():
+                require_same(recorded_dataset(folder), of_dataset(experiment.data.provenance()), source=experiment.data.origin)
+                warn(f"already done: {folder} (resume=never runs it anew)")
+                return OK
+            if leave_failed and (folder / FAILED).exists():
+                warn(f"failed before, and left so: {folder} (retry_failed=true tries again)")
+                return FAILURE
         with stop_signals() as received, warnings_shown(experiment.tracker):
             return execute(experiment, received)
 
 
 def execute(experiment: Experiment, received: Received) -> int:
     """The run itself, between its first and its last file."""
-    folder, started = experiment.folder, time.time()
-    pointer = read_pointer(folder / "state")
+    folder, started, is_anew = experiment.folder, time.time(), experiment.resume == "never"
+    pointer = None if is_anew else read_pointer(folder / "state")
     state = load_state(folder / "state") if pointer else None
     try:
-        job = prepare(experiment, should_stop=lambda: received.number is not None)
+        job = prepare(experiment, should_stop=lambda: received.number is not None, began_with=state.inputs if state else None)
     except Stopped:
         return 128 + (received.number or 0)
+    if is_anew:
+        clear(folder)  # not before all is there that the run needs: what fails until here costs no earlier result
     num_lost = steps_after(folder / STEPS, pointer["record_bytes"].get(STEPS, 0)) if pointer else 0
     records = RecordFiles(folder, pointer["record_bytes"] if pointer else {})
     write_atomically(folder / CONFIG, yaml.safe_dump(experiment.config, sort_keys=False).encode())
@@ -116,17 +121,35 @@ def save_failure(folder: Path, failure: dict[str, Any]) -> None:
     write_atomically(folder / FAILED, json.dumps(failure | where, indent=1).encode())
 
 
-def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Trajectory:
+def prepare(experiment: Experiment, *, should_stop: Callable[[], bool], began_with: Mapping[str, str] | None = None) -> Trajectory:
     """Loads the model, its second moments and the requests, and checks what could not be checked without them.
+
+    Args:
+        began_with: the inputs of the run that shall go on; others raise ConfigError, each as soon as it is known. None: a new run.
 
     Raises Stopped where it was to stop while second moments were computed: what was done of them is saved.
     """
     torch.set_num_threads(experiment.runtime.threads) if experiment.runtime.threads else None
     runtime, editor, restraints = experiment.runtime, experiment.editor, experiment.restraints
-    require_fit(experiment.config, free_bytes=free_bytes(runtime.device))
+    data = of_dataset(experiment.data.provenance())
+    require_same(began_with, data, source=experiment.data.origin)
+    require_device(runtime.device)
+    require_fit(experiment.config, free_bytes=free_bytes(experiment.config))
     peaks = Peaks(runtime.device)
     with peaks.phase("load"):
         model = experiment.model.load(runtime.device)
+    network = {MODEL: model.fingerprint}
+    require_same(began_with, network, source=experiment.model.id)
+    requests = experiment.data.requests[: experiment.edits]
+    contexts = editor.contexts(model, torch.Generator().manual_seed(experiment.seed))  # those that the run will begin with
+    require_room(model, requests, contexts, experiment.evaluation.probes(requests))
+    modules = editor.modules(model)
+    model.edit(modules, base_device=None if runtime.base == "device" else runtime.base)
+    if restraints.totals:  # before second moments, which may take hours: this needs only the weights
+        base_sigma_max = {module: extreme_singular_values(model.weight(module), None).sigma_max for module in modules}
+        found = {name: restraint.check(base_sigma_max) for name, restraint in restraints.totals.items()}
+        if problems := [f"restraint.{name}.{problem}" for name, each in found.items() for problem in each]:
+            raise ConfigError(problems)
     with peaks.phase("statistics"), collecting() as shown:
 
         def progress(done: int, of: int) -> None:
@@ -142,18 +165,15 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Traje
             announce=shown.announce,
             progress=progress,
         ).solved_in(experiment.solve.dtype)
-    modules = editor.modules(model)
-    model.edit(modules, base_device=None if runtime.base == "device" else runtime.base)
-    if restraints.totals:
-        base_sigma_max = {module: extreme_singular_values(model.weight(module), None).sigma_max for module in modules}
-        found = {name: restraint.check(base_sigma_max) for name, restraint in restraints.totals.items()}
-        if problems := [f"restraint.{name}.{problem}" for name, each in found.items() for problem in each]:
-            raise ConfigError(problems)
+    statistics = {second_moment(module): digest for module, digest in moments.digests.items()}
+    require_same(began_with, statistics, source=f"what is in {experiment.stats.folder}")
+    measuring = {name: digest for each in experiment.evaluators.values() for name, digest in each.inputs(model).items()}
+    require_same(began_with, measuring, source="its data")
     return Trajectory(
         model=model,
         editor=editor,
         restraints=restraints,
-        requests=experiment.data.requests[: experiment.edits],
+        requests=requests,
         evaluators=experiment.evaluators,
         schedule=experiment.schedule,
         moments=moments,
@@ -162,17 +182,12 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool]) -> Traje
         timings=experiment.evaluation.timings,
         rollback=experiment.rollback,
         max_requests=experiment.evaluation.max_requests,
+        block_size=experiment.evaluation.block_size,
         dataset=experiment.data.digest[:DIGITS],
+        inputs=data | network | statistics | measuring,
         should_stop=should_stop,
         peaks=peaks,
     )
-
-
-def free_bytes(device: str) -> float | None:
-    """Of a GPU; None where it is not known, or another way is taken."""
-    if not device.startswith("cuda") or not torch.cuda.is_available():
-        return None
-    return float(torch.cuda.mem_get_info(device)[0])
 
 
 def handle(event: Event, folder: Path, records: RecordFiles, tracker: AbstractTracker) -> None:
@@ -203,19 +218,6 @@ def run_info(experiment: Experiment, job: Trajectory, *, resumed_at: int) -> Run
     )
 
 
-def describe(experiment: Experiment, job: Trajectory) -> dict[str, Any]:
-    """The provenance as far as it is known before the first edit."""
-    return environment(job.model.device) | {
-        "model": {"name": job.model.name, "fingerprint": job.model.fingerprint, "dtype": str(job.model.dtype).removeprefix("torch.")},
-        "dataset": experiment.data.provenance(),
-        "requests": [request.id for request in job.requests],
-        "evaluated": job.evaluated(),
-        "statistics": job.moments.digests,
-        "editor": dict(experiment.editor.provenance()),
-        "seed": experiment.seed,
-    }
-
-
 def steps_after(path: Path, num_bytes: int) -> int:
     """How many steps were recorded after the checkpoint: a run that goes on from there makes them again."""
     if not path.exists():
@@ -225,26 +227,12 @@ def steps_after(path: Path, num_bytes: int) -> int:
         return file.read().count(b"\n")
 
 
-def save_provenance(folder: Path, provenance: dict[str, Any], *, seconds: float, job: Trajectory, num_lost: int) -> None:
-    """Wall time and steps that were made again add up over the parts of a run that was cut off."""
-    path = folder / PROVENANCE
-    before = json.loads(path.read_text()) if path.exists() else {}
-    peaks = job.peaks.bytes
-    whole, key = peak_memory_bytes(job.model.device), "device" if job.model.device.type == "cuda" else "host"
-    whole[key] = max(whole[key], *peaks.values())  # noting phases begins the process's own count anew
-    measured = {
-        "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
-        "sessions": before.get("sessions", 0) + 1,
-        "steps_made_again": before.get("steps_made_again", 0) + num_lost,
-        "peak_memory_bytes": whole,
-        "peak_memory_bytes_by_phase": peaks,  # of the last session
-    }
-    write_atomically(path, json.dumps(provenance | measured, indent=1).encode())
-
-
 def clear(folder: Path) -> None:
-    """Removes what an earlier run of this cell wrote."""
-    for name in (STEPS, EVALS, DONE, FAILED, PROVENANCE, CONFIG):
+    """Removes what an earlier run of this cell wrote.
+
+    In this order: cut off at any point it leaves a run that goes on to what it was, or one that has not begun; never half of a done one.
+    """
+    for name in (DONE, FAILED, f"state/{LATEST}", STEPS, EVALS, PROVENANCE, CONFIG):
         (folder / name).unlink(missing_ok=True)
     for name in ("state", "figures", "samples", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)

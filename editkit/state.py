@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from editkit.linalg.total import Total
 from editkit.types import TensorState
 
 LATEST = "latest.json"
+POINTER = {"file": str, "sha256": str, "step": int, "record_bytes": dict}  # what it holds
 KEPT = 2  # checkpoints that stay on disk: the newest, and one to go back to by hand
 
 
@@ -37,6 +38,8 @@ class RunState:
     spectra: Mapping[str, Spectrum]  # where the next spectrum starts from, by module
     base_sigma_max: Mapping[str, float]  # sigma_max(W_0), by module
     rng: TensorState  # of torch's global generators
+    inputs: Mapping[str, str] = field(default_factory=dict)  # digests of what the run reads besides its configuration
+    before_end: Mapping[str, Total] = field(default_factory=dict)  # the totals before a restraint was put in at the end; empty until then
 
 
 def generator_states() -> TensorState:
@@ -48,11 +51,12 @@ def generator_states() -> TensorState:
 
 
 def restore_generators(states: TensorState) -> None:
-    """Puts torch's global generators back where they were."""
+    """Puts torch's global generators back where they were; those of GPUs that this machine has not are left out."""
+    there = {f"cuda:{index}" for index in range(torch.cuda.device_count())}
     for device, state in states.items():
         if device == "cpu":
             torch.random.set_rng_state(state)
-        else:
+        elif device in there:
             torch.cuda.set_rng_state(state, device)
 
 
@@ -62,6 +66,7 @@ def save_state(state: RunState, folder: Path, record_bytes: Mapping[str, int]) -
 
     groups: dict[str, TensorState] = {"editor": state.editor, "solve": state.solve, "rng": state.rng}
     groups |= {f"total/{module}": total.state() for module, total in state.totals.items()}
+    groups |= {f"before_end/{module}": total.state() for module, total in state.before_end.items()}
     groups |= {f"spectrum/{module}": spectrum.state() for module, spectrum in state.spectra.items()}
     groups |= {f"baseline/{name}": tensors for name, tensors in state.baselines.items()}
     named = {f"{group}|{name}": tensor for group, items in groups.items() for name, tensor in items.items()}
@@ -72,6 +77,8 @@ def save_state(state: RunState, folder: Path, record_bytes: Mapping[str, int]) -
         "modules": {module: total.shape for module, total in state.totals.items()},
         "evaluators": list(state.baselines),
         "base_sigma_max": dict(state.base_sigma_max),
+        "inputs": dict(state.inputs),
+        "before_end": list(state.before_end),
     }
     payload = save(tensors, metadata={"editkit": json.dumps(facts)})
     name = f"step-{state.step:08d}.safetensors"
@@ -89,8 +96,13 @@ def read_pointer(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         pointer = json.loads(path.read_text())
-        return {key: pointer[key] for key in ("file", "sha256", "step", "record_bytes")}
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError) as error:
+        found = {key: pointer[key] for key in POINTER}
+        if wrong := [key for key, kind in POINTER.items() if type(found[key]) is not kind]:
+            raise TypeError(f"{wrong[0]} is {found[wrong[0]]!r}")
+        if any(type(length) is not int or length < 0 for length in found["record_bytes"].values()):
+            raise TypeError(f"record_bytes is {found['record_bytes']!r}")
+        return found
+    except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ConfigError(f"corrupt checkpoint: {path} cannot be read ({error}). Start anew with resume=never.") from None
 
 
@@ -113,9 +125,13 @@ def load_state(folder: Path) -> RunState:
     for key, tensor in load(payload).items():
         group, _, name = key.partition("|")
         groups.setdefault(group, {})[name] = tensor
+
+    def totals(module: str, group: str) -> Total:
+        return Total.from_state(tuple(facts["modules"][module]), groups.get(f"{group}/{module}", {}))
+
     return RunState(
         step=facts["step"],
-        totals={module: Total.from_state(tuple(shape), groups.get(f"total/{module}", {})) for module, shape in facts["modules"].items()},
+        totals={module: totals(module, "total") for module in facts["modules"]},
         contexts=tuple(facts["contexts"]),
         editor=groups.get("editor", {}),
         solve=groups.get("solve", {}),
@@ -123,4 +139,6 @@ def load_state(folder: Path) -> RunState:
         spectra={module: Spectrum.from_state(groups[f"spectrum/{module}"]) for module in facts["modules"]},
         base_sigma_max=facts["base_sigma_max"],
         rng=groups["rng"],
+        inputs=facts.get("inputs", {}),  # earlier versions of editkit noted neither
+        before_end={module: totals(module, "before_end") for module in facts.get("before_end", ())},
     )

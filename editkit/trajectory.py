@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,8 +45,10 @@ class Trajectory:
     on_collapse: Literal["stop", "continue"] = "stop"
     timings: tuple[str, ...] = ("milestone",)  # also "immediate" and "final"
     rollback: bool = False  # every batch on the unedited model
-    max_requests: int | None = None  # measured at a milestone; None: all edits so far
+    max_requests: int | None = None  # measured at a milestone; None: all edits so far, as with rollback, where each is measured once
+    block_size: int | None = None  # of the blocks of edits that evaluations tell apart
     dataset: str | None = None  # its digest
+    inputs: Mapping[str, str] = field(default_factory=dict)  # digests of what is read besides the configuration (`editkit.inputs`)
     peaks: Peaks = field(default_factory=Peaks)  # the memory of each phase
     should_stop: Callable[[], bool] = field(default=lambda: False)  # asked at every step's end: save and leave?
 
@@ -64,13 +67,17 @@ class Trajectory:
         first = (step - 1) * self.schedule.batch_size + 1
         return tuple(range(first, first + len(self.batch(step))))
 
+    def at(self, positions: Iterable[int]) -> tuple[EditRequest, ...]:
+        """The requests at positions among the run's edits, counted from 1."""
+        return tuple(self.requests[position - 1] for position in positions)
+
     def measured(self, step: int) -> tuple[int, ...]:
         """The positions of the edits that are measured at a step: all so far, at step 0 those to come; or the seeded sample of them.
 
         Whether an edit is in the sample depends on its id and on how many others there are: from one milestone to the next most stay.
         """
         so_far = range(1, (self.schedule.edits_at(step) or len(self.requests)) + 1)
-        if self.max_requests is None or len(so_far) <= self.max_requests:
+        if self.max_requests is None or self.rollback or len(so_far) <= self.max_requests:
             return tuple(so_far)
 
         def lot(position: int) -> bytes:
@@ -79,15 +86,22 @@ class Trajectory:
         return tuple(sorted(sorted(so_far, key=lot)[: self.max_requests]))
 
     def evaluated(self) -> dict[str, dict[str, Any]]:
-        """By the digest that evaluations carry, which of the run's edits were measured: their positions, or all up to a number."""
+        """By the digest that evaluations carry, which of the run's edits it stands for: their positions, or all up to a number."""
         found: dict[str, dict[str, Any]] = {}
         for step in range(self.schedule.last_step + 1):
-            if self.schedule.is_measured(step):
-                positions = self.measured(step)
+            for positions in self._told_apart(step):
                 is_all = positions == tuple(range(1, len(positions) + 1))
-                key = digest_of([self.requests[position - 1] for position in positions])
-                found[key] = {"first": len(positions)} if is_all else {"positions": list(positions)}
+                found[digest_of(self.at(positions))] = {"first": len(positions)} if is_all else {"positions": list(positions)}
         return found
+
+    def _told_apart(self, step: int) -> Iterator[tuple[int, ...]]:
+        """The positions of all edits that a step's evaluations are about, and of the parts of them that have a digest of their own."""
+        if self.rollback and step:
+            yield self.positions(step)
+        if self.schedule.is_measured(step):
+            yield (measured := self.measured(step))
+            if (size := self.block_size) is not None:
+                yield from (tuple(block) for _, block in itertools.groupby(measured, lambda position: (position - 1) // size))
 
     def ever_measured(self) -> tuple[EditRequest, ...]:
         """The requests whose answers the unedited model must give."""
@@ -95,7 +109,12 @@ class Trajectory:
             return self.requests
         steps = (step for step in range(self.schedule.last_step + 1) if self.schedule.is_measured(step))
         chosen = {position for step in steps for position in self.measured(step)}
-        return tuple(self.requests[position - 1] for position in sorted(chosen))
+        return self.at(sorted(chosen))
+
+
+def label(positions: Sequence[int]) -> str:
+    """What a block of consecutive edits is called: "3-4"."""
+    return f"{positions[0]}-{positions[-1]}"
 
 
 def digest_of(requests: Sequence[EditRequest]) -> str:

@@ -89,6 +89,7 @@ class EvalRecord:
     suite: str | None = None
     task: str | None = None
     task_version: float | None = None
+    shots: int | None = None  # how many examples stand before each of a task's questions
     nonfinite: int | None = None
     cut: int | None = None  # how many of the items had a prompt longer than the model's positions, which lost its beginning
     variant: str | None = None  # how this number differs from what its name says
@@ -99,7 +100,8 @@ class EvalRecord:
     aggregation: str | None = None  # what is averaged: "request" or "prompt"
     context: str | None = None  # what every prompt stood in; "{}": the prompt alone
     max_new_tokens: int | None = None  # where a free generation was cut
-    sampled_from: int | None = None  # from how many edits the measured ones were drawn, where not all were measured
+    max_tokens: int | None = None  # how long a generated text may be, its prompt included
+    sampled_from: int | None = None  # from how many edits (of the block) the measured ones were drawn, where not all were measured
     dataset: str | None = None  # its digest, the beginning of that in provenance.json
     requests: str | None = None  # digest of the ids that were measured; provenance.json tells which they are
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from editkit.linalg.spectral import extreme_singular_values
 from editkit.model.editable import EditableModel
 from editkit.model.load import ModelConfig
 from editkit.restraints.prune import Prune
-from editkit.state import RunState, generator_states, save_state
+from editkit.state import RunState, generator_states, load_state, save_state
 from editkit.views import corrections
 from tests.helpers import KINDS, Kind, tiny_model
 from tests.records import write_run
@@ -101,6 +102,23 @@ def test_a_restraint_that_acted_in_the_run_is_not_applied_again(tmp_path: Path):
     assert_same_bits(weights_in(tmp_path / "out"), model.network.state_dict())
 
 
+def test_a_restraint_that_acted_at_the_end_has_a_model_before_and_after_it(tmp_path: Path):
+    run, model = edited_run(tmp_path, prune={**PRUNE, "apply_at": "end"})
+    unrestrained = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    state = replace(load_state(run / "state"), inputs={"model": model.fingerprint})
+    save_state(state, run / "state", {})
+    export(run, tmp_path / "would-be", view="prune")  # the run has not come to its end
+    for module, correction in corrections(Prune(**PRUNE), state.totals, state.base_sigma_max).items():
+        model.apply(module, correction)
+    save_state(replace(state, totals=model.totals(), before_end=state.totals), run / "state", {})
+    export(run, tmp_path / "plain", view="unrestrained")
+    export(run, tmp_path / "pruned", view="prune")
+    export(run, tmp_path / "left")
+    assert_same_bits(weights_in(tmp_path / "plain"), unrestrained)
+    for name in ("would-be", "pruned", "left"):
+        assert_same_bits(weights_in(tmp_path / name), model.network.state_dict())
+
+
 def test_an_exported_folder_says_where_it_comes_from_and_is_a_model_to_edit(tmp_path: Path):
     run, model = edited_run(tmp_path)
     (tmp_path / "out").mkdir()  # an empty folder may be there
@@ -132,6 +150,18 @@ def damage_checkpoint(run: Path, to: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
 
 
+def leave_out_what_was_before_the_end(run: Path, to: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["restraint"]["prune"]["apply_at"] = "end"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def restrain_in_the_loop(run: Path, to: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["restraint"]["prune"] |= {"apply_at": "every", "every": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
 def remove_config(run: Path, to: Path) -> None:
     (run / "config.yaml").unlink()
 
@@ -145,6 +175,12 @@ def remove_config(run: Path, to: Path) -> None:
         (remove_base, None, r"model\.id: there is no folder"),
         (remove_checkpoint, None, "no checkpoint in .*state"),
         (damage_checkpoint, None, "does not match its checksum"),
+        (
+            leave_out_what_was_before_the_end,
+            "unrestrained",
+            r"earlier version of editkit, .* before prune acted at the end\. Export without",
+        ),
+        (restrain_in_the_loop, "unrestrained", r"--view: the run has no view 'unrestrained'\. Views: prune\."),
         (remove_config, None, "run: model: None was given"),
     ],
 )

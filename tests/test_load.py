@@ -61,7 +61,7 @@ def test_what_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
 
 
 def test_an_unusable_device_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigError, match=r"runtime.device: 'abacus'"):
+    with pytest.raises(ConfigError, match=r"runtime\.device: abacus was given; this machine has: cpu"):
         ModelConfig(id="asset:gone").load("abacus")
 
 

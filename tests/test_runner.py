@@ -91,11 +91,31 @@ def test_a_restrained_view_leaves_the_trajectory_alone() -> None:
 def test_a_total_restrained_at_the_end_is_the_evaluated_view_written_into_the_model() -> None:
     loud = FakeEditor(scale=5.0)
     viewed = list(run_edits(trajectory(tiny_model("gpt2"), REQUESTS, editor=loud, restraints=prune())))
-    ended = list(run_edits(trajectory(tiny_model("gpt2"), REQUESTS, editor=loud, restraints=prune(apply_at="end"))))
+    model = tiny_model("gpt2")
+    ended = list(run_edits(trajectory(model, REQUESTS, editor=loud, restraints=prune(apply_at="end"))))
     last_view = [event.value for event in viewed if isinstance(event, EvalRecord) and (event.view, event.metric) == ("prune", "moved")][-1]
-    last_end = [event for event in ended if isinstance(event, EvalRecord)][-1]
-    assert (last_end.view, last_end.step) == ("prune", 6)
+    (last_end,) = [event for event in ended if isinstance(event, EvalRecord) and (event.view, event.metric) == ("prune", "moved")]
+    assert last_end.step == 6
     assert last_end.value == pytest.approx(last_view, rel=1e-5)
+    (sigma_max,) = [event.value for event in ended if isinstance(event, EvalRecord) and event.metric == "sigma_max" and "h.0" in event.task]
+    assert sigma_max == pytest.approx(float(torch.linalg.matrix_norm(model.weight(loud.modules(model)[0]), 2)), rel=1e-5)
+
+
+def test_the_last_state_keeps_the_model_from_before_a_restraint_was_put_in_at_the_end(tmp_path: Path) -> None:
+    loud = FakeEditor(scale=5.0)
+    free = [event for event in run_edits(trajectory(tiny_model("gpt2"), REQUESTS, editor=loud)) if isinstance(event, RunState)]
+    model = tiny_model("gpt2")
+    job = trajectory(model, REQUESTS, editor=loud, restraints=prune(apply_at="end"))
+    states = [event for event in run_edits(job) if isinstance(event, RunState)]
+    assert [bool(state.before_end) for state in states] == [False, False, False, True]
+    save_state(states[-1], tmp_path, {})
+    last = load_state(tmp_path)
+    for module, total in last.before_end.items():
+        assert torch.equal(total.dense(), free[-1].totals[module].dense())
+        assert torch.equal(last.totals[module].dense(), model.total(module).dense())
+    again = tiny_model("gpt2")
+    rest = list(run_edits(trajectory(again, REQUESTS, editor=loud, restraints=prune(apply_at="end")), last))
+    assert rest == [] and all(torch.equal(a, b) for a, b in zip(weights(again), weights(model), strict=True)), "killed before DONE"
 
 
 def test_a_total_restrained_in_the_loop_changes_later_edits() -> None:

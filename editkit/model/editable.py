@@ -19,7 +19,7 @@ from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.linalg.lowrank import Update, dense, frobenius
 from editkit.linalg.total import Total
-from editkit.model.families import Family, check_family
+from editkit.model.families import Family, Outline, check_family
 from editkit.model.fingerprint import fingerprint
 from editkit.model.tokens import PromptBatch, require_offsets
 
@@ -36,6 +36,7 @@ class _Edited:
     base_OI: torch.Tensor  # W_0, in the dtype it came in; on the CPU if it was asked for there
     total: Total
     sum_OI: torch.Tensor  # total.dense(), kept up to date: adding it up anew would cost more with every edit
+    base_frobenius: float  # |W_0|_F
 
 
 class EditableModel:
@@ -84,20 +85,18 @@ class EditableModel:
 
     def down_projections(self, layers: Sequence[int]) -> tuple[str, ...]:
         """The MLP down projections of some layers, in the order given. Raises ConfigError for a layer that is not there."""
-        self._require_layers(layers)
-        return tuple(self.family.down_projection(layer) for layer in layers)
+        return self._outline.down_projections(layers)
 
     def mlp_matrices(self, layers: Sequence[int]) -> tuple[str, ...]:
         """All matrices of the MLPs of some layers, in the order in which a pass reaches them. Raises ConfigError as `down_projections`."""
-        self._require_layers(layers)
-        names = tuple(name for layer in layers for name in self.family.mlp_matrices(layer))
+        names = self._outline.mlp_matrices(layers)
         for name in names:
             self.module(name)  # the names of a family of a person's own may be wrong
         return names
 
-    def _require_layers(self, layers: Sequence[int]) -> None:
-        if wrong := [layer for layer in layers if not 0 <= layer < self.num_layers]:
-            raise ConfigError(f"editor.layers: {self.name} has layers 0 to {self.num_layers - 1} - given {', '.join(map(str, wrong))}.")
+    @property
+    def _outline(self) -> Outline:
+        return Outline(name=self.name, family=self.family, num_layers=self.num_layers)
 
     # What it computes
 
@@ -138,9 +137,8 @@ class EditableModel:
                 weight_OI = self.weight(name)
                 self._require_editable(name, weight_OI)
                 zeros_OI = torch.zeros(weight_OI.shape, dtype=torch.float32, device=weight_OI.device)
-                self._edited[name] = _Edited(
-                    weight_OI.clone().to(base_device or weight_OI.device), Total((weight_OI.shape[0], weight_OI.shape[1])), zeros_OI
-                )
+                base_OI, total = weight_OI.clone().to(base_device or weight_OI.device), Total((weight_OI.shape[0], weight_OI.shape[1]))
+                self._edited[name] = _Edited(base_OI, total, zeros_OI, base_frobenius=frobenius(weight_OI))
 
     @property
     def edited_modules(self) -> tuple[str, ...]:
@@ -150,6 +148,10 @@ class EditableModel:
     def base(self, module: str) -> torch.Tensor:
         """(O, I): W_0, the matrix before all edits. Not to be written."""
         return self._edited[module].base_OI if module in self._edited else self.weight(module)
+
+    def base_frobenius(self, module: str) -> float:
+        """|W_0|_F of a matrix declared by `edit`, in float64."""
+        return self._declared(module).base_frobenius
 
     def total(self, module: str) -> Total:
         """D = W_N - W_0 as the sum of all updates."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,31 @@ class Family:
 
     def mlp_matrices(self, layer: int) -> tuple[str, ...]:
         return tuple(f"{self.blocks}.{layer}.{name}" for name in self.mlp_matrices_in_block)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """A model as far as its names go, before anything of it is loaded: what an editor's choice of matrices needs of an `EditableModel`."""
+
+    name: str
+    family: Family
+    num_layers: int
+
+    def down_projections(self, layers: Sequence[int]) -> tuple[str, ...]:
+        """As `EditableModel.down_projections`."""
+        require_layers(layers, name=self.name, num_layers=self.num_layers)
+        return tuple(self.family.down_projection(layer) for layer in layers)
+
+    def mlp_matrices(self, layers: Sequence[int]) -> tuple[str, ...]:
+        """As `EditableModel.mlp_matrices`."""
+        require_layers(layers, name=self.name, num_layers=self.num_layers)
+        return tuple(name for layer in layers for name in self.family.mlp_matrices(layer))
+
+
+def require_layers(layers: Sequence[int], *, name: str, num_layers: int) -> None:
+    """Raises ConfigError for layers that the model of that name does not have."""
+    if wrong := [layer for layer in layers if not 0 <= layer < num_layers]:
+        raise ConfigError(f"editor.layers: {name} has layers 0 to {num_layers - 1} - given {', '.join(map(str, wrong))}.")
 
 
 def known_families() -> dict[str, Family]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.model.architecture import ASSET, facts_without_download, known_facts
+from editkit.model.architecture import ASSET, NAMES, facts_without_download, known_facts
 from editkit.model.families import Family, family_of, suggestion
+from editkit.model.hub import is_out_of_reach, quietly
 from editkit.model.placement import placement
 from editkit.model.tokens import require_offsets
 
@@ -55,7 +56,7 @@ class ModelConfig:
 
         logging.disable_progress_bar()  # runs show their own
 
-        _require_device(device)
+        require_device(device)
         if self.weights == "random":
             config = self.network_config()
             network = random_network(config, device=device, dtype=self.dtype)
@@ -65,28 +66,37 @@ class ModelConfig:
             config = self.network_config()
             family = self.family_of(config)
             tokenizer = self.load_tokenizer()
+            places: Any = placement(config, family, self.dtype) if self.device_map else _at_once_on(device)
             weights: Any = AutoModelForCausalLM  # with output_loading_info it gives a pair, which its types do not say
-            network, report = weights.from_pretrained(
-                source,
-                config=config,
-                dtype=getattr(torch, self.dtype),
-                output_loading_info=True,
-                **self._where,
-                **({"device_map": placement(config, family, self.dtype)} if self.device_map else {}),
-            )
+            with quietly():
+                network, report = weights.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=getattr(torch, self.dtype),
+                    output_loading_info=True,
+                    **self._where,
+                    **_asked(source),
+                    **({"device_map": places} if places else {}),
+                )
         except ConfigError:
             raise
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, gated, unreachable; damaged, of other shapes
             raise self._unloadable(source, error) from error
         if absent := sorted(report["missing_keys"]):
             raise ConfigError(f"model.id: the checkpoint {self.id!r} lacks weights that its architecture has: {', '.join(absent[:4])}.")
-        if not self.device_map:
+        if not places:
             network = network.to(device)
         return EditableModel(network, tokenizer, name=self.label, family=family)
 
     def facts(self) -> dict[str, Any] | None:
         """The config.json, as far as it is known without the hub and without torch; None where only the hub knows."""
         return facts_without_download(self.label, self.id)
+
+    @property
+    def positions(self) -> int | None:
+        """How many the network was made for; None where only the hub knows, or the config.json does not say it at its root."""
+        facts = self.facts() or {}
+        return next((int(facts[key]) for key in NAMES["num_positions"] if facts.get(key) is not None), None)
 
     def network_config(self, *, is_local: bool = False) -> Any:
         """The transformers configuration: from the checkpoint; of random weights without the hub, where the sizes are known here.
@@ -102,7 +112,8 @@ class ModelConfig:
             return AutoConfig.for_model(kind, **facts)
         source = self._source()
         try:
-            return AutoConfig.from_pretrained(source, **self._where)
+            with quietly():
+                return AutoConfig.from_pretrained(source, **self._where, **_asked(source))
         except (OSError, ValueError) as error:
             raise self._unloadable(source, error) from error
 
@@ -120,7 +131,8 @@ class ModelConfig:
             asset = BUNDLED_TOKENIZERS[kind not in ("gpt2", "gptj", "gpt_neox")]
             source, where = ModelConfig(id=asset)._source(), {}
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=is_local, **where)
+            with quietly():
+                tokenizer: Any = AutoTokenizer.from_pretrained(source, **where, **_asked(source, is_local=is_local))
         except (OSError, ValueError) as error:
             raise self._unloadable(source, error) from error
         require_offsets(tokenizer)
@@ -189,14 +201,28 @@ def empty_network(config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
+def _asked(source: str, *, is_local: bool = False) -> dict[str, Any]:
+    """Whether the hub is asked for it, and not only what was downloaded before."""
+    return {"local_files_only": is_local or (not Path(source).is_dir() and is_out_of_reach())}
+
+
+def _at_once_on(device: str) -> dict[str, torch.device] | None:
+    """A `device_map` that puts each weight on a GPU as it is read, so that the host never holds all of them."""
+    return {"": torch.device(device)} if device.startswith("cuda") else None
+
+
 def _has_tokenizer(source: str) -> bool:
     return any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
+    """Raises ConfigError, with the devices that are there, for one that is not or cannot be used."""
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *(["mps"] if torch.mps.is_available() else [])]
+    if (f"{device}:0" if device == "cuda" else device) not in there:
+        raise ConfigError(f"runtime.device: {device} was given; this machine has: {', '.join(there)}.")
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+    except RuntimeError as error:  # in use by somebody who does not share it, or broken
         raise ConfigError(f"runtime.device: {device!r} cannot be used here - {_first_line(error)}") from None
 
 

@@ -84,6 +84,14 @@ class AbstractSolveRestraint(AbstractRestraint):
         """The state after the whole batch has been applied; called for each of its problems in turn."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norms:
+    """Of W_0, the matrix before all edits; computed once a run."""
+
+    sigma_max: float
+    frobenius: float
+
+
 class AbstractUpdateRestraint(AbstractRestraint):
     """Acts on one proposed update. Value in, value out."""
 
@@ -92,8 +100,8 @@ class AbstractUpdateRestraint(AbstractRestraint):
         return "update"
 
     @abc.abstractmethod
-    def restrain(self, update: Update, weight_OI: torch.Tensor) -> Update:
-        """The update to apply instead; `weight_OI` is the matrix before it (not modified)."""
+    def restrain(self, update: Update, weight_OI: torch.Tensor, base: Norms) -> Update:
+        """The update to apply instead; `weight_OI` is the matrix before it (not modified), `base` are the norms of W_0."""
 
 
 class AbstractTotalRestraint(AbstractRestraint):

@@ -9,7 +9,8 @@ from typing import Literal
 
 from editkit.errors import ConfigError
 from editkit.lock import describe_holder, is_locked
-from editkit.session import DONE, FAILED, PROVENANCE
+from editkit.provenance import PROVENANCE
+from editkit.session import DONE, FAILED
 from editkit.state import read_pointer
 from editkit.trackers.files import STEPS
 

@@ -16,11 +16,14 @@ from editkit.files import write_atomically
 from editkit.hypernet.learner import Diverged, Learning, LearningState
 from editkit.hypernet.network import Hypernetwork, new_hypernetwork
 from editkit.hypernet.store import FILE, save_hypernetwork
+from editkit.inputs import MODEL, of_dataset, require_same
 from editkit.lazy import torch
 from editkit.lock import locked
+from editkit.memory import free_bytes, require_fit
 from editkit.model.editable import EditableModel
-from editkit.provenance import environment, peak_memory_bytes
-from editkit.session import CONFIG, DONE, FAILED, FAILURE, OK, PROVENANCE, clear, save_failure, steps_after
+from editkit.model.load import require_device
+from editkit.provenance import PROVENANCE, environment, peak_memory_bytes, read_provenance, recorded_dataset
+from editkit.session import CONFIG, DONE, FAILED, FAILURE, OK, clear, save_failure, steps_after
 from editkit.signals import Received, stop_signals
 from editkit.state import read_pointer
 from editkit.trackers.base import RunInfo, Status
@@ -29,7 +32,7 @@ from editkit.trackers.guarded import Guarded
 from editkit.trackers.logged import warnings_shown
 from editkit.training.build import Training
 from editkit.training.figures import draw_training
-from editkit.training.state import load_learning, save_learning
+from editkit.training.state import load_learning, save_learning, saved_inputs
 from editkit.types import StepRecord
 
 
@@ -37,10 +40,8 @@ def train(job: Training) -> int:
     """Trains to the end, or on from where it was cut off; the exit code, as a run's. Raises ConfigError for what the user can mend."""
     folder, warn = job.folder, job.tracker.warning
     with locked(folder, may_wait=job.settings.when_locked == "wait", waiting=lambda holder: warn(f"waiting for {holder}: {folder}")):
-        if job.settings.resume == "never":
-            clear(folder)
-            (folder / FILE).unlink(missing_ok=True)
-        if (folder / DONE).exists():
+        if job.settings.resume != "never" and (folder / DONE).exists():
+            require_same(recorded_dataset(folder), of_dataset(job.data.provenance()), source=job.data.origin)
             warn(f"already trained: {folder / FILE} (resume=never trains anew)")
             return OK
         with stop_signals() as received, warnings_shown(job.tracker):
@@ -48,11 +49,17 @@ def train(job: Training) -> int:
 
 
 def _execute(job: Training, received: Received) -> int:
-    folder, started = job.folder, time.time()
+    folder, started, is_anew = job.folder, time.time(), job.settings.resume == "never"
     if job.runtime.threads:
         torch.set_num_threads(job.runtime.threads)
-    pointer, state = read_pointer(folder / "state"), load_learning(folder / "state")
+    pointer, state = (None, None) if is_anew else (read_pointer(folder / "state"), load_learning(folder / "state"))
+    began_with, inputs = saved_inputs(folder / "state") if pointer else None, of_dataset(job.data.provenance())
+    require_same(began_with, inputs, source=job.data.origin)
+    require_device(job.runtime.device)
+    require_fit(job.config, training=True, free_bytes=free_bytes(job.config))
     model = job.model.load(job.runtime.device)
+    inputs[MODEL] = model.fingerprint
+    require_same(began_with, {MODEL: model.fingerprint}, source=job.model.id)
     shapes = {module: (model.weight(module).shape[0], model.weight(module).shape[1]) for module in job.editor.modules(model)}
     network = new_hypernetwork(shapes, job.editor.network, seed=job.settings.seed)
     learning = Learning(
@@ -64,6 +71,9 @@ def _execute(job: Training, received: Received) -> int:
         checkpoint_every=job.settings.checkpoint.every,
         should_stop=lambda: received.number is not None,
     )
+    if is_anew:  # not before all is there that the training needs
+        clear(folder)
+        (folder / FILE).unlink(missing_ok=True)
     num_lost = steps_after(folder / STEPS, pointer["record_bytes"].get(STEPS, 0)) if pointer else 0
     records = RecordFiles(folder, pointer["record_bytes"] if pointer else {})
     write_atomically(folder / CONFIG, yaml.safe_dump(dict(job.config), sort_keys=False).encode())
@@ -71,12 +81,14 @@ def _execute(job: Training, received: Received) -> int:
     tracker = Guarded(job.tracker)
     tracker.open(_info(job, resumed_at=state.step if state else 0))
     status: Status = "failed"
-    last = state
+    last, events = state.outcome() if state else None, learning.run(state)
+    del state  # its tensors are several times the network's size
     try:
-        for event in learning.run(state):
+        for event in events:
             if isinstance(event, LearningState):
-                save_learning(event, folder / "state", records.sync())
-                last = event
+                save_learning(event, folder / "state", records.sync(), inputs=inputs)
+                last = event.outcome()
+                del event
                 continue
             records.append(event)
             tracker.step(event) if isinstance(event, StepRecord) else tracker.evaluation(event)
@@ -150,8 +162,7 @@ def _info(job: Training, *, resumed_at: int) -> RunInfo:
 
 def _save_provenance(job: Training, model: EditableModel, *, seconds: float, num_lost: int) -> None:
     """Wall time and steps that were made again add up over the parts of a training that was cut off."""
-    path = job.folder / PROVENANCE
-    before = json.loads(path.read_text()) if path.exists() else {}
+    path, before = job.folder / PROVENANCE, read_provenance(job.folder)
     measured = {
         "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
         "sessions": before.get("sessions", 0) + 1,
