@@ -110,11 +110,11 @@ class Settings:
 
     @property
     def schedule(self) -> Schedule:
-        milestones = {0, self.edits // 10, self.edits // 2, self.edits} if self.milestones is None else set(self.milestones)
+        chosen = (self.edits // 10, self.edits // 2, self.edits) if self.milestones is None else self.milestones
         return Schedule(
             edits=self.edits,
             batch_size=self.batch_size,
-            milestones=tuple(sorted(milestones)),
+            milestones=tuple(sorted({0, *chosen})),  # every number needs what it was before the first edit
             telemetry_every=self.telemetry.every,
             checkpoint_every=self.checkpoint.every,
         )

@@ -11,7 +11,7 @@ class Schedule:
 
     edits: int
     batch_size: int
-    milestones: tuple[int, ...]  # in edits; 0 measures the unedited model
+    milestones: tuple[int, ...]  # in edits; 0, the unedited model, is among those of every configured run
     telemetry_every: int
     checkpoint_every: int
     measures_last: bool = False  # the last step is measured even if it is no milestone

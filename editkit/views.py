@@ -6,25 +6,27 @@ A restraint on the total that acts at evaluation changes only what is measured: 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from editkit.evaluation.base import AbstractEditEvaluator, AbstractEvaluator, AbstractSuite, Measurement, Moment, Samples
+from editkit.evaluation.base import AbstractEditEvaluator, AbstractSuite, Measurement, Moment, Samples
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.linalg.telemetry import module_record
 from editkit.restraints.base import AbstractTotalRestraint
 from editkit.state import RunState
-from editkit.trajectory import Trajectory, digest_of
-from editkit.types import EditRequest, EvalRecord, SampleRecord, TensorState
+from editkit.trajectory import Trajectory, digest_of, label
+from editkit.types import EvalRecord, SampleRecord
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
     from editkit.linalg.total import Total
 
 UNRESTRAINED = "unrestrained"
-ROLLBACK = "rollback"  # the timing of edits that were measured on an otherwise unedited model
+ROLLBACK = "rollback"  # the timing of what was measured on a model with one batch of edits in it
 
 
 def corrections(restraint: AbstractTotalRestraint, totals: Mapping[str, Total], base_sigma_max: Mapping[str, float]) -> dict[str, Update]:
@@ -34,17 +36,18 @@ def corrections(restraint: AbstractTotalRestraint, totals: Mapping[str, Total], 
 
 
 def evaluate(job: Trajectory, state: RunState) -> Iterator[EvalRecord | SampleRecord]:
-    """Measures the model as it is and each restrained view of it. A view that corrects nothing is the same model: it is not asked again."""
-    own = list(measure(job, state, trajectory_view(job)))
-    yield from own
-    for name, correction in restrained_views(job, state):
-        if not correction:
-            yield from (replace(record, view=name) for record in own)
-            yield from weigh(job, state, name)
-            continue
+    """Measures the model as it is and each restrained view of it.
+
+    A view that corrects nothing is the same model, which is not asked again; but what was noted of the view after earlier edits is its own.
+    """
+    own = {name: list(_ask(job, state, trajectory_view(job.restraints.totals), name)) for name in _due(job, state)}
+    yield from itertools.chain.from_iterable(own.values())
+    for view, correction in restrained_views(job, state):
         with job.model.temporarily(correction):
-            yield from measure(job, state, name)
-            yield from weigh(job, state, name)
+            for name, records in own.items():
+                is_same = not correction and name not in _noting(job)
+                yield from (replace(record, view=view) for record in records) if is_same else _ask(job, state, view, name)
+            yield from weigh(job, state, view)
 
 
 def restrained_views(job: Trajectory, state: RunState) -> Iterator[tuple[str, dict[str, Update]]]:
@@ -56,30 +59,40 @@ def restrained_views(job: Trajectory, state: RunState) -> Iterator[tuple[str, di
 
 def note(job: Trajectory, state: RunState) -> RunState:
     """Measures a step's own edits, right after it, in every view; the state keeps the scores."""
-    evaluators = {name: each for name, each in job.evaluators.items() if isinstance(each, AbstractEditEvaluator)}
     requests, baselines = job.batch(state.step), dict(state.baselines)
 
     def look(view: str) -> None:
-        moment = Moment(view=view, positions=job.positions(state.step))
-        for name, evaluator in evaluators.items():
+        moment = Moment(view=view, positions=job.positions(state.step), is_alone=job.rollback)
+        for name, evaluator in _noting(job).items():
             baselines[name] = evaluator.note(job.model, requests, baselines[name], moment)
 
-    look(trajectory_view(job))
+    look(trajectory_view(job.restraints.totals))
     for name, correction in restrained_views(job, state):
         with job.model.temporarily(correction):
             look(name)
     return replace(state, baselines=baselines)
 
 
+def _noting(job: Trajectory) -> dict[str, AbstractEditEvaluator]:
+    """The evaluators that note each step's edits right after it."""
+    return {
+        name: each
+        for name, each in job.evaluators.items()
+        if isinstance(each, AbstractEditEvaluator) and (job.rollback or each.is_immediate)
+    }
+
+
 def tell_batch(job: Trajectory, state: RunState) -> Iterator[EvalRecord]:
-    """What was noted of the batch alone, which with rollback is a measurement of its own."""
-    for view in (trajectory_view(job), *(name for name, _ in restrained_views(job, state))):
+    """What was noted of the batch alone, which with rollback is a measurement of its own. Its parts and samples are told at milestones."""
+    requests, block = job.batch(state.step), label(job.positions(state.step))
+    for view in (trajectory_view(job.restraints.totals), *(name for name, _ in restrained_views(job, state))):
         moment = Moment(view=view, positions=job.positions(state.step))
         for name, evaluator in job.evaluators.items():
             if isinstance(evaluator, AbstractEditEvaluator):
-                for found in evaluator.noted(state.baselines[name], moment, timing=ROLLBACK):
-                    block = f"{moment.positions[0]}-{moment.positions[-1]}"
-                    yield EvalRecord(step=state.step, view=view, **{**dataclasses.asdict(found), "block": block})
+                for found in evaluator.noted(requests, state.baselines[name], moment, timing=ROLLBACK):
+                    if isinstance(found, Measurement) and found.subset is None:
+                        about = _about(job, state.step, moment.positions, block)
+                        yield EvalRecord(step=state.step, view=view, **{**dataclasses.asdict(found), "block": block, **about})
 
 
 def weigh(job: Trajectory, state: RunState, view: str) -> Iterator[EvalRecord]:
@@ -92,54 +105,83 @@ def weigh(job: Trajectory, state: RunState, view: str) -> Iterator[EvalRecord]:
             yield EvalRecord(step=state.step, view=view, kind="weights", task=module, metric=metric, value=value, stderr=None, n=1)
 
 
-def trajectory_view(job: Trajectory) -> str:
+def trajectory_view(totals: Mapping[str, AbstractTotalRestraint]) -> str:
     """What the model itself is called: a total that is restrained in the loop leaves nothing unrestrained to look at."""
-    return "+".join(name for name, restraint in job.restraints.totals.items() if restraint.apply_at == "every") or UNRESTRAINED
+    return "+".join(name for name, restraint in totals.items() if restraint.apply_at == "every") or UNRESTRAINED
 
 
 def views(job: Trajectory) -> tuple[str, ...]:
     """Every view that the run measures: the trajectory's own first."""
-    return (trajectory_view(job), *(name for name, restraint in job.restraints.totals.items() if restraint.apply_at != "every"))
+    totals = job.restraints.totals
+    return (trajectory_view(totals), *(name for name, restraint in totals.items() if restraint.apply_at != "every"))
 
 
 def measure(job: Trajectory, state: RunState, view: str) -> Iterator[EvalRecord | SampleRecord]:
     """Every evaluator on the model as it stands: on all edits so far, or, before the first, on those to come."""
+    for name in _due(job, state):
+        yield from _ask(job, state, view, name)
+
+
+def _due(job: Trajectory, state: RunState) -> list[str]:
+    """The evaluators that are asked at this step; a suite may be asked more seldom."""
+    suites = {name: each for name, each in job.evaluators.items() if isinstance(each, AbstractSuite)}
+    return [name for name in job.evaluators if name not in suites or job.schedule.is_every(state.step, suites[name].every)]
+
+
+def _ask(job: Trajectory, state: RunState, view: str, name: str) -> Iterator[EvalRecord | SampleRecord]:
+    """One evaluator on the model as it stands.
+
+    With rollback the model holds the last batch alone. Edits are told from the notes that were taken when the model held them; whatever
+    takes no notes is measured with that batch, and its records say so: timing `rollback`, the digest of the batch's requests.
+    """
     schedule, step = job.schedule, state.step
     moment = Moment(view=view, positions=job.measured(step), is_before=step == 0)
-    requests = tuple(job.requests[position - 1] for position in moment.positions)
-    so_far = schedule.edits_at(step) or len(job.requests)
-    about = {"dataset": job.dataset, "requests": digest_of(requests), "sampled_from": so_far if len(requests) < so_far else None}
-    for name, evaluator in job.evaluators.items():
-        if isinstance(evaluator, AbstractSuite) and not schedule.is_every(step, evaluator.every):
-            continue
-        for found in _ask(job, state, evaluator, requests, state.baselines[name], moment):
-            if isinstance(found, Samples):
-                yield SampleRecord(step=step, view=view, name=found.name, rows=found.rows)
-            elif found.kind != "editing":
-                yield EvalRecord(step=step, view=view, **dataclasses.asdict(found))
+    requests = job.at(moment.positions)
+    evaluator, baseline = job.evaluators[name], state.baselines[name]
+
+    @functools.cache
+    def about(block: str | None) -> Mapping[str, Any]:
+        return _about(job, step, moment.positions, block)
+
+    found: Sequence[Measurement | Samples]
+    if job.rollback and step and not isinstance(evaluator, AbstractEditEvaluator):
+        block = label(job.positions(step))
+        found = [_of_the_batch(each, block) for each in evaluator.evaluate(job.model, job.batch(step), baseline)]
+    elif not isinstance(evaluator, AbstractEditEvaluator):
+        found = evaluator.evaluate(job.model, requests, baseline)
+    elif job.rollback and step:
+        found = evaluator.noted(requests, baseline, moment, timing=ROLLBACK)
+    else:
+        found = evaluator.measure(job.model, requests, baseline, moment)
+    for each in found:
+        if isinstance(each, Samples):
+            yield SampleRecord(step=step, view=view, name=each.name, rows=each.rows)
+        elif each.kind != "editing":
+            of = digest_of(job.batch(step)) if each.timing == ROLLBACK else None
+            yield EvalRecord(step=step, view=view, requests=of, **dataclasses.asdict(each))
+        else:
+            record = EvalRecord(step=step, view=view, **dataclasses.asdict(each), **about(each.block))
+            if step == 0:
+                yield replace(record, timing="before")
+            elif record.timing is not None:
+                yield record
             else:
-                record = EvalRecord(step=step, view=view, **{**dataclasses.asdict(found), **about})
-                if step == 0:
-                    yield replace(record, timing="before")
-                elif record.timing is not None:
-                    yield record
-                else:
-                    if schedule.is_milestone(step):
-                        yield replace(record, timing="milestone")
-                    if step == schedule.last_step and "final" in job.timings and record.block is None:
-                        yield replace(record, timing="final")
+                if schedule.is_milestone(step):
+                    yield replace(record, timing="milestone")
+                if step == schedule.last_step and "final" in job.timings and record.block is None:
+                    yield replace(record, timing="final")
 
 
-def _ask(
-    job: Trajectory,
-    state: RunState,
-    evaluator: AbstractEvaluator,
-    requests: Sequence[EditRequest],
-    baseline: TensorState,
-    moment: Moment,
-) -> Sequence[Measurement | Samples]:
-    if not isinstance(evaluator, AbstractEditEvaluator):
-        return evaluator.evaluate(job.model, requests, baseline)
-    if job.rollback and state.step:  # the model holds the last batch alone; the others were measured when it held them
-        return evaluator.noted(baseline, moment, timing=ROLLBACK)
-    return evaluator.measure(job.model, requests, baseline, moment)
+def _of_the_batch(found: Measurement | Samples, block: str) -> Measurement | Samples:
+    if isinstance(found, Samples):
+        return found
+    return replace(found, timing=ROLLBACK, block=block if found.kind == "editing" else found.block)
+
+
+def _about(job: Trajectory, step: int, positions: Sequence[int], block: str | None) -> dict[str, Any]:
+    """Which requests editing metrics are about: those measured, or those of them in the block."""
+    so_far = job.schedule.edits_at(step) or len(job.requests)
+    first, last = (1, so_far) if block is None else map(int, block.split("-"))
+    chosen = [position for position in positions if first <= position <= last]
+    size = min(last, so_far) - first + 1
+    return {"dataset": job.dataset, "requests": digest_of(job.at(chosen)), "sampled_from": size if len(chosen) < size else None}

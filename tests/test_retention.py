@@ -17,7 +17,7 @@ from editkit.report.load import load_run
 from editkit.report.protocols import compare_protocols, markdown, texts
 from editkit.report.retention import draw_retention, retention, retention_protocols
 from editkit.report.show import show
-from editkit.report.tables import is_summarised, summarise
+from editkit.report.tables import caption, is_summarised, summarise
 from editkit.types import EvalRecord
 from tests.records import EVALS, STEPS, editing, task, write_run
 
@@ -44,13 +44,15 @@ def test_retention_has_a_row_for_each_block_and_a_column_for_each_milestone() ->
 
 def test_the_heat_map_has_a_panel_for_each_metric_and_view(tmp_path: Path) -> None:
     evals = [
-        replace(record, view=view) for view in ("unrestrained", "prune") for record in (*BLOCKS, part(2, "1-2", 0.5, metric="locality"))
+        replace(record, view=view)
+        for view in ("unrestrained", "prune")
+        for record in (*BLOCKS, part(2, "1-2", 0.5, metric="locality_out_of_distribution"))
     ]
     figure = draw_retention(evals, EDITS, "argmax")
     assert figure is not None
     panels = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in panels] == [
-        f"{metric}, {view}" for metric in ("efficacy", "locality") for view in ("unrestrained", "prune")
+        f"{metric}, {view}" for metric in ("efficacy", "locality_out_of_distribution") for view in ("unrestrained", "prune")
     ]
     assert [label.get_text() for label in panels[0].get_xticklabels()] == ["0", "2", "4"]
     assert {text.get_text() for text in panels[0].texts} == {"0", "10", "100", "90"}, "percent; nothing where nothing was measured"
@@ -82,6 +84,12 @@ def test_collapse_points_lie_between_two_milestones_and_name_their_threshold() -
     }
     never = list(collapse_points(evals, EDITS, Thresholds(efficacy=0.1, task=0.1)))
     assert [str(point) for point in never[:1]] == ["edits until efficacy (probability) < 0.1, unrestrained: more than 4"]
+
+
+def test_edits_that_are_taken_back_have_no_collapse_points() -> None:
+    evals = [editing(0, "efficacy", 0.0), replace(editing(1, "efficacy", 0.1), timing="rollback"), task(0, "rte", 0.8), task(1, "rte", 0.1)]
+    assert list(collapse_points(evals, EDITS, Thresholds())) == []
+    assert list(collapse_points(evals[2:], EDITS, Thresholds())) != []
 
 
 def test_thresholds_are_those_of_the_runs_configuration() -> None:
@@ -139,6 +147,8 @@ def test_batches_that_were_taken_back_are_said_to_be() -> None:
     evals = [editing(0, "efficacy", 0.0), replace(editing(2, "efficacy", 0.5), timing="rollback")]
     table = summarise(STEPS, evals, edits=EDITS, protocol="probability")
     assert table.has_rollback and [row.edits for row in table.rows] == [0, 4]
+    assert "tasks, perplexity and weights with a row's last batch alone" in caption(table)
+    assert "batch alone" not in caption(summarise(STEPS, EVALS, edits=EDITS, protocol="probability"))
 
 
 def test_show_prints_protocols_and_collapse_points(tmp_path: Path) -> None:

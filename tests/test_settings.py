@@ -35,6 +35,12 @@ def test_the_settings_of_the_literature_have_names(setting: str, editor: str, ba
     assert built(f"setting={setting}", f"editor={editor}", "batch_size=1").schedule.batch_size == 1, "a value of one's own wins"
 
 
+def test_the_unedited_model_is_measured_whatever_the_milestones_are() -> None:
+    asked = built("setting=single", "milestones=[2,4]")
+    assert asked.schedule.milestones == (0, 2, 4) and asked.schedule.is_measured(0)
+    assert asked.folder == built("setting=single", "milestones=[0,2,4]").folder, "the same run"
+
+
 def test_rollback_leaves_no_trajectory_to_write_into() -> None:
     assert built("setting=single", "restraint=prune").rollback
     with pytest.raises(ConfigError, match=r"restraint\.prune\.apply_at: end was given; with rollback=true no edits add up"):

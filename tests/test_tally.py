@@ -10,7 +10,7 @@ import pytest
 
 from editkit.evaluation.base import harmonic_mean
 from editkit.evaluation.breakdown import blocks, forgetting, known_before, succeeded
-from editkit.evaluation.tally import Metric, Outcome, Statistics, Tally, as_rows, from_rows, tally
+from editkit.evaluation.tally import Aggregation, Metric, Outcome, Statistics, Tally, as_rows, from_rows, tally
 
 EFFICACY, LOCALITY = Metric("argmax", "efficacy"), Metric("argmax", "locality")
 
@@ -27,7 +27,8 @@ def test_by_request_each_request_counts_the_same_and_by_prompt_each_prompt() -> 
     assert (by_request.value, by_request.n) == (pytest.approx(2 / 3), 2)
     assert by_request.stderr == pytest.approx(statistics.stdev([1.0, 1 / 3]) / math.sqrt(2))
     assert (by_prompt.value, by_prompt.n) == (0.5, 4)
-    assert by_prompt.stderr == pytest.approx(statistics.stdev([1.0, 0.0, 0.0, 1.0]) / 2)
+    # Two clusters, whose sums deviate from what their prompts should give by 0.5 and -0.5: sqrt(2 / 1 * (0.5**2 + 0.5**2)) / 4 prompts.
+    assert by_prompt.stderr == pytest.approx(0.25)
     assert Statistics().estimate(tallies([], [])) is None
 
 
@@ -43,7 +44,7 @@ def test_what_is_not_finite_is_counted_by_request_or_by_prompt() -> None:
 def test_rows_bring_tallies_back_bit_for_bit() -> None:
     found = [*tallies([0.1, 0.2], [], [1 / 3]), tally([Outcome(0.0, False)])]
     assert from_rows(as_rows(found)) == found
-    assert as_rows([]).shape == (0, 4)
+    assert as_rows([]).shape == (0, 3)
 
 
 def test_bootstrap_intervals_are_those_of_the_normal_approximation_where_that_holds() -> None:
@@ -61,6 +62,30 @@ def test_bootstrap_by_prompt_draws_whole_requests() -> None:
     found = tallies([1.0] * 50, [0.0] * 50)  # two requests, a hundred prompts: all that is known are two scores
     estimate = Statistics(aggregation="prompt", resamples=500).estimate(found)
     assert estimate is not None and (estimate.low, estimate.high) == (0.0, 1.0)
+
+
+def test_by_prompt_the_error_is_that_of_drawing_whole_requests_as_the_interval_is() -> None:
+    rng = random.Random(2)
+    found = tallies(*([float(rng.random() < 0.5)] * rng.choice([1, 5]) for _ in range(300)))  # a request's prompts all say the same
+    estimate = Statistics(aggregation="prompt", resamples=2000).estimate(found)
+    assert estimate is not None and estimate.stderr is not None and estimate.low is not None and estimate.high is not None
+    assert estimate.stderr == pytest.approx((estimate.high - estimate.low) / (2 * 1.96), rel=0.05)
+    assert estimate.stderr > 1.8 * math.sqrt(0.25 / estimate.n), "of independent prompts it would be the latter"
+    lone = Statistics(aggregation="prompt").estimate(tallies([1.0, 0.0]))
+    assert lone is not None and lone.stderr is None, "one request tells nothing"
+
+
+@pytest.mark.parametrize("aggregation", ["request", "prompt"])
+def test_the_harmonic_mean_counts_what_its_smallest_part_does_and_has_an_error(aggregation: Aggregation) -> None:
+    rng = random.Random(3)
+    sizes = ((1, 1), (0, 3), (2, 2))  # prompts of a request, at least and at most
+    groups = [tallies(*([float(rng.random() < 0.7)] * rng.randint(*size) for _ in range(2000))) for size in sizes]
+    groups[1][0] = Tally()  # not every request has a prompt for every part
+    found = Statistics(aggregation=aggregation, resamples=2000).harmonic(groups)
+    parts = [Statistics(aggregation=aggregation).estimate(each) for each in groups]
+    assert found is not None and found.stderr is not None and found.low is not None and found.high is not None
+    assert found.n == min(part.n for part in parts if part is not None) < 2001
+    assert found.stderr == pytest.approx((found.high - found.low) / (2 * 1.96), rel=0.1)
 
 
 def test_the_harmonic_means_error_is_that_of_its_linear_part() -> None:
@@ -107,3 +132,22 @@ def test_forgetting_pairs_each_request_with_itself() -> None:
     (found,) = forgetting(now, then, Statistics())
     assert (found.metric.name, found.estimate.value, found.estimate.n) == ("efficacy_forgetting", pytest.approx(0.5 / 3), 3)
     assert found.estimate.stderr == pytest.approx(statistics.stdev([1.0, 0.0, -0.5]) / math.sqrt(3))
+
+
+@pytest.mark.parametrize("aggregation", ["request", "prompt"])
+def test_forgetting_is_the_difference_of_the_two_means(aggregation: Aggregation) -> None:
+    then, now = {EFFICACY: tallies([1.0, 1.0, 0.0], [1.0], [])}, {EFFICACY: tallies([0.0, 1.0, 0.0], [0.5], [])}
+    statistics_ = Statistics(aggregation=aggregation)
+    (found,) = forgetting(now, then, statistics_)
+    before, after = statistics_.estimate(then[EFFICACY]), statistics_.estimate(now[EFFICACY])
+    assert before is not None and after is not None and before.value is not None and after.value is not None
+    assert found.estimate.value == pytest.approx(before.value - after.value) and found.estimate.n == after.n
+
+
+def test_locality_out_of_distribution_is_a_headline_where_it_is_the_only_one() -> None:
+    apart = Metric("argmax", "locality_out_of_distribution")
+    judged = {EFFICACY: tallies([1.0], [0.0]), apart: tallies([1.0], [0.5])}
+    before = {EFFICACY: tallies([1.0], [0.0]), apart: tallies([1.0], [1.0])}
+    assert [each.estimate.value for each in blocks(judged, (1, 2), 2, Statistics()) if each.metric == apart] == [0.75]
+    assert [each.estimate.value for each in forgetting(judged, before, Statistics()) if each.metric.name.startswith(apart.name)] == [0.25]
+    assert [each.estimate.value for each in known_before(judged, before, Statistics()) if each.metric == apart] == [1.0, 0.5]

@@ -10,7 +10,7 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from editkit.types import EditRequest
 
@@ -26,7 +26,9 @@ class Measurement:
     kind: str  # "editing", "downstream", "language", or "comparison" (of a task with the unedited model)
     metric: str
     value: float | None  # None: not finite
-    stderr: float | None  # sample standard deviation of the n scores over sqrt(n); None for a single one and for what is no mean
+    # Sample standard deviation of the n scores over sqrt(n), by prompt the cluster-robust one (editkit.evaluation.tally); None for a single
+    # score and for what is no mean.
+    stderr: float | None
     n: int  # how many scores were averaged: requests, prompts or items
     nonfinite: int = 0  # how many of them came from numbers that are not finite
     low: float | None = None  # bootstrap confidence interval, where one was asked for
@@ -36,6 +38,7 @@ class Measurement:
     suite: str | None = None
     task: str | None = None
     task_version: float | None = None
+    shots: int | None = None  # how many examples stand before each of a task's questions
     cut: int | None = None  # how many of the items had a prompt longer than the model's positions, which lost its beginning
     variant: str | None = None  # how this number differs from what its name says: "published code: the gold rationale is in the prompt"
     block: str | None = None  # "1-50": these edits alone, as they are counted from 1
@@ -43,6 +46,7 @@ class Measurement:
     aggregation: str | None = None  # what n counts: "request" or "prompt"
     context: str | None = None  # what every prompt stood in, "{}" for the prompt alone
     max_new_tokens: int | None = None  # where a free generation was cut
+    max_tokens: int | None = None  # how long a generated text may be, its prompt included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +64,15 @@ class Moment:
     view: str
     positions: tuple[int, ...]  # of the requests among the run's edits, counted from 1
     is_before: bool = False  # the unedited model, on the edits to come
+    is_alone: bool = False  # with rollback: these edits were made alone, and the model will never hold them again
 
 
 class AbstractEvaluator(abc.ABC):
     """Something that measures a model. Concrete evaluators are frozen dataclasses: their fields are the options."""
+
+    def inputs(self, model: EditableModel) -> Mapping[str, str]:
+        """Digests of what it reads besides the model and the requests, by what that is: a run that goes on must read the same."""
+        return {}
 
     @abc.abstractmethod
     def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> Mapping[str, torch.Tensor]:
@@ -82,6 +91,8 @@ class AbstractEvaluator(abc.ABC):
 class AbstractEditEvaluator(AbstractEvaluator):
     """One that judges the edits themselves, so that it matters when each of them was made."""
 
+    is_immediate: ClassVar[bool] = True  # it notes each edit where evaluation.timings ask for `immediate`; False: with rollback alone
+
     @abc.abstractmethod
     def measure(
         self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
@@ -95,8 +106,10 @@ class AbstractEditEvaluator(AbstractEvaluator):
         """The baseline with the scores of requests that were edited in just now: each request once a view, in the order of edits."""
 
     @abc.abstractmethod
-    def noted(self, baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str) -> Sequence[Measurement]:
-        """The noted scores of the moment's requests as measurements; the model is not asked again."""
+    def noted(
+        self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str
+    ) -> Sequence[Measurement | Samples]:
+        """The noted scores of the moment's requests as measurements, with what was kept of their samples; the model is not asked again."""
 
 
 class AbstractSuite(AbstractEvaluator):
@@ -105,8 +118,12 @@ class AbstractSuite(AbstractEvaluator):
     every: int  # it measures at every so many milestones, always at the first and at the last
 
     @abc.abstractmethod
-    def check(self) -> None:
-        """Reads every task's data. Raises ConfigError with the task, where its data was looked for and what to do; all tasks at once."""
+    def check(self, *, positions: int | None = None) -> None:
+        """Reads every task's data. Raises ConfigError with the task, where its data was looked for and what to do; all tasks at once.
+
+        Args:
+            positions: of the model, to which tasks must fit; None: not known before it is loaded.
+        """
 
 
 def mean_and_stderr(scores: Sequence[float]) -> tuple[float | None, float | None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from editkit.evaluation.protocol import OUT_OF_DISTRIBUTION
 from editkit.evaluation.tally import Estimate, Judged, Metric, Statistics, Tally
 
-HEADLINES = ("efficacy", "generalization", "locality", "portability")
+# The last is another locality, and the only one of zsRE.
+HEADLINES = ("efficacy", "generalization", "locality", "portability", f"locality_{OUT_OF_DISTRIBUTION}")
 SCORED = HEADLINES[:3]  # their harmonic mean is the score of `probability`
 ALL_PASSED = 1.0
 
@@ -73,8 +74,8 @@ def forgetting(judged: Judged, noted: Judged, statistics: Statistics) -> Iterato
 
 
 def _loss(then: Tally, now: Tally) -> Tally:
-    value = then.mean - now.mean
-    return Tally(value, 1, value * value if math.isfinite(value) else math.nan, float(then.nonfinite > 0 or now.nonfinite > 0))
+    """A request's loss weighs as many prompts as it has, the same then and now: so the mean is the difference of the two means."""
+    return Tally(then.total - now.total, now.num, max(then.nonfinite, now.nonfinite))
 
 
 def _estimates(judged: Judged, statistics: Statistics, *, block: str | None = None, subset: str | None = None) -> Iterator[Found]:

@@ -6,8 +6,9 @@ locality_probability  min(1, P_edited / P_base) of the token that the unedited m
 locality_top<k>       the share of the unedited model's k most probable tokens that still are among the k most probable ones
 locality_kl_nats      KL(base || edited) over the `kept` most probable tokens of the unedited model and all others as one more outcome
 
-The last is a lower bound of the whole divergence, and equal to it where `kept` is the vocabulary's size: freezing whole distributions would
-take 1.5 GB for 1,000 requests of CounterFact under GPT-2, 64 tokens take 8 MB. A prompt's number is the mean over its answer's positions.
+The last is a lower bound of the whole divergence, and equal to it where `kept` is the vocabulary's size; its records say so in `variant`
+("top64+rest"). Freezing whole distributions would take 1.5 GB for 1,000 requests of CounterFact under GPT-2, 64 tokens take 8 MB.
+A prompt's number is the mean over its answer's positions.
 With no edit the first two are exactly 1 and the last exactly 0.
 """
 
@@ -68,6 +69,10 @@ class Distribution(AbstractProtocol):
 
     def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
         return Verdicts(tallies(self.name, [dict(self._outcomes(*each, said)) for each in zip(asked, frozen, strict=True)]))
+
+    def variant(self, metric: str) -> str | None:
+        """Which outcomes a divergence is taken over."""
+        return f"top{self.kept}+rest" if metric.endswith("_kl_nats") else None
 
     def _outcomes(self, asked: Questions, frozen: Frozen, said: Said) -> Iterator[tuple[Kind, list[Outcome]]]:
         sizes = frozen["sizes"].tolist()

@@ -31,7 +31,7 @@ from editkit.evaluation.language import Perplexity
 from editkit.evaluation.probability import Probability
 from editkit.evaluation.protocol import AbstractProtocol, Questions, Said, Verdicts, in_context
 from editkit.evaluation.scoring import Asks, score
-from editkit.evaluation.tally import Aggregation, Judged, Metric, Statistics, as_rows, from_rows
+from editkit.evaluation.tally import Aggregation, Judged, Metric, Statistics, Tally, as_rows, from_rows
 from editkit.evaluation.thresholds import Thresholds
 from editkit.evaluation.token import Token
 from editkit.lazy import torch
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 Protocol = Literal["probability", "argmax", "token", "generate", "distribution"]
 Timing = Literal["milestone", "immediate", "final"]
-BEFORE, NOTED, IDS = "before", "noted", "ids"
+BEFORE, NOTED, ROWS, IDS = "before", "noted", "rows", "ids"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,20 +138,40 @@ class EditingEvaluator(AbstractEditEvaluator):
     def note(
         self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
     ) -> dict[str, torch.Tensor]:
-        """Adds a row for each request, (edits so far, 4), under each metric; `moment.positions` go on where the last note ended."""
-        judged, _ = self._judge(model, requests, baseline)
+        """Adds a row for each request, (edits so far, 3), under each metric; `moment.positions` go on where the last note ended.
+
+        Of edits that are alone in the model, which nothing will ask again, the samples are kept too.
+        """
+        judged, samples = self._judge(model, requests, baseline)
         past = {metric: baseline[_key(f"{NOTED}/{moment.view}", metric)] for metric in _metrics(baseline, f"{NOTED}/{moment.view}")}
         num_past = moment.positions[0] - 1
         found = dict(baseline)
         for metric in (*past, *(metric for metric in judged if metric not in past)):
-            former_R4 = past.get(metric, torch.zeros(num_past, 4, dtype=torch.float64))
-            new_R4 = as_rows(judged[metric]) if metric in judged else torch.zeros(len(requests), 4, dtype=torch.float64)
-            assert len(former_R4) == num_past, "a batch was not noted"
-            found[_key(f"{NOTED}/{moment.view}", metric)] = torch.cat([former_R4, new_R4])
+            former_R3 = past.get(metric, as_rows([Tally()] * num_past))
+            new_R3 = as_rows(judged.get(metric, [Tally()] * len(requests)))
+            assert len(former_R3) == num_past, "a batch was not noted"
+            found[_key(f"{NOTED}/{moment.view}", metric)] = torch.cat([former_R3, new_R3])
+        for each in samples if moment.is_alone else ():
+            for request in requests:
+                rows = [row for row in each.rows if row["request"] == request.id]
+                found[f"{ROWS}/{moment.view}/{each.name}/{request.id}"] = to_bytes(rows)
         return found
 
-    def noted(self, baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str) -> list[Measurement]:
-        return list(self._measurements(breakdown.everything(self._noted(baseline, moment), self._statistics), timing=timing))
+    def noted(
+        self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str
+    ) -> list[Measurement | Samples]:
+        judged, before = self._noted(baseline, moment), self._before(requests, baseline)
+        parts = (
+            breakdown.everything(judged, self._statistics),
+            breakdown.succeeded(judged, self._statistics),
+            breakdown.known_before(judged, before, self._statistics),
+        )
+        found: list[Measurement | Samples] = [each for part in parts for each in self._measurements(part, timing=timing)]
+        for name in map(_samples_name, self.protocols):
+            keys = (f"{ROWS}/{moment.view}/{name}/{request.id}" for request in requests)
+            if rows := tuple(row for key in keys if key in baseline for row in from_bytes(baseline[key])):
+                found.append(Samples(name=name, rows=rows))
+        return found
 
     # What was asked before
 
@@ -188,13 +208,21 @@ class EditingEvaluator(AbstractEditEvaluator):
 
     def _ask(self, model: EditableModel, asked: Sequence[Questions], frozen: Sequence[Mapping[str, torch.Tensor]] | None) -> Said:
         chosen = self._chosen()
-        probes = [probe for each in asked for protocol in chosen for probe in protocol.probes(each)]
+        probes = [probe for each in asked for probe in self._probes(each)]
         prompts = [prompt for each in asked for protocol in chosen for prompt in protocol.prompts(each)]
         asks: Asks | None = next((found for protocol in chosen if (found := protocol.closer_look(asked, frozen)) is not None), None)
         scores = score(model, probes, tokens_per_batch=self.tokens_per_batch, asks=asks)
         cap, until = self.generate.max_new_tokens, self.generate.until
         texts = continue_greedily(model, prompts, max_new_tokens=cap, until=until, tokens_per_batch=self.tokens_per_batch)
         return Said(scores, texts)
+
+    def probes(self, requests: Sequence[EditRequest]) -> Iterator[Iterator[Probe]]:
+        """All that is scored of each request, possibly more than once."""
+        yield from map(self._probes, self._questions(requests))
+
+    def _probes(self, asked: Questions) -> Iterator[Probe]:
+        for protocol in self._chosen():
+            yield from protocol.probes(asked)
 
     def _questions(self, requests: Sequence[EditRequest]) -> list[Questions]:
         return [Questions(in_context(request, self.context), self.attribute_prompts) for request in requests]
@@ -223,6 +251,7 @@ class EditingEvaluator(AbstractEditEvaluator):
         return Statistics(aggregation=self.aggregation, resamples=self.bootstrap)
 
     def _measurements(self, found: Iterator[breakdown.Found], *, timing: str | None = None) -> Iterator[Measurement]:
+        protocols = {each.name: each for each in self._chosen()}
         for each in found:
             estimate = each.estimate
             yield Measurement(
@@ -242,18 +271,22 @@ class EditingEvaluator(AbstractEditEvaluator):
                 aggregation=self.aggregation,
                 context=self.context,
                 max_new_tokens=self.generate.max_new_tokens if each.metric.protocol == "generate" else None,
+                variant=protocols[each.metric.protocol].variant(each.metric.name),
             )
 
 
 def probes_of(request: EditRequest, protocols: Sequence[Protocol]) -> Iterator[Probe]:
     """All that must be scored for a request, possibly more than once."""
-    asked = Questions(request, with_attributes=False)
-    for protocol in EditingEvaluator(protocols=tuple(protocols), tokens_per_batch=1)._chosen():
-        yield from protocol.probes(asked)
+    (found,) = EditingEvaluator(protocols=tuple(protocols), tokens_per_batch=1).probes([request])
+    yield from found
 
 
 def _samples(verdicts: Mapping[str, Verdicts]) -> tuple[Samples, ...]:
-    return tuple(Samples(name=f"editing-{name}", rows=each.rows) for name, each in verdicts.items() if each.rows)
+    return tuple(Samples(name=_samples_name(name), rows=each.rows) for name, each in verdicts.items() if each.rows)
+
+
+def _samples_name(protocol: str) -> str:
+    return f"editing-{protocol}"
 
 
 def _key(where: str, metric: Metric) -> str:

@@ -18,11 +18,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import AbstractEvaluator, Measurement, Samples, mean_and_stderr
+from editkit.evaluation.base import AbstractEditEvaluator, Measurement, Moment, Samples, mean_and_stderr
 from editkit.evaluation.frozen_text import from_bytes, to_bytes
 from editkit.lazy import torch
 from editkit.model.generate import decode, generate
@@ -87,8 +87,10 @@ class TfIdf:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fluency(AbstractEvaluator):
+class Fluency(AbstractEditEvaluator):
     """Generated texts of the first `limit` requests."""
+
+    is_immediate: ClassVar[bool] = False  # texts cost too much to be written after every edit; where all is taken back, there is no later
 
     limit: int | None  # requests; 0: none, null: all
     max_tokens: int  # of a text, the prompt's included
@@ -115,6 +117,31 @@ class Fluency(AbstractEvaluator):
         self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
     ) -> list[Measurement | Samples]:
         chosen = list(requests if self.limit is None else requests[: self.limit])
+        return self._found(self._rows(model, chosen, baseline))
+
+    def measure(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+    ) -> list[Measurement | Samples]:
+        return self.evaluate(model, requests, baseline)
+
+    def note(
+        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+    ) -> dict[str, torch.Tensor]:
+        """Adds the texts and scores of each request that is among the first `limit`, as JSON."""
+        placed = zip(requests, moment.positions, strict=True)
+        chosen = [request for request, position in placed if self.limit is None or position <= self.limit]
+        rows = self._rows(model, chosen, baseline)
+        return {**baseline, **{_key(moment, row["request"]): to_bytes(row) for row in rows}}
+
+    def noted(
+        self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str
+    ) -> list[Measurement | Samples]:
+        keys = (_key(moment, request.id) for request in requests)
+        found = self._found([from_bytes(baseline[key]) for key in keys if key in baseline])
+        return [replace(each, timing=timing) if isinstance(each, Measurement) else each for each in found]
+
+    def _rows(self, model: EditableModel, chosen: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """What each request's texts are and how they score, as plain JSON values."""
         if not chosen:
             return []
         prompts = [list(request.generation_prompts) or [request.full_prompt] for request in chosen]
@@ -127,13 +154,17 @@ class Fluency(AbstractEvaluator):
             for request, each in zip(chosen, written, strict=True)
             if request.references
         }
-        found: list[Measurement | Samples] = [self._measurement("fluency_bits", fluencies)]
-        if likeness:
-            found.append(self._measurement("consistency", list(likeness.values())))
-        rows = [
+        return [
             {"request": request.id, "texts": each, "fluency_bits": bits, "consistency": likeness.get(request.id)}
             for request, each, bits in zip(chosen, written, fluencies, strict=True)
         ]
+
+    def _found(self, rows: Sequence[dict[str, Any]]) -> list[Measurement | Samples]:
+        if not rows:
+            return []
+        found: list[Measurement | Samples] = [self._measurement("fluency_bits", [row["fluency_bits"] for row in rows])]
+        if likeness := [row["consistency"] for row in rows if row["consistency"] is not None]:
+            found.append(self._measurement("consistency", likeness))
         return [*found, Samples(name="editing-fluency", rows=tuple(rows))]
 
     def _texts(self, model: EditableModel, prompts: Sequence[str]) -> list[str]:
@@ -156,5 +187,9 @@ class Fluency(AbstractEvaluator):
             n=len(scores),
             aggregation="request",
             context="{}",
-            max_new_tokens=self.max_tokens,
+            max_tokens=self.max_tokens,
         )
+
+
+def _key(moment: Moment, identifier: str) -> str:
+    return f"noted/{moment.view}/{identifier}"

@@ -106,6 +106,10 @@ class AbstractProtocol(abc.ABC):
     def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
         """The verdicts, by the answers and those of the unedited model."""
 
+    def variant(self, metric: str) -> str | None:
+        """How a metric's numbers differ from what its name says, for the records."""
+        return None
+
 
 def in_context(request: EditRequest, context: str) -> EditRequest:
     """The request with every prompt put into the context's "{}"."""

@@ -1,8 +1,9 @@
 """From what was found prompt by prompt to means, their errors and confidence intervals.
 
-A `Tally` holds one request's outcomes under one metric, in four numbers: enough for both ways of averaging, and small enough to be kept for
-every edit of a run. By request (Meng et al. 2022 and most since), a request's score is the mean over its prompts and n counts requests; by
-prompt, every prompt counts the same. The bootstrap (Efron 1979) draws requests in both, since the prompts of one are not independent.
+A `Tally` holds one request's outcomes under one metric, in three numbers: enough for both ways of averaging, and small enough to be kept
+for every edit of a run. By request (Meng et al. 2022 and most since), a request's score is the mean over its prompts and n counts requests;
+by prompt, every prompt counts the same. The prompts of one request are not independent: in both the bootstrap (Efron 1979) draws requests,
+and the standard error is that of requests (by prompt the cluster-robust one, Liang and Zeger 1986, a request being a cluster).
 
 Shape letters: R requests, S bootstrap samples, G metrics.
 """
@@ -41,7 +42,6 @@ class Tally(NamedTuple):
 
     total: float = 0.0
     num: float = 0.0  # of outcomes, a whole number
-    squares: float = 0.0
     nonfinite: float = 0.0  # a whole number: how many outcomes were not finite
 
     @property
@@ -56,7 +56,7 @@ def tally(outcomes: Sequence[Outcome]) -> Tally:
     """Adds up one request's outcomes."""
     values = [outcome.value for outcome in outcomes]
     nonfinite = sum(not outcome.is_finite for outcome in outcomes)
-    return Tally(math.fsum(values), len(values), math.fsum(value * value for value in values), nonfinite)
+    return Tally(math.fsum(values), len(values), nonfinite)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,27 +89,31 @@ class Statistics:
             n, nonfinite = len(judged), sum(each.nonfinite > 0 for each in judged)
         else:
             n, nonfinite = round(sum(each.num for each in judged)), round(sum(each.nonfinite for each in judged))
-            mean, stderr = _by_prompt(judged, n)
+            mean = math.fsum(each.total for each in judged) / n
+            mean, stderr = (mean, _error(self._deviations(judged, mean))) if math.isfinite(mean) else (None, None)
         low, high = self.interval([judged], lambda means: means[0]) if mean is not None else (None, None)
         return Estimate(value=mean, stderr=stderr, n=n, nonfinite=nonfinite, low=low, high=high)
 
     def harmonic(self, groups: Sequence[Sequence[Tally]]) -> Estimate | None:
         """The harmonic mean of several metrics' means, over the same requests in each; None unless each metric was measured.
 
-        Its standard error follows from the metrics' derivatives (delta method); where a request lacks one of the metrics there is none.
+        Its standard error follows from the metrics' derivatives (delta method); there is none where a metric has none. `n` is the smallest
+        of the metrics'.
         """
         found = [self.estimate(tallies) for tallies in groups]
-        means = [each.value for each in found if each is not None and each.value is not None]
+        parts = [each for each in found if each is not None]
+        means = [each.value for each in parts if each.value is not None]
         if len(means) < len(groups):
             return None
         value = harmonic_mean(means)
         stderr = None
-        complete = [each for each in zip(*groups, strict=True) if all(one.num for one in each)]
-        if value > 0 and self.aggregation == "request" and len(complete) == len(groups[0]):
+        if value > 0 and all(each.stderr is not None for each in parts):
             slopes = [value * value / (len(means) * mean * mean) for mean in means]  # d value / d mean
-            _, stderr = mean_and_stderr([math.fsum(s * one.mean for s, one in zip(slopes, each, strict=True)) for each in complete])
+            deviations = zip(*(self._deviations(each, mean) for each, mean in zip(groups, means, strict=True)), strict=True)
+            asked = [each for each, of_one in zip(deviations, zip(*groups, strict=True), strict=True) if any(one.num for one in of_one)]
+            stderr = _error([math.fsum(slope * one for slope, one in zip(slopes, each, strict=True)) for each in asked])
         low, high = self.interval(groups, harmonic_mean) if value > 0 else (None, None)
-        n, nonfinite = len(groups[0]), max(each.nonfinite for each in found if each is not None)
+        n, nonfinite = min(each.n for each in parts), max(each.nonfinite for each in parts)
         return Estimate(value=value, stderr=stderr, n=n, nonfinite=nonfinite, low=low, high=high)
 
     def interval(self, groups: Sequence[Sequence[Tally]], combine: Callable[[Sequence[float]], float]) -> tuple[float | None, float | None]:
@@ -132,27 +136,31 @@ class Statistics:
         ends = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
         return float(ends[0]), float(ends[1])
 
+    def _deviations(self, tallies: Sequence[Tally], mean: float) -> list[float]:
+        """What each request adds to the mean's deviation from what it estimates; they add up to 0."""
+        weighed = [self._weighed(each) for each in tallies]
+        whole = math.fsum(weight for _, weight in weighed)
+        return [(total - weight * mean) / whole for total, weight in weighed]
+
     def _weighed(self, each: Tally) -> tuple[float, float]:
         if self.aggregation == "prompt":
             return each.total, each.num
         return (each.mean, 1.0) if each.num else (0.0, 0.0)
 
 
-def _by_prompt(judged: Sequence[Tally], n: int) -> tuple[float | None, float | None]:
-    mean = math.fsum(each.total for each in judged) / n
-    if not math.isfinite(mean):
-        return None, None
-    if n < 2:
-        return mean, None
-    variance = max(0.0, math.fsum(each.squares for each in judged) - n * mean * mean) / (n - 1)
-    return mean, math.sqrt(variance / n)
+def _error(deviations: Sequence[float]) -> float | None:
+    """The standard error of a mean, by its requests' deviations; None for fewer than two requests."""
+    num_requests = len(deviations)
+    if num_requests < 2:
+        return None
+    return math.sqrt(num_requests / (num_requests - 1) * math.fsum(each * each for each in deviations))
 
 
 def as_rows(tallies: Sequence[Tally]) -> torch.Tensor:
-    """(R, 4) float64: what a run's state can keep."""
-    return torch.tensor([list(each) for each in tallies], dtype=torch.float64).reshape(-1, 4)
+    """(R, 3) float64: what a run's state can keep."""
+    return torch.tensor([list(each) for each in tallies], dtype=torch.float64).reshape(-1, 3)
 
 
-def from_rows(rows_R4: torch.Tensor) -> list[Tally]:
+def from_rows(rows_R3: torch.Tensor) -> list[Tally]:
     """The inverse of `as_rows`."""
-    return [Tally(*row) for row in rows_R4.tolist()]
+    return [Tally(*row) for row in rows_R3.tolist()]

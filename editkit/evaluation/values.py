@@ -35,7 +35,7 @@ class Values(AbstractSuite, AbstractEditEvaluator):
         if problems:
             raise ConfigError(problems)
 
-    def check(self) -> None:
+    def check(self, *, positions: int | None = None) -> None:
         """Needs no data."""
 
     def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> Mapping[str, torch.Tensor]:
@@ -69,7 +69,9 @@ class Values(AbstractSuite, AbstractEditEvaluator):
         known = [baseline[key]] if key in baseline else []
         return {**baseline, key: torch.cat([*known, values(model, fresh)])}
 
-    def noted(self, baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str) -> list[Measurement]:
+    def noted(
+        self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str
+    ) -> list[Measurement]:
         return []
 
 

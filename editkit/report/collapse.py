@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from editkit.evaluation.thresholds import Thresholds
-from editkit.report.tables import is_summarised, number
+from editkit.report.measured import Measured
+from editkit.report.tables import edits_by_step, is_summarised, number
 from editkit.types import EvalRecord
 
 EFFICACY = "efficacy"
+UNTIL = "edits until "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +26,15 @@ class CollapsePoint:
     edits: int | None  # the first milestone beyond the threshold; None: none is
     sound_at: int | None  # the last milestone before it; None: none was
 
-    def __str__(self) -> str:
+    @property
+    def when(self) -> str:
+        """`100 to 150`, `10` (the first milestone), `more than 200`."""
         if self.edits is None:
-            return f"{self.name}, {self.view}: more than {self.sound_at}"
-        return f"{self.name}, {self.view}: {self.edits if self.sound_at is None else f'{self.sound_at} to {self.edits}'}"
+            return f"more than {self.sound_at}"
+        return str(self.edits) if self.sound_at is None else f"{self.sound_at} to {self.edits}"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.view}: {self.when}"
 
 
 def thresholds_of(config: Mapping[str, object]) -> Thresholds:
@@ -41,8 +48,10 @@ def collapse_points(evals: Sequence[EvalRecord], edits: Mapping[int, int], thres
     """For each view: the efficacy of each protocol, the first metric of each task, each perplexity. A number that is not finite is beyond.
 
     `edits` is the number of edits at each measured step. Tasks and perplexities need the unedited model's number of the same view; a task
-    of which it solves nothing has no point.
+    of which it solves nothing has no point. With rollback no edits add up, and there is none.
     """
+    if any(record.timing == "rollback" for record in evals):
+        return
     chosen = [record for record in evals if is_summarised(record)]
     series: dict[tuple[str, str, str, str, str], list[EvalRecord]] = {}
     headline: dict[tuple[str, str, str, str, str], str] = {}  # a task's first metric stands for it, as in the tables
@@ -59,19 +68,50 @@ def collapse_points(evals: Sequence[EvalRecord], edits: Mapping[int, int], thres
             yield _point(name, about[0], [(edits.get(record.step, record.step), is_beyond(record.value)) for record in records])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collapses:
+    """The collapse points of the subjects of one dataset: a row for each subject, a column for each threshold, seed by seed in a cell."""
+
+    dataset: str
+    columns: tuple[str, ...]  # "efficacy (argmax) < 0.5"
+    labels: tuple[tuple[str, str, str], ...]  # model, editor, restraint
+    cells: tuple[tuple[str, ...], ...]  # "100 to 150", "100 to 150; more than 200", "-" where it was not measured
+
+
+def collapses(subjects: Sequence[Measured]) -> Iterator[Collapses]:
+    """The tables of all datasets that have collapse points, crossed or not."""
+    for dataset in dict.fromkeys(each.dataset for each in subjects):
+        found: dict[str, dict[str, list[str]]] = {}
+        labels: dict[str, tuple[str, str, str]] = {}
+        for each in sorted((each for each in subjects if each.dataset == dataset), key=lambda each: (*each.label[:2], each.is_restrained)):
+            evals = [record for record in each.run.evals if record.view == each.view]
+            for point in collapse_points(evals, edits_by_step(each.run.steps), thresholds_of(each.run.config)):
+                labels[each.subject] = each.label
+                found.setdefault(each.subject, {}).setdefault(point.name.removeprefix(UNTIL), []).append(point.when)
+        columns = tuple(dict.fromkeys(name for row in found.values() for name in row))
+        if columns:
+            cells = tuple(tuple(_seed_by_seed(row.get(name, ())) for name in columns) for row in found.values())
+            yield Collapses(dataset=dataset, columns=columns, labels=tuple(labels.values()), cells=cells)
+
+
+def _seed_by_seed(texts: Sequence[str]) -> str:
+    """Each seed's, or once what all have in common."""
+    return "; ".join(texts if len(set(texts)) > 1 else texts[:1]) or "-"
+
+
 def _bound(records: Sequence[EvalRecord], thresholds: Thresholds) -> tuple[str, Callable[[float | None], bool]] | None:
     first = records[0]
     if first.kind == "editing":
         bound = thresholds.efficacy
-        return f"edits until {EFFICACY} ({first.protocol}) < {number(bound)}", lambda value: value is None or value < bound
+        return f"{UNTIL}{EFFICACY} ({first.protocol}) < {number(bound)}", lambda value: value is None or value < bound
     if first.step != 0 or first.value is None or (first.kind == "downstream" and first.value == 0):
         return None
     if first.kind == "language":
         bound = thresholds.perplexity * first.value
-        name = f"edits until {first.task or first.metric} perplexity > {number(thresholds.perplexity)} x unedited"
+        name = f"{UNTIL}{first.task or first.metric} perplexity > {number(thresholds.perplexity)} x unedited"
         return name, lambda value: value is None or value > bound
     bound = thresholds.task * first.value
-    return f"edits until {first.task} {first.metric} < {number(thresholds.task)} x unedited", lambda value: value is None or value < bound
+    return f"{UNTIL}{first.task} {first.metric} < {number(thresholds.task)} x unedited", lambda value: value is None or value < bound
 
 
 def _point(name: str, view: str, seen: Sequence[tuple[int, bool]]) -> CollapsePoint:

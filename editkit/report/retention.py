@@ -1,4 +1,4 @@
-"""Retention: how each block of edits holds while others follow, as values and as heat maps (D4S, arXiv 2410.02433, Figures 4 and 8)."""
+"""Retention: how each block of edits holds while others follow, as values and as heat maps (D4S, arXiv 2410.23843, Figures 4 and 8)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-METRICS = ("efficacy", "generalization", "locality", "portability")
+METRICS = ("efficacy", "generalization", "locality", "portability", "locality_out_of_distribution")
 CELL = (0.52, 0.32)  # inches
 
 

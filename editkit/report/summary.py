@@ -94,14 +94,14 @@ def summaries(subjects: Sequence[Measured]) -> tuple[Summary, ...]:
     return tuple(found)
 
 
-_Kind = tuple[str, str | None, str]  # ("editing", protocol, how else it was measured) or ("abilities", None, "")
+_Kind = tuple[str, str | None, str]  # ("editing", protocol, how else it was measured) or ("abilities", None, how else)
 
 
 def _tables(each: Measured) -> dict[_Kind, dict[int, dict[str, tuple[Cell, SummaryColumn]]]]:
     """What the tables hold of one subject's run: by kind of table and edits, cell and column by title."""
     run, edits = each.run, edits_by_step(each.run.steps)
     kinds: list[_Kind] = [*(("editing", protocol, _manner(run.evals, protocol)) for protocol in editing_protocols(run.evals))]
-    kinds.append(("abilities", None, ""))
+    kinds.append(("abilities", None, "the last batch alone in the model" if any(r.timing == "rollback" for r in run.evals) else ""))
     found: dict[_Kind, dict[int, dict[str, tuple[Cell, SummaryColumn]]]] = {}
     for kind in kinds:
         evals = [record for record in run.evals if (record.kind == "editing") == (kind[0] == "editing")]

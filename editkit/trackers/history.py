@@ -51,7 +51,8 @@ class History:
         if record.kind == "weights":
             row[f"modules/{_path(str(record.task))}/{record.metric}/{record.view}"] = value
             return row | self._over_matrices(record.view, record.metric, value)
-        timing = None if record.timing in (None, "before", "milestone") else record.timing
+        # Of tasks and perplexity it says how a whole run edits: with rollback or without. Their lines begin at step 0 either way.
+        timing = record.timing if record.kind == "editing" and record.timing not in ("before", "milestone") else None
         parts = (record.kind, record.protocol, record.suite, record.task, record.metric, *_more(record), timing, record.view)
         return row | {"/".join(part for part in parts if part): value}
 
