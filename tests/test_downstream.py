@@ -14,7 +14,7 @@ from editkit.evaluation.base import Measurement, Samples
 from editkit.evaluation.downstream import Suite
 from editkit.evaluation.harness import harness_model, quiet
 from editkit.evaluation.loading import Chosen, load_tasks
-from editkit.evaluation.paired import bootstrap, bootstrap_stderr, compare, mcnemar
+from editkit.evaluation.paired import compare
 from editkit.linalg.lowrank import LowRank
 from editkit.model.editable import EditableModel
 from tests.helpers import tiny_model
@@ -166,14 +166,132 @@ def test_batches_change_no_number() -> None:
     assert ways[0] == ways[1]
 
 
+def a_task(texts: list[str], **changes: Any) -> Any:
+    """A task of the harness's kind: the last word of each text, as lambada asks for it."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    config = {
+        "task": "last_word",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list([{"text": text} for text in texts])},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+        "doc_to_target": "{{' '+text.split(' ')[-1]}}",
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ],
+        "num_fewshot": 0,
+    }
+    with quiet():
+        (task,) = TaskManager(include_defaults=False).load([config | changes])["tasks"].values()
+    return task
+
+
+def suite_of(pooled: dict[str, bool] | None, *tasks: Any) -> Suite:
+    """A suite of one name that stands for these tasks."""
+    chosen = suite("mine", name="mine", limit=None)
+    chosen._bench.chosen["mine"] = Chosen(name="mine", tasks=tasks, pooled=pooled)
+    return chosen
+
+
+TEXTS = ["Paris is in France", "Rome is in Italy", "Berlin is in Germany", "The Eiffel Tower is in Paris", "He speaks French"]
+
+
+def test_a_perplexity_of_numbers_that_are_not_finite_has_no_value_and_the_items_are_counted() -> None:
+    model, module = edited_model()
+    chosen = suite_of(None, a_task(TEXTS))
+    baseline = chosen.baseline(model, ())
+    rows, columns = model.weight(module).shape
+    with model.temporarily({module: LowRank(torch.full((rows, 1), math.nan), torch.ones(columns, 1))}):
+        found = chosen.evaluate(model, (), baseline)
+    values = {each.metric: each for each in found if isinstance(each, Measurement)}
+    assert {metric: (each.value, each.stderr) for metric, each in values.items()} == {
+        "perplexity": (None, None),
+        "perplexity_difference": (None, None),
+        "perplexity_p_value": (None, None),
+        "acc": (0.0, 0.0),
+        "acc_difference": (0.0, 0.0),  # the tiny model knew none of them
+        "acc_p_value": (1.0, None),
+    }
+    assert all((each.nonfinite, each.n) == (5, 5) for each in values.values())
+    assert {row["perplexity"] for row in _rows(found, 0)} == {None}
+
+
+def test_a_perplexitys_difference_is_one_of_perplexities() -> None:
+    model, module = edited_model()
+    chosen = suite_of(None, a_task(TEXTS))
+    baseline = chosen.baseline(model, ())
+    (before, _) = (each for each in chosen.evaluate(model, (), baseline) if isinstance(each, Measurement))
+    model.apply(module, an_update(model, module))
+    values = {each.metric: each for each in chosen.evaluate(model, (), baseline) if isinstance(each, Measurement)}
+    after, difference, p_value = (values[f"perplexity{what}"] for what in ("", "_difference", "_p_value"))
+    assert before.value is not None and after.value is not None and before.value != pytest.approx(after.value)
+    assert (before.kind, difference.kind, difference.n) == ("language", "comparison", 5)
+    assert difference.value == pytest.approx(after.value - before.value)
+    assert difference.stderr is not None and difference.stderr > 0
+    assert p_value.value is not None and 0 < p_value.value <= 1
+
+
 def test_a_group_counts_the_items_of_its_tasks_together() -> None:
     model, _ = edited_model()
     (alone,) = measured(suite("world_entailment").evaluate(model, (), {}))
     parts = [load_tasks(["world_entailment"], data=None, shots={}, seed=0)["world_entailment"] for _ in range(2)]
     group = suite("both")
-    group._bench.chosen["both"] = Chosen(name="both", tasks=parts[0].tasks + parts[1].tasks, pooled=("accuracy",))
+    group._bench.chosen["both"] = Chosen(name="both", tasks=parts[0].tasks + parts[1].tasks, pooled={"accuracy": True})
     (found,) = measured(group.evaluate(model, (), {}))
     assert (found.task, found.metric, found.n, found.value) == ("both", "accuracy", 6, alone.value)
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_groups_tasks_count_by_their_size_or_each_the_same_as_in_the_harness(by_size: bool) -> None:
+    from lm_eval.api.metrics import aggregate_subtask_metrics, unweighted_mean_stderr
+
+    model, _ = edited_model()
+    tasks = [a_task(TEXTS[:2], task="small"), a_task([*TEXTS[2:], *(f"{text} Paris" for text in TEXTS)], task="large")]
+    for task in tasks:  # the tiny model is right about nothing: which items it gets is made up
+        task.process_results = lambda doc, results: {"acc": float("Paris" in doc["text"])}
+    alone = [measured(suite_of(None, task).evaluate(model, (), {}))[0] for task in tasks]
+    group = suite_of({"acc": by_size}, *tasks)
+    (found,) = measured(group.evaluate(model, (), {}))
+    assert [each.n for each in alone] == [2, 8]
+    assert found.value == pytest.approx(aggregate_subtask_metrics([each.value for each in alone], [2, 8], by_size))
+    if not by_size:
+        assert found.value == (1 / 2 + 6 / 8) / 2 and found.stderr == pytest.approx(unweighted_mean_stderr([each.stderr for each in alone]))
+
+
+def test_a_group_of_equal_tasks_is_compared_task_by_task() -> None:
+    model, module = edited_model()
+    group = suite_of({"perplexity": False, "acc": False}, a_task(TEXTS[:2], task="small"), a_task(TEXTS[2:], task="large"))
+    baseline = group.baseline(model, ())
+    before = {each.metric: each.value for each in group.evaluate(model, (), {}) if isinstance(each, Measurement)}
+    model.apply(module, an_update(model, module))
+    after = {each.metric: each for each in group.evaluate(model, (), baseline) if isinstance(each, Measurement)}
+    for metric in ("perplexity", "acc"):
+        assert after[f"{metric}_difference"].value == pytest.approx(after[metric].value - before[metric])
+        assert (after[f"{metric}_difference"].task, after[f"{metric}_difference"].n) == ("mine", 5)
+
+
+def test_examples_from_the_tested_records_by_a_tasks_own_yaml_are_recorded() -> None:
+    model, _ = edited_model()
+    task = a_task(TEXTS, num_fewshot=2)
+    task.set_fewshot_seed(0)
+    found = [each for each in suite_of(None, task).evaluate(model, (), {}) if isinstance(each, Measurement)]
+    assert {(each.shots, each.variant) for each in found} == {(2, "examples are taken from the tested records")}
+    assert {each.shots for each in measured(suite("world_passage").evaluate(model, (), {}))} == {0}
+
+
+def test_answers_longer_than_the_model_are_told_with_task_and_item_for_all_tasks_at_once() -> None:
+    model = tiny_model("gpt2")
+    long = f"Say {'x' * 2000}"
+    tasks = a_task([*TEXTS, long], task="one"), a_task([long] * 7, task="many")
+    with pytest.raises(ConfigError) as caught:
+        suite_of(None, *tasks).baseline(model, ())
+    first, *others, last = caught.value.problems
+    assert first.startswith("suite.tasks: one, item 5: an answer has ") and "the model 128 positions" in first
+    assert [problem.split(":")[1] for problem in others] == [f" many, item {item}" for item in range(5)]
+    assert last == "suite.tasks: many: 2 more such items"
 
 
 def test_no_tasks_measure_nothing_and_need_nothing() -> None:
@@ -254,31 +372,3 @@ def test_the_harness_itself_finds_the_same_numbers() -> None:
 
 
 # Comparisons
-
-
-@pytest.mark.parametrize(("gained", "lost", "p_value"), [(0, 0, 1.0), (0, 1, 1.0), (0, 5, 2 / 32), (1, 5, 2 * 7 / 64), (4, 4, 1.0)])
-def test_mcnemars_test_is_exact(gained: int, lost: int, p_value: float) -> None:
-    assert mcnemar(gained, lost) == mcnemar(lost, gained) == pytest.approx(p_value)
-
-
-def test_a_comparison_is_that_of_paired_differences() -> None:
-    found = compare([1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0])
-    assert found.difference == -0.5
-    assert found.stderr == pytest.approx(math.sqrt(1 / 3) / 2)
-    assert found.p_value == mcnemar(0, 2)
-    assert compare([0.5], [math.nan]).p_value is None
-
-
-def test_the_bootstraps_p_is_small_for_a_clear_shift_and_one_for_none() -> None:
-    assert bootstrap([0.0] * 10) == 1.0
-    assert bootstrap([0.3, 0.2, 0.4, 0.25] * 5) == pytest.approx(2 / 10001)
-    assert bootstrap([-0.3, 0.3] * 20) > 0.5
-    assert bootstrap([0.1, -0.05, 0.2]) == bootstrap([0.1, -0.05, 0.2])
-
-
-def test_the_bootstraps_standard_error_of_a_mean_is_near_the_formulas() -> None:
-    values = [float(index % 7) for index in range(50)]
-    mean = sum(values) / 50
-    formula = math.sqrt(sum((value - mean) ** 2 for value in values) / 49 / 50)
-    assert bootstrap_stderr(values, lambda drawn: sum(drawn) / len(drawn)) == pytest.approx(formula, rel=0.2)
-    assert bootstrap_stderr([1.0], sum) is None

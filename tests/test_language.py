@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import Measurement, Samples
+from editkit.evaluation.base import Measurement, Samples, mean_and_stderr
 from editkit.evaluation.fluency import Fluency, TfIdf, fluency, ngram_entropy
-from editkit.evaluation.language import Perplexity
+from editkit.evaluation.language import Perplexity, _ratio_stderr
 from editkit.model.tokens import encode
 from tests.bigram import Bigram
 from tests.helpers import KINDS, Kind, request, tiny_model
@@ -59,6 +59,22 @@ def test_a_uniform_model_is_as_perplexed_as_it_has_tokens(text: Path) -> None:
     model.logits_VV[:] = torch.nan
     (lost,) = perplexity(text, window=20).evaluate(model, (), {})
     assert (lost.value, lost.stderr, lost.nonfinite) == (None, None, lost.n)
+
+
+def test_a_window_counts_by_its_tokens_in_the_standard_error_too(text: Path) -> None:
+    def stderr(losses: list[float], counts: list[int]) -> float:
+        mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+        return _ratio_stderr(losses, counts, mean) or 0.0
+
+    losses = [4.0, 5.0, 4.5, 5.5]
+    assert stderr(losses, [9] * 4) == pytest.approx(mean_and_stderr(losses)[1])
+    assert stderr([4.0, 4.1, 9.0], [1000, 1000, 1]) < 0.1 < stderr([4.0, 4.1, 9.0], [1000] * 3)
+    assert _ratio_stderr([4.0], [9], 4.0) is None and _ratio_stderr([4.0, math.nan], [9, 9], math.nan) is None
+    model = tiny_model()
+    ids = encode(model.tokenizer, [TEXT])[0]
+    (found,) = perplexity(text, window=50).evaluate(model, (), {})
+    assert found.value is not None and found.stderr is not None and len(ids.ids) % 50 not in (0, 1)
+    assert found.stderr < found.value
 
 
 def test_a_folders_texts_are_read_in_the_order_of_their_names_and_what_is_no_text_is_an_error(tmp_path: Path) -> None:
@@ -116,6 +132,8 @@ def test_texts_are_drawn_alike_at_every_milestone_and_kept() -> None:
     assert [len(row["texts"]) for row in rows] == [2, 1], "a request without prompts for it is continued from its own"
     assert rows[0]["texts"][0].startswith("Paris is") and rows[0]["texts"][0] != rows[0]["texts"][1], "draws of its own"
     assert rows[1]["texts"][0].startswith(requests[1].full_prompt) and rows[1]["consistency"] is None
+    said = {(each.max_tokens, each.max_new_tokens) for each in all_metrics.values()}
+    assert said == {(20, None)}, "the prompt counts among a text's tokens"
     assert measured(1)[1] == rows[:1], "the draws do not depend on how many requests there are"
     assert measured(1)[0]["consistency"].value == all_metrics["consistency"].value
     with pytest.raises(ConfigError, match=r"evaluation\.fluency\.max_tokens: 1 was given"):

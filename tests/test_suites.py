@@ -12,7 +12,7 @@ from editkit.build import build
 from editkit.compose import compose, options
 from editkit.errors import ConfigError
 from editkit.evaluation.base import AbstractSuite
-from editkit.evaluation.catalogue import local_data, own_tasks
+from editkit.evaluation.catalogue import local_data, own_tasks, takes_examples_from_test
 from editkit.evaluation.downstream import Suite
 from editkit.evaluation.loading import build_requests, load_tasks
 from editkit.schedule import Schedule
@@ -149,6 +149,44 @@ def a_suite(*tasks: str, **given: Any) -> Suite:
     return Suite(**options | {"name": "mine", "tasks": tasks, "every": 1} | given)
 
 
+def test_examples_that_would_be_tested_records_are_refused_for_all_tasks_at_once(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        a_suite("paper_rte", "paper_nq", "paper_sst2", data=str(folder), shots={"paper_rte": 2, "paper_nq": 0, "paper_sst2": 1}).check()
+    assert caught.value.problems == (
+        "suite.shots.paper_rte: 2 was given; the task has no examples apart from the records that are tested: 0.",
+        "suite.shots.paper_sst2: 1 was given; the task has no examples apart from the records that are tested: 0.",
+    )
+    with pytest.raises(ConfigError, match=r"suite\.shots\.paper_nq: 3 was given"):
+        load_tasks(["paper_rte", "paper_nq"], data=str(folder), shots={"paper_nq": 3}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_tested"),
+    [
+        ({"test_split": "test"}, True),
+        ({"training_split": "train", "test_split": "test"}, False),
+        ({"validation_split": "validation", "test_split": "test"}, False),
+        ({"validation_split": "validation"}, True),
+        ({"training_split": "train", "test_split": "test", "fewshot_split": "test"}, True),
+        ({"test_split": "test", "fewshot_config": {"split": "dev"}}, False),
+        ({"test_split": "test", "fewshot_config": {"samples": [{"question": "?"}]}}, False),
+        ({"test_split": "test", "fewshot_config": {"sampler": "first_n"}}, True),
+    ],
+)
+def test_examples_are_looked_for_where_the_harness_takes_them(options: dict[str, Any], is_tested: bool) -> None:
+    assert takes_examples_from_test(options.get) == is_tested
+
+
+def test_a_model_too_short_for_a_task_is_told_before_it_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 10}))
+    config = compose([f"model.id={tmp_path / 'short'}", f"paths.outputs={tmp_path}", "suite=world", "edits=3"]).config
+    with pytest.raises(ConfigError, match=r"world_arithmetic generates up to 10 tokens.* 10 positions\. Set suite\.max_new_tokens=5"):
+        build(config)
+    config["suite"]["max_new_tokens"] = 5
+    assert build(config)
+
+
 # The harness's own tasks: looking at all of them takes seconds
 
 
@@ -209,7 +247,7 @@ def test_the_real_files_feed_every_task_that_has_local_ones() -> None:
     chosen = a_suite("gsm8k", "rte", "nq_open", "sst2", "boolq", "mmlu", data=str(data), shots={"mmlu": 5})
     chosen.check()
     assert len(chosen._bench.chosen["mmlu"].tasks) == 57
-    assert chosen._bench.chosen["mmlu"].pooled == ("acc",)
+    assert chosen._bench.chosen["mmlu"].pooled == {"acc": True}
 
 
 def test_hub_datasets_without_a_local_layout_have_no_stand_in() -> None:

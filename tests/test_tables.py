@@ -61,6 +61,13 @@ def test_a_column_never_mixes_versions_of_a_task():
         table_of([task(0, "entailment", 0.9), task(2, "entailment", 0.9, version=2)])
 
 
+def test_a_column_never_mixes_numbers_of_examples_and_takes_records_that_do_not_tell():
+    first, second = task(0, "entailment", 0.9), task(2, "entailment", 0.8)
+    with pytest.raises(ConfigError, match=r"shots.*entailment.*0, 5"):
+        table_of([replace(first, shots=0), replace(second, shots=5)])
+    assert not frame(table_of([first, replace(second, shots=5)])).empty
+
+
 def test_two_numbers_for_one_place_are_refused():
     with pytest.raises(ConfigError, match="measured twice for view 'unrestrained' at step 2"):
         table_of([editing(2, "efficacy", 1.0), editing(2, "efficacy", 0.9)])

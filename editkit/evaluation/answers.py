@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +33,19 @@ class Answered:
     """What the model made of one task."""
 
     asked: Asked
-    scores: Mapping[Key, Mapping[int, Any]]  # by item; a metric may leave items out
+    scores: Mapping[Key, Mapping[int, Any]]  # by item; a metric may leave items out; None: not finite, and no number would say so
     nonfinite: frozenset[int]  # items
     rows: tuple[Mapping[str, Any], ...]  # prompt, output and scores of each item, as plain JSON values
 
     def in_order(self, key: Key) -> list[float]:
-        """A metric's score for each item, nan for one that it leaves out."""
+        """A metric's score for each item: nan for one that it leaves out, inf for one whose score is None."""
         scores = self.scores.get(key, {})
-        return [float(scores.get(item, math.nan)) for item in self.asked.items]
+        return [math.inf if (score := scores.get(item, math.nan)) is None else float(score) for item in self.asked.items]
 
     @property
     def numbers(self) -> list[Key]:
         """The metrics that give each item a number; others want all items together."""
-        return [key for key, scores in self.scores.items() if all(map(is_number, scores.values()))]
+        return [key for key, scores in self.scores.items() if all(score is None or is_number(score) for score in scores.values())]
 
 
 def ask(lm: Any, asked: Mapping[str, Sequence[Asked]]) -> dict[str, list[Answered]]:
@@ -79,12 +79,34 @@ def score(asked: Asked) -> Answered:
                 scores.setdefault((str(metric), name), {})
             found = asked.task.process_results(first.doc, [request.filtered_resps[name] for request in requests])
             for metric, value in found.items():
-                # A log-probability that is nan wins every argmax: such an item is a failure, whatever the task makes of it.
-                kept = 0.0 if item in nonfinite and is_number(value) else value
+                kept = failure(asked.task, metric) if item in nonfinite else value
                 scores.setdefault((metric, name), {})[item] = kept
                 row[title((metric, name), filters=len(first.filtered_resps))] = plain(kept)
         rows.append(row)
     return Answered(asked=asked, scores=scores, nonfinite=nonfinite, rows=tuple(rows))
+
+
+def rule_of(task: Any, metric: str) -> Callable[[list[Any]], float]:
+    """What makes the items' scores the task's value; the harness, too, takes the mean where a task names nothing."""
+    from lm_eval.api.metrics import mean
+
+    rule: Callable[[list[Any]], float] = task.aggregation().get(metric, mean)
+    return rule
+
+
+def is_mean(rule: Callable[[list[Any]], float]) -> bool:
+    """Also the one that leaves out what is nan."""
+    from lm_eval.api.metrics import mean, nanmean
+
+    return rule in (mean, nanmean)
+
+
+def failure(task: Any, metric: str) -> float | None:
+    """The score of an item whose log-probabilities are not finite, whatever the task makes of them: nan wins every argmax.
+
+    0 where scores are averaged and more is better. Elsewhere, 0 could be the best of all (lambada's perplexity is exp(-mean)): None.
+    """
+    return 0.0 if is_mean(rule_of(task, metric)) and task.higher_is_better().get(metric) else None
 
 
 def _output(requests: Sequence[Any]) -> Any:

@@ -9,14 +9,23 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from editkit.evaluation.tasks.data import MMLU_COLUMNS, Row
 
 FOLDER = Path(__file__).parent / "tasks"
+SPLITS = ("training", "validation", "test")
+NEW_TOKENS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # one option of the harness, the first name that is given
+DEFAULT_NEW_TOKENS = 256  # the harness's
 OPTIONS = "dataset_kwargs"  # in a task's yaml: what `editkit.evaluation.tasks.data.read` is called with
 
 
@@ -53,6 +62,44 @@ def unknown_task(name: str, known: Iterable[str]) -> str:
     """The sentence on a name that no task has."""
     near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.5)
     return f"suite.tasks: {name!r} is no task. Nearest: {', '.join(near) or 'none'}; `lm_eval ls tasks` lists the harness's."
+
+
+def takes_examples_from_test(option: Callable[[str], Any]) -> bool:
+    """Whether examples before a question would be records that are asked about, by where the harness takes either from.
+
+    Args:
+        option: the value of a task's option, None where it is not given.
+    """
+    given = option("fewshot_config")
+    split, samples = ((given.get if isinstance(given, Mapping) else partial(getattr, given))(key, None) for key in ("split", "samples"))
+    split = split or option("fewshot_split")
+    if split is None and samples is not None:
+        return False
+    training, validation, test = (option(f"{kind}_split") for kind in SPLITS)
+    return bool((split or training or validation or test) == (test or validation))
+
+
+def no_examples(name: str, shots: int, *, members: Sequence[str] = ()) -> str:
+    """The sentence on a task, or on members of a group, whose examples would be records that are tested."""
+    more = f" and {len(members) - 4} more" if len(members) > 4 else ""
+    who = f"{', '.join(members[:4])}{more} have" if members else "the task has"
+    return f"suite.shots.{name}: {shots} was given; {who} no examples apart from the records that are tested: 0."
+
+
+def room_of(option: Callable[[str], Any]) -> int:
+    """How many tokens a task asks to be generated, 0 for one that asks for none; a single request may ask for another number."""
+    if (option("output_type") or "generate_until") != "generate_until":
+        return 0
+    given = option("generation_kwargs") or {}
+    return next((int(given[key]) for key in NEW_TOKENS if given.get(key) is not None), DEFAULT_NEW_TOKENS)
+
+
+def no_room(name: str, room: int, positions: int) -> str:
+    """The sentence on a task that generates more than a model has positions for."""
+    return (
+        f"suite.max_new_tokens: {name} generates up to {room} tokens, which leaves no room for a prompt: the model has "
+        f"{positions} positions. Set suite.max_new_tokens={positions // 2}, or leave the task out."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,8 @@ Tasks, items and requests are made once and are the same at every milestone and 
 little else. The unedited model's scores, item by item, are frozen at step 0, and every later measurement is compared with them on the same
 items (`editkit.evaluation.paired`).
 
-A log-probability that is not finite makes its item a failure, which is counted apart.
+A log-probability that is not finite makes its item a failure, which is counted apart. Where no score means failure (a perplexity is best
+near 0) the value is None instead, and so are its error and comparison.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import ConfigError
 from editkit.evaluation.abilities import frozen_scores, measurements
 from editkit.evaluation.answers import Answered, Asked, ask
 from editkit.evaluation.base import AbstractSuite, Measurement, Samples
-from editkit.evaluation.catalogue import OPTIONS, own_tasks
-from editkit.evaluation.harness import check_room, harness_model
+from editkit.evaluation.catalogue import OPTIONS, no_examples, no_room, own_tasks, room_of, takes_examples_from_test
+from editkit.evaluation.harness import check_answers, check_room, harness_model
 from editkit.evaluation.loading import Chosen, build_requests, load_tasks
 from editkit.evaluation.tasks.data import read
 from editkit.lazy import torch
@@ -69,22 +71,36 @@ class Suite(AbstractSuite):
         if problems:
             raise ConfigError(problems)
 
-    def check(self) -> None:
+    def check(self, *, positions: int | None = None) -> None:
         """Reads the data of every task; our own need neither the harness nor torch for it."""
-        own = own_tasks() if self.tasks else {}
+        own = {name: found for name, found in own_tasks().items() if name in self.tasks} if self.tasks else {}
         problems: list[str] = []
-        for name in self.tasks:
-            if name in own:
-                try:
-                    read(**own[name][OPTIONS], data=self.data)
-                except ConfigError as error:
-                    problems += [f"suite.tasks: {name}: {problem}" for problem in error.problems]
+        for name, found in own.items():
+            try:
+                read(**found[OPTIONS], data=self.data)
+            except ConfigError as error:
+                problems += [f"suite.tasks: {name}: {problem}" for problem in error.problems]
+            if (shots := (self.shots or {}).get(name)) and takes_examples_from_test(found.get):
+                problems.append(no_examples(name, shots))
+        foreign = [name for name in self.tasks if name not in own]
         try:
-            self._load([name for name in self.tasks if name not in own])
+            self._load(foreign)
         except ConfigError as error:
             problems += error.problems
+        if positions is not None:
+            tasks = [task.config for name in foreign if name in self._bench.chosen for task in self._bench.chosen[name].tasks]
+            rooms = {str(config.task): room_of(partial(getattr, config)) for config in tasks}
+            rooms |= {name: room_of(found.get) for name, found in own.items()}
+            bound = self.max_new_tokens or max(rooms.values(), default=0)
+            problems += [no_room(name, min(room, bound), positions) for name, room in rooms.items() if min(room, bound) >= positions]
         if problems:
             raise ConfigError(problems)
+
+    def inputs(self, model: EditableModel) -> dict[str, str]:
+        """Each task's items and questions."""
+        if self.tasks:
+            self._prepare(model)
+        return {f"suite.tasks: {name}": _digest_of_items(asked) for name, asked in self._bench.asked.items()}
 
     def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> dict[str, torch.Tensor]:
         """The unedited model's scores, item by item."""
@@ -107,7 +123,7 @@ class Suite(AbstractSuite):
             self._bench.chosen |= load_tasks(missing, data=self.data, shots=self.shots or {}, seed=self.seed)
 
     def _prepare(self, model: EditableModel) -> None:
-        """Makes the requests, and the harness's view of the model. Raises ConfigError where the model is too short for a task."""
+        """Makes the requests, and the harness's view of the model. Raises ConfigError where the model is too short for some tasks."""
         bench = self._bench
         if bench.model is model:
             return
@@ -122,6 +138,7 @@ class Suite(AbstractSuite):
                 if too_long := check_room(lm, task, positions=model.max_length):
                     problems.append(too_long)
                     continue
+                problems += check_answers(lm, task, positions=model.max_length)
                 cut = {item: max(map(lm.cut, requests)) for item, requests in items.items()}
                 asked[name].append(Asked(name=str(task.config.task), task=task, items=items, cut=cut))
         if problems:
@@ -140,6 +157,15 @@ class Suite(AbstractSuite):
         if self._bench.last is None or self._bench.last[0] != digest:
             self._bench.last = digest, ask(self._bench.lm, self._bench.asked)
         return self._bench.last[1]
+
+
+def _digest_of_items(asked: Sequence[Asked]) -> str:
+    """Of every question as the model gets it, and of the item that says what is right."""
+    total = hashlib.sha256()
+    for each in asked:
+        for item, requests in each.items.items():
+            total.update(repr((each.name, item, requests[0].doc, [request.arguments for request in requests])).encode())
+    return total.hexdigest()
 
 
 def _digest(model: EditableModel) -> str:

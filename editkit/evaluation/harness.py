@@ -15,7 +15,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from editkit.evaluation.catalogue import no_room
 from editkit.evaluation.scoring import score_sequences
+from editkit.evaluation.tasks.data import MAX_SHOWN
 from editkit.model.generate import generate
 from editkit.model.tokens import Encoded, TargetSequence
 
@@ -93,6 +95,11 @@ def harness_model(model: EditableModel, *, tokens_per_batch: int, max_new_tokens
                 return max(0, sum(map(len, self._encode_pair(*request.args))) - model.max_length - 1)
             return 0
 
+        def answer_tokens(self, request: Any) -> int:
+            """How many tokens the answer of a request for a likelihood has."""
+            context, answer = request.args
+            return len(self._encode_pair(context, answer)[1] if context else self.tok_encode(answer, add_special_tokens=False))
+
     with quiet():
         return EditedModel()
 
@@ -100,12 +107,22 @@ def harness_model(model: EditableModel, *, tokens_per_batch: int, max_new_tokens
 def check_room(lm: Any, task: Any, *, positions: int) -> str | None:
     """What keeps a task's requests from being asked: a generation that leaves no room for its prompt."""
     room = max((lm.settings(request)[1] for request in task.instances if request.request_type == "generate_until"), default=0)
-    if room < positions:
-        return None
-    return (
-        f"suite.max_new_tokens: {task.config.task} generates up to {room} tokens, which leaves no room for a prompt: the model has "
-        f"{positions} positions. Set suite.max_new_tokens={positions // 2}, or leave the task out."
-    )
+    return no_room(task.config.task, room, positions) if room >= positions else None
+
+
+def check_answers(lm: Any, task: Any, *, positions: int) -> list[str]:
+    """The items whose answer, which is never cut, is longer than the model."""
+    longest: dict[int, int] = {}
+    for request in task.instances:
+        if request.request_type == "loglikelihood" and (tokens := lm.answer_tokens(request)) > positions:
+            longest[request.doc_id] = max(tokens, longest.get(request.doc_id, 0))
+    problems = [
+        f"suite.tasks: {task.config.task}, item {item}: an answer has {tokens} tokens, the model {positions} positions - "
+        "leave the task out, or take fewer items with suite.limit."
+        for item, tokens in sorted(longest.items())
+    ]
+    hidden = len(problems) - MAX_SHOWN
+    return [*problems[:MAX_SHOWN], *([f"suite.tasks: {task.config.task}: {hidden} more such items"] if hidden > 0 else [])]
 
 
 def _chunks(prompts: Mapping[int, Sequence[int]], *, room: int, tokens: int) -> Iterator[list[int]]:

@@ -3,13 +3,15 @@
 The text is tokenised whole and cut into windows of `window` tokens, which do not overlap; a tokenizer that puts a start token in front puts
 one before every window. Each token but a window's first, where nothing precedes it, is predicted from those before it in its window:
 exp(mean negative log-likelihood a token), the `perplexity_per_token`. It is comparable between views and milestones, not between
-tokenizers; the standard error is over windows (delta method).
+tokenizers. The mean is a ratio, of the windows' losses to their numbers of tokens, and so is its standard error over windows (Cochran
+1977, Sampling Techniques, 6.4): a window counts by its tokens, a short last one for little. The perplexity's follows (delta method).
 
 Shape letters: B windows, T tokens, D width of the residual stream, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import AbstractEvaluator, Measurement, mean_and_stderr
+from editkit.evaluation.base import AbstractEvaluator, Measurement
 from editkit.evaluation.scoring import LOGITS_AT_ONCE, TOKENS_ON_CPU
 from editkit.lazy import torch
 from editkit.model.tokens import encode, pad
@@ -49,6 +51,11 @@ class Perplexity(AbstractEvaluator):
         if problems:
             raise ConfigError(problems)
 
+    def inputs(self, model: EditableModel) -> dict[str, str]:
+        """The files' bytes."""
+        content = b"\n".join(file.read_bytes() for file in self._files()) if self.path is not None else b""
+        return {} if self.path is None else {"evaluation.perplexity.path": hashlib.sha256(content).hexdigest()}
+
     def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> dict[str, torch.Tensor]:
         """Nothing: the text brings its answers along."""
         return {}
@@ -68,7 +75,7 @@ class Perplexity(AbstractEvaluator):
             losses += self._losses(model, chosen, max(1, num_special))
         total = math.fsum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
         value = math.exp(total) if math.isfinite(total) and total < 700 else None
-        _, stderr = mean_and_stderr(losses)
+        stderr = _ratio_stderr(losses, counts, total)
         return [
             Measurement(
                 kind="language",
@@ -115,3 +122,12 @@ class Perplexity(AbstractEvaluator):
                     total -= float(log_probs_NV.gather(-1, targets_N[:, None]).double().sum())
                 losses.append(total / len(targets_T))
         return losses
+
+
+def _ratio_stderr(losses: Sequence[float], counts: Sequence[int], mean: float) -> float | None:
+    """The standard error of the mean a token; that of a plain mean where all windows have as many. None for fewer than two windows."""
+    n = len(losses)
+    if n < 2 or not math.isfinite(mean):
+        return None
+    squares = math.fsum((count * (loss - mean)) ** 2 for loss, count in zip(losses, counts, strict=True))
+    return math.sqrt(n / (n - 1) * squares) / sum(counts)

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from editkit.errors import ConfigError
-from editkit.evaluation.catalogue import FOLDER, Local, harness_folders, local_data, own_tasks, unknown_task
+from editkit.evaluation.catalogue import (
+    FOLDER,
+    SPLITS,
+    Local,
+    harness_folders,
+    local_data,
+    no_examples,
+    own_tasks,
+    takes_examples_from_test,
+    unknown_task,
+)
 from editkit.evaluation.harness import quiet
 from editkit.evaluation.tasks.data import DATA_FOLDER, advice, locate, places, read
 
@@ -21,7 +31,8 @@ class Chosen:
 
     name: str
     tasks: tuple[Any, ...]  # of lm-eval
-    pooled: tuple[str, ...] | None = None  # a group's metrics; None for what is no such group
+    # A group's metrics, and whether a task counts by its items (each item the same) or each task the same; None for what is no such group
+    pooled: Mapping[str, bool] | None = None
 
 
 def load_tasks(names: Sequence[str], *, data: str | None, shots: Mapping[str, int], seed: int) -> dict[str, Chosen]:
@@ -33,7 +44,8 @@ def load_tasks(names: Sequence[str], *, data: str | None, shots: Mapping[str, in
         seed: of the examples' choice.
 
     Raises:
-        ConfigError: a name that nothing has, data that is missing or malformed, a task that cannot be measured here; all of them at once.
+        ConfigError: a name that nothing has, data that is missing or malformed, a task that cannot be measured here, examples that it has
+            not; all of them at once.
     """
     problems: list[str] = []
     loaded: dict[str, Chosen] = {}
@@ -42,6 +54,7 @@ def load_tasks(names: Sequence[str], *, data: str | None, shots: Mapping[str, in
         for name in names:
             try:
                 chosen = _load(manager, name, data=data, shots=shots.get(name))
+                _check_shots(name, chosen.tasks, shots=shots.get(name))
                 for task in chosen.tasks:
                     _prepare(task, name, shots=shots.get(name), seed=seed)
             except ConfigError as error:
@@ -86,7 +99,9 @@ def _load(manager: Any, name: str, *, data: str | None, shots: int | None) -> Ch
         raise ConfigError(unknown_task(name, manager.all_tasks))
     tasks = tuple(task for leaf in _leaves(manager, name) for task in _leaf(manager, leaf, name=name, data=data, shots=shots))
     pooled = (entry.cfg or {}).get("aggregate_metric_list") if name in manager.all_groups else None
-    metrics = tuple(each["metric"] for each in ([pooled] if isinstance(pooled, Mapping) else pooled or ()))
+    metrics = {
+        each["metric"]: bool(each.get("weight_by_size", True)) for each in ([pooled] if isinstance(pooled, Mapping) else pooled or ())
+    }
     return Chosen(name=name, tasks=tasks, pooled=metrics or None)
 
 
@@ -142,6 +157,24 @@ def _stand_in(manager: Any, leaf: str, known: Local, *, folder: str, told: str, 
     config |= {"dataset_kwargs": None}
     (task,) = manager.load([config])["tasks"].values()
     return task
+
+
+def _check_shots(name: str, tasks: Sequence[Any], *, shots: int | None) -> None:
+    """Raises ConfigError where examples were asked for and would be records that are tested; a task's own yaml may do that."""
+    tested = [str(task.config.task) for task in tasks if shots and shots != task.config.num_fewshot and examples_are_tested(task)]
+    if tested:
+        raise ConfigError(no_examples(name, shots or 0, members=[] if tested == [name] else tested))
+
+
+def examples_are_tested(task: Any) -> bool:
+    """Whether the examples of a task of the harness come from the records that it is tested on."""
+
+    def option(key: str) -> Any:
+        kind = key.removesuffix("_split")
+        given = getattr(task.config, key, None)
+        return kind if given is None and kind in SPLITS and getattr(task, f"has_{kind}_docs")() else given  # a task that is a class
+
+    return takes_examples_from_test(option)
 
 
 def _prepare(task: Any, name: str, *, shots: int | None, seed: int) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import pandas
 
 EDITING_ORDER = ("efficacy", "generalization", "locality", "portability", "score")
-# The timings that a milestone's row may hold: "before" is step 0, on the edits to come; "rollback" each batch alone on the unedited model.
+# The timings that a milestone's row may hold: "before" is step 0, on the edits to come; "rollback" each batch alone on the unedited model
+# (of edits all batches so far; of tasks and perplexity the last).
 ALL_EDITS_SO_FAR = ("before", "milestone", "rollback", None)
 UNITS = ("_bits", "_nats", "_per_token")  # how the name of a metric that is no fraction ends
 WEIGHT_COLUMNS = {"condition_number": "condition number", "l1_norm": "L1 norm"}  # title by metric
@@ -165,6 +166,8 @@ def caption(table: Table) -> str:
     """What the numbers are, in one line."""
     over = "each batch alone on the unedited model" if table.has_rollback else "over all edits so far"
     protocol = f"Editing metrics by the protocol '{table.protocol}', {over}" if table.protocol else over.capitalize()
+    if table.has_rollback:
+        protocol += "; tasks, perplexity and weights with a row's last batch alone"
     return f"{protocol} (row 0: the unedited model on the edits to come); metrics and tasks in percent; n/f: not finite; -: not measured."
 
 
@@ -228,8 +231,10 @@ def _title(key: _Key, keys: Sequence[_Key]) -> str:
 
 
 def _check_unmixed(name: str, records: Sequence[EvalRecord]) -> None:
-    for field in ("protocol", "task_version", "aggregation", "context", "max_new_tokens", "dataset"):
+    for field in ("protocol", "task_version", "shots", "aggregation", "context", "max_new_tokens", "max_tokens", "dataset"):
         values = list(dict.fromkeys(getattr(record, field) for record in records))
+        if field == "shots":
+            values = [value for value in values if value is not None]  # records from before it was recorded, and of groups
         if len(values) > 1:
             given = ", ".join(str(value) for value in values)
             raise ConfigError(

@@ -2,7 +2,8 @@
 
 Published curves can be compared with these numbers, and with nothing else; `suite=paper` asks the same and scores it rightly. Not
 reproduced: sampling where a checkpoint's generation_config asks for it (unseeded there), padding to the tokenizer's maximum, the two
-repetitions.
+repetitions, and the end token in the text: it is decoded there, so that a last word with it behind ("paris<|endoftext|>", normalised
+"parisendoftext") matches no answer of NQ; here it does.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def _two_way(generation: str, *, right: str, choices: tuple[str, str]) -> Scores
 
 
 def nq(doc: Doc, results: Sequence[str]) -> Scores:
-    """The words said behind the last "Answer:", and the answers, all normalised; `nq_count` scores all records together."""
+    """The words said behind the last "Answer:", and the answers, all normalised; `nq_count` scores all records together.
+
+    Differs from the authors' code: there an end token, where it was generated, is part of the last word, which then matches nothing.
+    """
     said = normalise(results[0].split("Answer:")[-1].replace("\n", " "))
     return {"exact_match": (said.split(" "), [normalise(answer) for answer in doc["answer"]])}
 
