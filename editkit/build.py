@@ -5,6 +5,7 @@ No registry: a node's `_target_` names its class, the class's fields are its opt
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 from editkit.compose import plain
 from editkit.datasets.base import AbstractDataset, LoadedDataset
+from editkit.datasets.groups import asked_in_one_batch
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError
 from editkit.evaluation.base import AbstractEvaluator, AbstractSuite
@@ -29,7 +31,7 @@ from editkit.restraints.base import (
     AbstractUpdateRestraint,
     Restraints,
 )
-from editkit.schema import Problems, construct, unknown_option
+from editkit.schema import TARGET, Problems, construct, resolve, unknown_option
 from editkit.stats.corpus import StatsConfig
 from editkit.trackers.base import AbstractTracker
 
@@ -62,7 +64,7 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
     parts = Parts({"restraint": {}} | plain(config), choices or {})  # restraint=none leaves nothing behind
     settings = parts.settings()
     model, editor, stats = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor), parts.one("stats", StatsConfig)
-    restraints = parts.restraints(editor)
+    restraints = parts.restraints()
     dataset, suite = parts.one("dataset", AbstractDataset), parts.one("suite", AbstractEvaluator)
     editing, tracker, runtime = (
         parts.one("evaluation", EditingEvaluator),
@@ -73,7 +75,7 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
     parts.check_rollback(settings, restraints)
     data = parts.load(dataset, settings)
     parts.check_edits(editor, data, settings)
-    parts.check(suite)
+    parts.check(suite, model)
     parts.finish()
     assert settings and model and editor and stats and restraints and data and suite and editing and tracker and runtime
     place = parts.place(settings, model)
@@ -118,11 +120,13 @@ def locate(config: Any, *, choices: Mapping[str, Any] | None = None) -> Place:
     """
     parts = Parts({"restraint": {}} | plain(config), choices or {})
     settings, model, editor = parts.settings(), parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
-    restraints = parts.restraints(editor)
+    restraints = parts.restraints()
     for key, expected in PARTS.items():
         if key not in ("model", "editor", "restraint", "stats"):
             parts.one(key, expected)
     parts.check_together(settings, editor, parts.one("stats", StatsConfig))
+    for problem in editor.lacks() if editor is not None else ():
+        parts.problems.add(problem)
     parts.finish()
     assert settings and model and restraints
     views = tuple(name for name, each in restraints.totals.items() if each.apply_at == "evaluation")
@@ -167,7 +171,13 @@ class Parts:
             self.problems.add(problem)
         return settings
 
-    def restraints(self, editor: AbstractEditor | None) -> Restraints | None:
+    def editor_class(self) -> type[AbstractEditor] | None:
+        """What an editor can do is known from its class, also where an option of it is wrong."""
+        node = self.config.get("editor")
+        found = resolve(node[TARGET], "editor", AbstractEditor, self.problems) if isinstance(node, Mapping) and TARGET in node else None
+        return None if found is None or inspect.isabstract(found) else found
+
+    def restraints(self) -> Restraints | None:
         """The restraints by place; notes those that the editor has no place for."""
         nodes = self.config["restraint"]
         if "_target_" in nodes:
@@ -181,6 +191,7 @@ class Parts:
             self.problems.add(f"restraint.{name}: a value was given, but {name} is not among the chosen restraints (restraint=[{stack}]).")
         built = {name: construct(node, f"restraint.{name}", AbstractRestraint, self.problems) for name, node in chosen.items()}
         found = {name: restraint for name, restraint in built.items() if restraint is not None}
+        editor = self.editor_class()
         for name, restraint in found.items():
             if editor is not None and restraint.place not in editor.places:
                 allowed = ", ".join(place for place in PLACES if place in editor.places) or "nowhere"
@@ -204,12 +215,13 @@ class Parts:
         if stats is not None and stats.source == "none" and editor is not None and editor.needs_moments:
             remedy = "choose stats=world|text|hub (ROME: or editor.covariance=null)"
             self.problems.add(f"stats=none, but editor={self.name_of('editor')} needs second moments: {remedy}.")
+        kind = self.editor_class()
         device_map = (self.config.get("model") or {}).get("device_map")
-        if device_map is not None and editor is not None and not editor.spans_devices:
+        if device_map is not None and kind is not None and not kind.spans_devices:
             self.problems.add(
                 f"model.device_map: {device_map} was given; editor={self.name_of('editor')} wants the whole model on one device: null."
             )
-        limit = editor.max_batch_size if editor is not None else None
+        limit = kind.max_batch_size if kind is not None else None
         if settings is not None and limit is not None and settings.batch_size > limit:
             self.problems.add(f"batch_size: {settings.batch_size} was given; editor={self.name_of('editor')} edits {limit} at a time.")
         if settings is not None and (obstacle := not_writable(Path(settings.paths.outputs).expanduser())):
@@ -245,7 +257,7 @@ class Parts:
             return None
         if settings.edits > len(data.requests):
             self.problems.add(f"edits: {settings.edits} was given; dataset={self.name_of('dataset')} has {len(data.requests)} requests.")
-        return data
+        return asked_in_one_batch(data, batch_size=settings.batch_size) if settings.rollback else data
 
     def check_edits(self, editor: AbstractEditor | None, data: LoadedDataset | None, settings: Settings | None) -> None:
         """Notes what keeps the editor from editing these requests."""
@@ -253,11 +265,11 @@ class Parts:
             for problem in editor.check_requests(data, data.requests[: settings.edits]):
                 self.problems.add(problem)
 
-    def check(self, suite: AbstractEvaluator | None) -> None:
-        """Reads the data of the suite's tasks; notes what is missing or malformed."""
+    def check(self, suite: AbstractEvaluator | None, model: ModelConfig | None) -> None:
+        """Reads the data of the suite's tasks; notes what is missing or malformed, and what the model is too short for."""
         if isinstance(suite, AbstractSuite):
             try:
-                suite.check()
+                suite.check(positions=model.positions if model is not None else None)
             except ConfigError as error:
                 for problem in error.problems:
                     self.problems.add(problem)

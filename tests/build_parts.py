@@ -28,7 +28,7 @@ class SolveRestraint(AbstractSolveRestraint):
 class UpdateRestraint(AbstractUpdateRestraint):
     """Restrains nothing."""
 
-    def restrain(self, update: Any, weight_OI: Any) -> Any:
+    def restrain(self, update: Any, weight_OI: Any, base: Any) -> Any:
         return update
 
 

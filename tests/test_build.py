@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from pydantic import AllowInfNan
 
 from editkit.build import build
 from editkit.compose import compose
@@ -142,6 +144,54 @@ def test_a_misspelt_nested_key_is_answered_with_the_nearest_one() -> None:
 )
 def test_each_kind_of_bad_value_names_its_key(override: str, problem: str) -> None:
     assert problem in problems_of(override)
+
+
+def test_every_number_must_be_finite() -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["restraint"] = {"norm_cap": {"_target_": "editkit.restraints.norm_cap.NormCap", "norm": "spectral", "ratio": math.inf}}
+
+    text = problems_of("editor.target.stop_loss=.nan", "editor.target.clamp=-.inf", change=change)
+    for key, value in {"editor.target.stop_loss": "nan", "editor.target.clamp": "-inf", "restraint.norm_cap.ratio": "inf"}.items():
+        assert f"{key}: {value} was given; should be a finite number." in text
+
+
+def test_a_field_may_say_that_it_takes_infinity() -> None:
+    @dataclass(frozen=True)
+    class Endless:
+        bound: Annotated[float, AllowInfNan(True)]
+        pair: tuple[float, ...] = ()
+
+    problems = Problems()
+    assert construct({"bound": math.inf}, "x", Endless, problems) == Endless(math.inf)
+    assert construct({"bound": 1.0, "pair": [1.0, math.nan]}, "x", Endless, problems) is None
+    assert problems.found == ["x.pair.1: nan was given; should be a finite number."]
+
+
+def test_each_fault_of_a_restraint_is_a_problem_of_its_own_under_the_key_that_it_stands_at() -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["restraint"] = compose(["restraint=[eac,prune_linear]"]).config["restraint"]
+        config["restraint"]["eac"] |= {"gamma": 100.0, "epsilon": 0.0}
+        config["restraint"]["prune_linear"] |= {"alpha": 0.5, "every": 3}
+
+    lines = problems_of(change=change).splitlines()
+    assert lines[0] == "4 problems:"
+    for key in ("eac.gamma", "eac.epsilon", "prune_linear.alpha", "prune_linear.every"):
+        assert [line for line in lines if line.startswith(f"  - restraint.{key}: ")], key
+
+
+def test_an_option_that_is_wrong_hides_nothing_of_what_the_editor_cannot_do() -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["restraint"] = {"mine": fake_restraint("SolveRestraint")}
+        config["model"]["device_map"] = "auto"
+
+    text = problems_of("editor.layers=[0,0]", "batch_size=2", change=change)
+    for part in (
+        "editor.layers: ",
+        "batch_size: 2 was given; editor=rome edits 1 at a time.",
+        "restraint=mine acts on the solve; editor=rome",
+    ):
+        assert part in text
+    assert "model.device_map" not in text, "ROME can"
 
 
 def test_an_interpolation_that_leads_nowhere_is_named() -> None:

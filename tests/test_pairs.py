@@ -46,7 +46,7 @@ QUICK = {
     "editor.stop_loss": 0.0,
     "editor.context_lengths": [[4, 1]],
     "restraint.eac.steps_search": 1,
-    "restraint.eac.steps_retrain": 1,
+    "restraint.eac.steps_retrain": 2,
     "restraint.prune.function": "linear",
     "restraint.alphaedit.threshold": 2.0,  # times the mean eigenvalue
     "restraint.alphaedit.threshold_unit": "relative",

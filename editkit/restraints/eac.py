@@ -12,13 +12,16 @@ descents over the loss of every search (`editkit.targets.search`):
 those of `v_weight_decay` in the editors' files, which stands over |v|^2 in published code; without that, 0.5 * |delta|^2 outweighs the rest
 of the loss a hundredfold where |delta| is a few times ten, and takes the edit back.
 
-So ROME's update differs from that of delta = 0 in the anchors' rows of the matrix alone, and MEMIT's first layer writes no others. With
-10 + 10 updates the network runs as often as in a plain search of 20; the editor's own `target.steps` has no say.
+So ROME's update differs from that of delta = 0 in the anchors' rows of the matrix alone, and MEMIT's first layer writes no others. Steps
+are counted as in a plain search, by how often the loss is taken: 10 + 10 steps are 20 passes forward and 19 back, 10 of them in the first
+descent, as `target.steps` of 20 are. The editor's own `target.steps` has no say.
 
 `variant: published_code` is what the authors' code does instead. It fixes the numbers, has no l2, and its two programs differ:
 
     ROME     20 % of the coordinates; retraining goes on from delta at the anchors; the l1 term is computed and shown, but not added
     MEMIT    5 % of them; retraining starts from zero and takes 15 updates; the l1 term is added
+
+It moves after every loss, so 10 + 10 and 10 + 15 times; here one more pass forward tells where that ends.
 
 Shape letters: N requests, K those of them that still go on, O width of the target vector.
 """
@@ -31,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from editkit.errors import OptionError
 from editkit.lazy import torch
 from editkit.restraints.base import AbstractObjectiveRestraint
 
@@ -59,7 +63,7 @@ class Eac(AbstractObjectiveRestraint):
     """Restrains the target vector to its anchors; its options are those of `conf/restraint/eac.yaml`.
 
     Raises:
-        ValueError: an option is out of range.
+        OptionError: an option is out of range.
     """
 
     variant: Variant
@@ -68,8 +72,8 @@ class Eac(AbstractObjectiveRestraint):
     l2: float
     l2_unit: Unit
     epsilon: float
-    steps_search: int  # updates
-    steps_retrain: int  # updates
+    steps_search: int  # how often the loss is taken, each time followed by an update
+    steps_retrain: int  # how often the loss is taken; updates lie between, so one fewer
     selector: Selector
     saliency: bool
     elastic_net: bool
@@ -87,13 +91,13 @@ class Eac(AbstractObjectiveRestraint):
                 problems.append(f"{name}: must be a weight - given {getattr(self, name)} - allowed: 0 or more")
         if not 0 < self.epsilon < math.inf:
             problems.append(f"epsilon: must be positive, a saliency of 0 is divided by it - given {self.epsilon} - published: 1e-6")
-        for name in ("steps_search", "steps_retrain"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}: too few updates - given {getattr(self, name)} - allowed: 1 or more")
+        for name, fewest in {"steps_search": 1, "steps_retrain": 2}.items():
+            if getattr(self, name) < fewest:
+                problems.append(f"{name}: too few, delta would not move - given {getattr(self, name)} - allowed: {fewest} or more")
         if not self.saliency and self.selector != "saliency":
             problems.append(f"selector: has no effect where saliency=false frees every coordinate - given {self.selector!r}")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise OptionError(problems)
 
     def search(self, problem: TargetProblem, *, request_ids: Sequence[str], site: Literal["mlp", "block"]) -> Descent:
         """Both descents; for a request that never moved in the first, or met a number that is not finite, the first alone."""
@@ -117,7 +121,7 @@ class Eac(AbstractObjectiveRestraint):
         return Numbers(
             updates_search=self.steps_search if is_paper else 10,
             num_anchors=max(num_anchors[self.variant], 1) if self.saliency else size,
-            updates_retrain=self.steps_retrain if is_paper else (15 if restarts else 10),
+            updates_retrain=self.steps_retrain - 1 if is_paper else (15 if restarts else 10),
             from_zero=restarts,
             l1=self.l1 if is_paper or restarts else 0.0,
             l2=self.l2 if is_paper else 0.0,

@@ -1,21 +1,20 @@
-"""A cap on the norm of each update, relative to the norm of the matrix that it changes.
+"""A cap on the norm of each update, relative to the norm of the unedited matrix.
 
-    dW -> dW * min(1, ratio * |W| / |dW|)
+    dW -> dW * min(1, ratio * |W_0| / |dW|)
 
-with |.| the spectral or the Frobenius norm on both sides and W the matrix just before the update: a restraint on updates sees that one,
-not W_0, so the cap grows with what earlier edits made of the matrix. No paper's method: the plainest restraint on an update, to compare
+with |.| the spectral or the Frobenius norm on both sides. W_0 and not the matrix as it is: that one grows with the edits, and a cap
+relative to it would let N aligned updates grow like (1 + ratio)^N. No paper's method: the plainest restraint on an update, to compare
 others with. A low-rank update stays low-rank. Shape letters: O d_out, I d_in.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from editkit.errors import ConfigError
 from editkit.linalg.lowrank import LowRank, Update, frobenius, sigma_max
-from editkit.restraints.base import AbstractUpdateRestraint
+from editkit.restraints.base import AbstractUpdateRestraint, Norms
 
 if TYPE_CHECKING:
     from editkit.lazy import torch
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class NormCap(AbstractUpdateRestraint):
-    """Shortens an update whose norm exceeds `ratio` times the weight's.
+    """Shortens an update whose norm exceeds `ratio` times that of W_0.
 
     Raises:
         ConfigError: `ratio` is not positive.
@@ -36,14 +35,10 @@ class NormCap(AbstractUpdateRestraint):
         if not self.ratio > 0:
             raise ConfigError(f"restraint.norm_cap.ratio must be positive - got {self.ratio}.")
 
-    def restrain(self, update: Update, weight_OI: torch.Tensor) -> Update:
+    def restrain(self, update: Update, weight_OI: torch.Tensor, base: Norms) -> Update:
         """The update itself where it is short enough, else a multiple of it; one that is not finite stays as it is."""
-        measure = sigma_max if self.norm == "spectral" else frobenius
-        size = measure(update)
-        # sigma_max >= |W|_F / sqrt(rank), which most updates stay below: they are spared the cost of the weight's sigma_max.
-        if self.norm == "spectral" and size <= self.ratio * frobenius(weight_OI) / math.sqrt(min(weight_OI.shape)):
-            return update
-        limit = self.ratio * measure(weight_OI)
+        size, of_base = (sigma_max(update), base.sigma_max) if self.norm == "spectral" else (frobenius(update), base.frobenius)
+        limit = self.ratio * of_base
         if not size > limit:
             return update
         return update.scaled(limit / size) if isinstance(update, LowRank) else update * (limit / size)

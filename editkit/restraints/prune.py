@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from editkit.errors import OptionError
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.linalg.total import Total
@@ -37,7 +38,7 @@ class Prune(AbstractTotalRestraint):
     """Restrains the total of each matrix by itself. `alpha` is the base of the logarithm; `linear` does not use it.
 
     Raises:
-        ValueError: an option is out of range.
+        OptionError: an option is out of range.
     """
 
     function: Function
@@ -59,7 +60,7 @@ class Prune(AbstractTotalRestraint):
         if self.apply_at != "every" and self.every is not None:
             problems.append(f"every: has no effect with apply_at={self.apply_at} - given {self.every} - set every=null or apply_at=every")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise OptionError(problems)
 
     def check(self, base_sigma_max: Mapping[str, float]) -> list[str]:
         """The matrices on which F would enlarge singular values (or has no value), with what to do."""

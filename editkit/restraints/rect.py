@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.linalg.lowrank import Update, dense
-from editkit.restraints.base import AbstractUpdateRestraint
+from editkit.restraints.base import AbstractUpdateRestraint, Norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Rect(AbstractUpdateRestraint):
         if problems:
             raise ConfigError(problems)
 
-    def restrain(self, update: Update, weight_OI: torch.Tensor) -> torch.Tensor:
+    def restrain(self, update: Update, weight_OI: torch.Tensor, base: Norms) -> torch.Tensor:
         """The update, (O, I) float32, with all but the largest relative changes set to zero; ties with the last that stays, stay too."""
         update_OI = dense(update).float()
         change_OI = update_OI.abs() / (weight_OI.to(update_OI.device).float().abs() + self.epsilon)
