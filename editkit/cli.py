@@ -79,14 +79,19 @@ def list_options(group: Annotated[str | None, typer.Argument(help="Only this gro
 
 @app.command()
 def validate(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """Compose and check a configuration, and read its dataset; no model is loaded."""
+    """Compose and check a configuration, read its dataset and estimate its memory; no model is loaded.
+
+    A GPU that this machine does not have is held against runtime.memory_gb alone.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from editkit.build import build
+    from editkit.memory import free_bytes, require_fit
 
     composed = composed_or_explained(overrides or [], config_dir)
     experiment = build(composed.config, choices=composed.choices)
+    memory = require_fit(experiment.config, free_bytes=free_bytes(experiment.config))
     recipe = composed.config.get("recipe", {})
     schedule = experiment.schedule
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -98,7 +103,7 @@ def validate(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
         *((f"  {kind.replace('_', ' ')}", text) for kind, text in experiment.data.counts()),
         ("edits", f"{schedule.edits} in batches of {schedule.batch_size}, measured after {', '.join(map(str, schedule.milestones))}"),
         ("folder", str(experiment.folder)),
-        *probe.memory_rows(dict(experiment.config)),
+        *(memory.rows() if memory is not None else [probe.UNKNOWN]),
     ):
         table.add_row(*row)
     console = Console()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from editkit.hypernet.learner import Diverged, LearningState, _Learner
 from editkit.hypernet.measure import measure
 from editkit.hypernet.network import STEP_SIZES, name_of
 from editkit.hypernet.store import load_hypernetwork
+from editkit.model.load import ModelConfig
 from editkit.model.tokens import encode_with_target
 from editkit.training.build import build_training
 from editkit.training.session import train
@@ -277,6 +279,19 @@ def test_a_training_writes_what_a_run_writes_and_a_hypernetwork_that_a_run_takes
     assert train(job_of(tmp_path, "resume=never")) == 0
     anew, _ = load_hypernetwork(str(job.folder))
     assert all(torch.equal(tensor, anew.tensors[name]) for name, tensor in again.items())
+
+    def refuses(told: str, job: Any) -> None:
+        files = [(path, path.read_bytes()) for path in sorted(job.folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+        with pytest.raises(ConfigError, match=told):
+            train(job)
+        assert files == [(path, path.read_bytes()) for path in sorted(job.folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+
+    elsewhere, llama = replace(job, data=replace(job.data, digest="0" * 64)), replace(job, model=ModelConfig(id="asset:tiny-llama"))
+    refuses(r"dataset: .* is not what the run began with", elsewhere)
+    refuses("no bundled model", replace(job_of(tmp_path, "resume=never"), model=ModelConfig(id="asset:gone")))
+    (job.folder / "DONE").unlink()
+    refuses(r"dataset: .* is not what the run began with", elsewhere)
+    refuses("model: asset:tiny-llama is not what the run began with", llama)
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from editkit.model.trace import Trace
 
 app = typer.Typer()
+UNKNOWN = ("memory", "not known: its sizes are on the hub, and none of it is on this machine")
+SHOWN = 6  # matrices that are named; of more, some
 
 
 @app.command()
@@ -64,7 +66,8 @@ def described(config: ModelConfig, found: Probed, composed: dict[str, Any]) -> T
         ("model", f"{config.label} ({config.id}, {config.dtype}, {config.weights} weights)"),
         ("architecture", f"{found.kind}, {len(found.matrices)} layers, {found.num_parameters:,} parameters"),
         ("modules", f"base {family.base}, blocks {family.blocks}, final norm {family.final_norm}, MLP {family.mlp(0)}"),
-        ("edited", f"{first.name} ... {last.name}, {first.type}"),
+        ("matrices", f"{first.name} ... {last.name}, {first.type}"),
+        *(("edited", names) for names in (edited_names(composed),) if names),
         ("shape", f"d_out x d_in = {first.shape[0]} x {first.shape[1]}{'' if same else ' (layer 0; they differ)'}"),
         ("orientation", f"stored {stored} (d_out, d_in)"),
         (
@@ -83,15 +86,26 @@ def described(config: ModelConfig, found: Probed, composed: dict[str, Any]) -> T
     return table
 
 
-def memory_rows(composed: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a run with this configuration would take; why it is not known, where an editor's numbers are missing."""
-    from editkit.memory import estimated
+def edited_names(composed: dict[str, Any]) -> str | None:
+    """The matrices that the editor would change; None where its layers or the model's sizes are not known."""
+    from editkit.memory import edited
 
     try:
-        found = estimated(composed)
+        found = edited(composed) or ()
+    except ConfigError:
+        return None
+    return ", ".join(found) if len(found) < SHOWN else f"{found[0]}, {found[1]}, ... {found[-1]} ({len(found)} matrices)"
+
+
+def memory_rows(composed: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run with this configuration would take; why it is not known, where an editor's numbers are missing."""
+    from editkit.memory import free_bytes, here
+
+    try:
+        found = here(composed, free_bytes=free_bytes(composed))
     except ConfigError as error:
         return [("memory", f"not known: {error.problems[0]}")]
-    return found.rows() if found is not None else [("memory", "not known: its sizes are on the hub, and none of it is on this machine")]
+    return found.rows() if found is not None else [UNKNOWN]
 
 
 def traced(config: ModelConfig, composed: Any, *, facts: int, window: int, noise: float, draws: int) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from editkit.hypernet.examples import Example, Split, examples
@@ -29,7 +29,7 @@ PROTOCOL, TIMING, VIEW = "argmax", "rollback", "unrestrained"  # how validation 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningState:
-    """All that the next step depends on, besides the base model, the data and the options."""
+    """All that the next step depends on, besides the base model, the data and the options. Its tensors lie on the CPU, and are its own."""
 
     step: int
     network: TensorState
@@ -42,6 +42,10 @@ class LearningState:
     def best_of(self, network: Hypernetwork) -> Hypernetwork:
         """The network that this training would give now."""
         return network.with_tensors(self.best or self.network)
+
+    def outcome(self) -> LearningState:
+        """What a training comes to, without the tensors that only a further step needs: three copies of the network."""
+        return replace(self, network={}, adam={}, chains={})
 
 
 class Diverged(Exception):
@@ -75,16 +79,16 @@ class Learning:
 
         Raises Diverged. Ends early, its state yielded, where `should_stop` says so.
         """
-        learner = _Learner(self, state)
-        if state is None:
+        learner, is_new = _Learner(self, state), state is None
+        del state  # the learner has copies
+        if is_new:
             yield StepRecord(step=0)
             yield from learner.validate()
             yield learner.state()
         while learner.step < self.options.steps and not learner.is_stuck:
-            before = learner.state()
             record = learner.take_step()
             if record.nonfinite:
-                yield before
+                yield learner.state()  # as it was before
                 yield record
                 raise Diverged(record)
             yield record
@@ -141,18 +145,18 @@ class _Learner:
 
     def state(self) -> LearningState:
         adam = {
-            f"{name}/{key}": value.detach().clone()
+            f"{name}/{key}": copied(value)
             for name, tensor in self.network.learned().items()
             for key, value in self.adam.state.get(tensor, {}).items()
         }
         chains = {
-            f"{module}/{side}": each.clone()
+            f"{module}/{side}": copied(each)
             for module, both in (self.chains or {}).items()
             for side, each in zip(("left", "right"), both, strict=True)
         }
         return LearningState(
             step=self.step,
-            network=self.network.detached().tensors,
+            network={name: copied(tensor) for name, tensor in self.network.tensors.items()},
             adam=adam,
             chains=chains,
             best=self.best,
@@ -166,8 +170,9 @@ class _Learner:
         return examples(self.job.split.train, seed=self.job.seed, step=step, count=options.accumulate, locality=options.locality_texts)
 
     def take_step(self) -> StepRecord:
-        """Gradients of all examples, then Adam. What is not finite stops it before Adam."""
+        """Gradients of all examples, then Adam. What is not finite stops it before Adam, with everything as it was before."""
         started, options, step = time.perf_counter(), self.options, self.step + 1
+        before = self.network, self.chains  # until Adam's step only the running statistics move, and those into new tensors
         chosen = self.drawn(step)
         place = (step - 1) % options.sequence  # in the chains
         if place == 0:
@@ -208,6 +213,8 @@ class _Learner:
             self.adam.step()
             self.step = step
             self.chains = joined(self.chains, stacked(made)) if made else None
+        else:
+            self.network, self.chains = before
         return StepRecord(
             step=step,
             requests=tuple(example.request.id for example in chosen),
@@ -220,7 +227,7 @@ class _Learner:
         """Measures the validation edits, and keeps the network if it is the best so far."""
         count = self.options.validation // self.options.sequence * self.options.sequence
         chosen = examples(self.job.split.validation, seed=self.job.seed, step=1, count=count, locality=self.options.locality_texts)
-        found = measure(self.model, self.network.detached(), chosen, sequence=self.options.sequence)
+        found = measure(self.model, self.network, chosen, sequence=self.options.sequence)
         loss = self.options.edit_weight * found["edit_loss"] + self.options.locality_weight * found["locality_loss"]
         for metric in ("efficacy", "generalization", "locality"):
             yield EvalRecord(
@@ -238,7 +245,13 @@ class _Learner:
             finite = value if math.isfinite(value) else None
             yield EvalRecord(step=self.step, view=VIEW, kind="training", metric=metric, value=finite, stderr=None, n=count)
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            self.best, self.best_step, self.best_loss = self.network.detached().tensors, self.step, loss
+            self.best = {name: copied(tensor) for name, tensor in self.network.tensors.items()}
+            self.best_step, self.best_loss = self.step, loss
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU that nothing learns: a GPU has room for what is computed with."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def stacked(parts: Sequence[RowUpdates]) -> RowUpdates:

@@ -16,9 +16,11 @@ from editkit.model.tokens import encode_with_targets
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
+ROWS = 32  # edits, or chains of them, that go through the model together
+
 
 def measure(
-    model: EditableModel, network: Hypernetwork, chosen: Sequence[Example], *, sequence: int = 1, rows: int = 32
+    model: EditableModel, network: Hypernetwork, chosen: Sequence[Example], *, sequence: int = 1, rows: int = ROWS
 ) -> Mapping[str, float]:
     """Means over edits: losses, and the shares of prompts, paraphrases and locality answers that are as they should be.
 

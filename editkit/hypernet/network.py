@@ -146,6 +146,15 @@ def new_hypernetwork(shapes: Mapping[str, Shape], options: NetworkOptions, *, se
     return Hypernetwork(shapes={module: (shape[0], shape[1]) for module, shape in shapes.items()}, options=options, tensors=tensors)
 
 
+def num_bytes(shapes: Sequence[Shape], options: NetworkOptions) -> int:
+    """What the tensors of `new_hypernetwork` take, for these matrices."""
+    count = 4 * len(shapes)
+    for shape in set(shapes):
+        size = sum(shape)
+        count += 2 * 4 * (2 * min(options.rank, size) * size + size + 2 * shapes.count(shape) * size) + 8 * (2 * size + 1)
+    return count
+
+
 def name_of(shape: Sequence[int]) -> str:
     """What the tensors of a shape's network begin with: "512x128" for O = 512, I = 128."""
     return f"{shape[0]}x{shape[1]}"

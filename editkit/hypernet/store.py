@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from editkit.errors import ConfigError
-from editkit.files import write_atomically
+from editkit.files import written_atomically
 from editkit.hypernet.network import Hypernetwork, NetworkOptions
 from editkit.lazy import torch
 from editkit.types import EditRequest
@@ -70,7 +70,7 @@ def save_hypernetwork(
     facts: Mapping[str, Any],
 ) -> None:
     """Writes it, whole or not at all."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     seen = list(trained)
     header = {
@@ -84,8 +84,9 @@ def save_hypernetwork(
         "prompts": sorted({prompt_digest(request) for request in seen}),
         "facts": dict(facts),
     }
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.tensors.items()}
-    write_atomically(path, save(tensors, metadata={"editkit": json.dumps(header)}))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.tensors.items()}
+    with written_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata={"editkit": json.dumps(header)})
 
 
 def read_header(path: str) -> Header:
