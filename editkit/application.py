@@ -88,7 +88,7 @@ def job(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from editkit.sweeps.plan import CELLS, save_outcome
+    from editkit.sweeps.plan import CELLS, save_outcome, shares_its_run
 
     context = HydraConfig.get()
     choices = context.runtime.choices
@@ -99,7 +99,14 @@ def job(config: Any) -> None:
     outcome = {"code": None, "error": None, "host": platform.node(), "pid": os.getpid()}
     if is_planned:
         save_outcome(folder, context.job.num, outcome)
-    ended = attempt(config, choices, label=f"job {context.job.num} ({' '.join(context.overrides.task)})", is_cell=True)
+    ended = attempt(
+        config,
+        choices,
+        label=f"job {context.job.num} ({' '.join(context.overrides.task)})",
+        is_cell=True,
+        # A waiting sweeper takes cells that share this run apart, and each says what is wrong with it.
+        is_tried_apart=is_planned and not context.launcher.get("detach") and shares_its_run(folder, context.job.num),
+    )
     if is_planned:
         where = os.path.relpath(ended.folder, folder) if ended.folder else None
         facts = {"code": ended.code, "error": ended.error, "folder": where, "seconds": round(time.time() - started, 3)}
@@ -119,8 +126,11 @@ class Ended:
     folder: Path | None = None
 
 
-def attempt(config: Any, choices: Mapping[str, Any], *, label: str = "", is_cell: bool = False) -> Ended:
-    """Builds and runs one configuration; whatever goes wrong is shown and becomes an exit code."""
+def attempt(config: Any, choices: Mapping[str, Any], *, label: str = "", is_cell: bool = False, is_tried_apart: bool = False) -> Ended:
+    """Builds and runs one configuration; whatever goes wrong is shown and becomes an exit code.
+
+    `is_tried_apart`: a mistake is not shown, since the parts of this run are tried next.
+    """
     from editkit.build import build
     from editkit.lock import Busy
 
@@ -134,8 +144,10 @@ def attempt(config: Any, choices: Mapping[str, Any], *, label: str = "", is_cell
         with writing_below(folder):
             return Ended(code=session.run(experiment, leave_failed=is_cell and not experiment.retry_failed), folder=folder)
     except ConfigError as error:
-        report(error, label=label)
-        return Ended(code=BUSY if isinstance(error, Busy) else MISTAKE, error=" ".join(str(error).split()), folder=folder)
+        is_busy = isinstance(error, Busy)
+        if is_busy or not is_tried_apart:
+            report(error, label=label)
+        return Ended(code=BUSY if is_busy else MISTAKE, error=" ".join(str(error).split()), folder=folder)
     except Exception as error:
         report_failure(label)
         return Ended(code=FAILURE, error=" ".join(f"{type(error).__name__}: {error}".split()), folder=folder)

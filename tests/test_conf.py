@@ -77,7 +77,8 @@ def test_every_restraint_recipe_is_found_by_itself_and_yields_to_the_command_lin
 
 
 def test_alphaedit_means_the_same_by_either_name() -> None:
-    by_editor, by_restraint = (compose(["model=tiny-llama", *each]).config for each in (["editor=alphaedit"], ["editor=memit", "restraint=alphaedit"]))
+    names = (["editor=alphaedit"], ["editor=memit", "restraint=alphaedit"])
+    by_editor, by_restraint = (compose(["model=tiny-llama", *each]).config for each in names)
     assert by_editor["restraint"] == by_restraint["restraint"]
     assert by_editor["restraint"]["alphaedit"]["l2"] == 1
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from editkit.build import Parts, build
+from editkit.build import Parts, build, locate
 from editkit.compose import compose, conf_folder
 from editkit.datasets.base import AbstractDataset
 from editkit.editors.base import AbstractEditor
+from editkit.errors import ConfigError
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.model.load import ModelConfig
@@ -28,7 +29,7 @@ PRESETS = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDE
 EXPERIMENTS = experiments_folder()
 assert EXPERIMENTS is not None
 PAPERS = sorted(path.name for path in EXPERIMENTS.iterdir() if path.is_dir())
-NOT_IN_EDITKIT = {"pmet", "grace", "mend"}  # editors of the papers' tables; mend is on its way
+NOT_IN_EDITKIT = {"pmet", "grace"}  # editors of the papers' tables
 
 
 def values(preset: str, scale: str) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def checked(overrides: list[str]) -> dict[str, Any]:
     parts = Parts({"restraint": {}} | composed.config, composed.choices)
     parts.settings()
     parts.one("model", ModelConfig)
-    parts.restraints(parts.one("editor", AbstractEditor))
+    parts.one("editor", AbstractEditor)
+    parts.restraints()
     parts.one("dataset", AbstractDataset)
     parts.one("suite", AbstractEvaluator)
     parts.one("evaluation", EditingEvaluator)
@@ -98,6 +100,25 @@ def test_every_value_of_every_grid_is_taken_by_its_class(preset: str) -> None:
 def test_scale_tiny_alone_and_the_demo_need_no_plus() -> None:
     assert compose(["scale=tiny"]).config["model"]["name"] == "tiny-gptj"
     assert compose(["experiment=demo"]).config["experiment_name"] == "demo"
+
+
+def test_mend_is_refused_before_a_sweep_starts_until_it_has_a_hypernetwork_and_the_bundled_models_have_theirs(tmp_path: Path) -> None:
+    def place(*overrides: str) -> Path:
+        found = compose([*overrides, "editor=mend", f"paths.outputs={tmp_path}"])
+        return locate(found.config, choices=found.choices).folder
+
+    with pytest.raises(ConfigError, match=r"editor\.hypernetwork is not set: `editkit train editor=mend"):
+        place("experiment=prune/table1")
+    with pytest.raises(ConfigError, match=r"editor\.hypernetwork: .*there is no file"):
+        place("experiment=prune/table1", f"editor.hypernetwork={tmp_path}")
+    with_mend = [preset for preset in PRESETS if "mend" in grid(preset, "paper").get("editor", ())]
+    assert with_mend == ["prune/figure2", "prune/figure3_gpt2_xl", "prune/figure3_llama2_7b", "prune/figure3_llama3_8b", "prune/table1"]
+    assert {model for preset in with_mend for model in grid(preset, "tiny")["model"]} == {"tiny-gpt2", "tiny-llama"}
+    for preset, model in (("prune/table1", "tiny-llama"), ("prune/figure3_gpt2_xl", "tiny-gpt2")):
+        assert place(f"experiment={preset}", "scale=tiny", f"model={model}").is_relative_to(tmp_path)
+    for preset in with_mend:
+        text = (FOLDER / f"{preset}.yaml").read_text()
+        assert "editkit train editor=mend" in text and f"experiment={preset} " in text and "editor.hypernetwork=" in text
 
 
 LEFT_OUT = {"zsre/zsre_mend_train_10000.json", "mquake/MQuAKE-CF_AKEW.json"}  # of which only a part is at hand
@@ -146,7 +167,7 @@ def test_published_numbers_are_those_of_presets_and_their_columns_name_real_thin
     restraints = {path.stem for path in (conf_folder() / "restraint").glob("*.yaml")}
     models = {path.stem for path in (conf_folder() / "model").glob("*.yaml")} | {""}
     for each in load_published():
-        assert each.preset in (*PRESETS, "")
+        assert each.preset in PRESETS
         assert each.editor in editors and each.restraint in restraints and each.model in models, each
     assert len(published("d4s/table2_gptj")) == len(published("d4s/table2_llama2")) == 6 * 3 * 4
 
@@ -159,6 +180,7 @@ def test_published_numbers_are_those_of_presets_and_their_columns_name_real_thin
         ("d4s/table2_gptj", "MEMIT", 500, "generalization", "gptj-6b", 76.15),
         ("d4s/table4", "D4S", 10000, "hellaswag", "llama2-7b", 52.99),
         ("eac/table1_time", "MEMIT-EAC", None, "seconds", "llama3-8b", 12.66),
+        ("d4s/figure4", "MEMIT", None, "effective_edits", "gptj-6b", 850),
     ],
 )
 def test_a_sample_of_the_published_numbers(preset: str, row: str, edits: int | None, metric: str, model: str, value: float) -> None:

@@ -14,11 +14,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "editkit"
 
 # From the bottom up; a file may import from its own layer and from those before it.
 LAYERS = (
-    {"__init__", "types", "errors", "lazy", "files", "lock", "signals", "timing", "peak", "schedule", "linalg"},
+    {"__init__", "types", "errors", "lazy", "files", "inputs", "lock", "signals", "timing", "peak", "schedule", "linalg"},
     {"model", "stats", "targets", "hypernet"},
     {"editors", "restraints", "datasets", "evaluation"},
-    {"state", "trajectory", "views", "runner"},
-    {"schema", "compose", "experiment", "build", "trackers", "report", "provenance", "export", "bench", "memory"},
+    {"lengths", "state", "trajectory", "views", "runner"},
+    {"schema", "compose", "experiment", "build", "trackers", "report", "provenance", "export", "bench", "memory", "footprint"},
     {"session", "training"},
     {"sweeps"},
     {"application", "commands", "cli", "__main__"},

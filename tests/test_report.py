@@ -16,7 +16,6 @@ from editkit.report.collect import COLUMNS, collect, save
 from editkit.report.find import load_runs
 from editkit.report.measured import Measured, measured, pairs
 from editkit.report.panels import MAX_POINTS, sheets
-from editkit.report.published import beside, load_published
 from editkit.report.significance import compare, paired_t_test
 from editkit.report.summary import Summary, summaries, text_of
 from editkit.types import EvalRecord
@@ -275,52 +274,13 @@ def test_lines_are_means_with_one_standard_deviation_and_of_bounded_length(tmp_p
     assert len(line.at) <= MAX_POINTS and line.at[-1] == 2999
 
 
-# --- published numbers
-
-
-HEADER = "preset,source,table,row,value,unit,model,editor,restraint,dataset,edits,metric,protocol\n"
-
-
-def published(folder: Path, *lines: str) -> Path:
-    path = folder / "published.csv"
-    path.write_text(HEADER + "".join(f"{line}\n" for line in lines))
-    return path
-
-
-def test_published_numbers_stand_beside_those_of_the_preset_that_repeats_them(tmp_path: Path) -> None:
-    for seed, value in enumerate((0.5, 0.7)):
-        add_run(
-            tmp_path / "runs",
-            config_of(seed, restraint={}, model="gptj-6b", name="d4s-table2_gptj"),
-            evals_of(efficacy={"unrestrained": value}),
-        )
-    path = published(
-        tmp_path,
-        "d4s/table2_gptj,D4S,Table 2,ROME,1.17,%,gptj-6b,rome,none,world,4,efficacy,probability",
-        "d4s/table2_gptj,D4S,Table 2,MEMIT,98.25,%,gptj-6b,memit,none,world,4,efficacy,probability",
-        "d4s/table2_gptj,D4S,Table 2,ROME,1.17,%,gptj-6b,rome,none,world,4,efficacy,token",
-        "d4s/table2_gptj,D4S,Table 2,ROME,3.5,,gptj-6b,rome,none,world,4,total_sigma_max,",
-        "d4s/table9,D4S,Table 9,ROME,1,%,gptj-6b,rome,none,world,4,efficacy,",
-    )
-    found = beside(subjects_in(tmp_path / "runs"), load_published([path]))
-    assert [each.measured.mean if each.measured else None for each in found] == [pytest.approx(60.0), None, None, None]
-    assert not any(each.is_stand_in for each in found)
-
-
-def test_a_bundled_model_stands_in_at_the_milestones_of_the_same_place(tmp_path: Path) -> None:
-    config = config_of(0, restraint={}, model="tiny-gptj", name="d4s-table2_gptj-tiny", milestones=[0, 2, 4])
-    add_run(tmp_path / "runs", config, evals_of(efficacy={"unrestrained": 0.25}, steps=(0, 1, 2)))
-    lines = [f"d4s/table2_gptj,D4S,Table 2,ROME,9,%,gptj-6b,rome,none,zsre,{edits},efficacy,probability" for edits in (500, 1000)]
-    found = beside(subjects_in(tmp_path / "runs"), load_published([published(tmp_path, *lines)]))
-    assert [(each.published.edits, each.edits, each.measured.mean if each.measured else None) for each in found] == [
-        (500, 2, 25.0),
-        (1000, 4, 25.0),
-    ]
-    assert all(each.is_stand_in for each in found)
-
-
-def test_malformed_lines_of_a_published_file_are_all_told(tmp_path: Path) -> None:
-    path = published(tmp_path, "a,b,c,d,much,,m,e,r,d,1,x,p", "a,,c,d,1,,m,e,r,d,1,x,p")
-    with pytest.raises(ConfigError) as error:
-        load_published([path])
-    assert [problem.split(": ")[0] for problem in error.value.problems] == [f"{path}:2", f"{path}:3"]
+def test_a_line_is_called_by_what_differs_and_lines_of_different_sizes_get_a_logarithmic_axis(tmp_path: Path) -> None:
+    for editor, scale in (("rome", 1.0), ("mend", 1e6)):
+        folder = add_run(tmp_path, config_of(0, restraint={}, editor=editor), evals_of(efficacy={"unrestrained": 0.5}))
+        steps = (folder / "steps.jsonl").read_text().replace('"l1_norm": 500.0', f'"l1_norm": {500.0 * scale}')
+        (folder / "steps.jsonl").write_text(steps)
+    weights = {panel.title: panel for panel in next(iter(sheets(subjects_in(tmp_path)))).panels}
+    assert [line.label for line in weights["L1 norm"].lines] == ["mend", "rome"]
+    assert weights["L1 norm"].is_log
+    alone = next(iter(sheets(subjects_in(tmp_path)[:1]))).panels
+    assert not {panel.title: panel.is_log for panel in alone}["L1 norm"] and alone[0].lines[0].label == "none"

@@ -37,7 +37,7 @@ def test_a_report_is_a_page_figures_and_tables(written) -> None:
     )
     for path in written.figures:
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
-    assert [path.name for path in written.tables] == ["summary.md", "summary.tex", "published.md"]
+    assert [path.name for path in written.tables] == ["summary.md", "summary.tex", "published.md", "published.tex"]
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_runs_say(written) -> None:
@@ -57,8 +57,19 @@ def test_the_page_holds_tests_failures_provenance_and_the_published_numbers(writ
         "wall_seconds",
         "PRUNE (arXiv 2405.16821), Table 1",
         "3/4",
+        "Collapse points",
     ):
         assert wanted in body, wanted
+
+
+def test_the_page_says_once_what_all_published_rows_share_and_where_all_runs_are(written) -> None:
+    body = re.sub(r"<script.*?</script>", "", written.page.read_text(), flags=re.DOTALL)
+    assert "<h3>prune/table1: PRUNE (arXiv 2405.16821), Table 1</h3>" in body
+    (head,) = re.findall(r"<thead>((?:(?!</thead>).)*published.*?)</thead>", body)
+    assert re.findall(r"<th[^>]*>(.*?)</th>", head)[:3] == ["row", "metric", "paper&#x27;s dataset"], "no column without a value"
+    runs = written.page.parent.parent / "runs"
+    assert f"Runs below {runs}" in body and body.count(str(runs)) == 1
+    assert "sweep/tiny-gpt2-rome-prune-00000000/seed0" in body
 
 
 def test_the_same_runs_give_the_same_page(written, tmp_path: Path) -> None:

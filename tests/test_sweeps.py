@@ -16,9 +16,10 @@ from editkit.compose import Composed, compose, options
 from editkit.errors import ConfigError
 from editkit.sweeps import summary
 from editkit.sweeps.merge import Candidate, literal, merge, trajectories
-from editkit.sweeps.plan import CELLS, Plan, load_outcome, load_plan, note_death, save_outcome, save_plan
+from editkit.sweeps.plan import CELLS, Plan, load_outcome, load_plan, note_death, save_outcome, save_plan, shares_its_run
 from editkit.sweeps.planner import Broken, make_plan, split, to_launch
 from editkit.sweeps.state import RunStatus, look
+from editkit.sweeps.sweeper import CellSweeper
 
 NONE, PRUNE, LINEAR = ("restraint=none",), ("restraint=prune",), ("restraint=prune_linear",)
 
@@ -210,6 +211,31 @@ def test_a_job_that_ended_without_a_word_is_noted_but_what_it_said_stands(tmp_pa
     note_death(tmp_path, 1, "killed?")
     assert (load_outcome(tmp_path, 1) or {})["error"] == "a mistake"
     assert load_outcome(tmp_path, 2) is None
+
+
+def test_a_job_knows_whether_its_run_holds_several_cells(tmp_path: Path) -> None:
+    save_plan(plan_of(cells(NONE, PRUNE, ("restraint=rect",), outputs=tmp_path)).launched({0: 3, 1: 4}), tmp_path)
+    assert [shares_its_run(tmp_path, job) for job in (3, 4, 5)] == [True, False, False]
+    assert not shares_its_run(tmp_path / "nowhere", 3)
+
+
+def test_views_of_a_run_that_died_once_and_then_could_not_be_are_still_tried_apart(tmp_path: Path) -> None:
+    candidates = cells(NONE, PRUNE, outputs=tmp_path)
+    codes = iter([None, 2, 0, None, None])  # killed, a mistake; apart: done, killed, killed
+    launches: list[int] = []
+
+    class Launcher:
+        def launch(self, jobs: Sequence[Sequence[str]], initial_job_idx: int) -> None:
+            launches.append(len(jobs))
+            for job in range(len(jobs)):
+                save_outcome(tmp_path, initial_job_idx + job, {"code": next(codes), "error": None})
+
+    sweeper = CellSweeper(max_batch_size=None, params=None)
+    sweeper.launcher = Launcher()
+    plan, stopped = sweeper._launch(plan_of(candidates), [0], tmp_path, {each.number: each for each in candidates})
+    assert (launches, stopped) == ([1, 1, 2, 1], 0)
+    ends = [load_outcome(tmp_path, run.jobs[-1]) or {} for run in plan.runs]
+    assert [end["code"] for end in ends] == [0, 1] and "killed?" in ends[1]["error"]
 
 
 # --- how it ended

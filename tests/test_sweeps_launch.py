@@ -117,10 +117,15 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again_only_when_told(tmp_path
 
 @pytest.mark.slow
 def test_a_view_that_its_matrices_forbid_does_not_take_its_trajectory_with_it(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "restraint=none,prune", "restraint.prune.alpha=1.2")
+    options = tmp_path / "conf" / "restraint"
+    options.mkdir(parents=True)
+    node = "{_target_: editkit.restraints.prune.Prune, function: log, alpha: 1.2, apply_at: evaluation, every: null, allow_amplify: false}"
+    (options / "strict.yaml").write_text(f"strict: {node}\n")
+    done = sweep(tmp_path, "restraint=none,strict", options=("--config-dir", "conf"))
     assert done.returncode == 2
     assert "the views of one run are tried apart" in done.stdout
-    assert "failed: cell 1 (restraint=prune): restraint.prune.alpha: F would enlarge" in done.stdout
+    assert "failed: cell 1 (restraint=strict): restraint.strict.alpha: F would enlarge" in done.stdout
+    assert done.stderr.count("F would enlarge") == 1, "the run of both is not blamed for what one of them then says itself"
     assert "1 done, 0 running, 1 failed" in done.stdout
     assert re.search(r"0 +done +4/4 +restraint=none", status(tmp_path))
 

@@ -47,6 +47,10 @@ class AbstractEditor(abc.ABC):
     def needs_moments(self) -> bool:
         """Whether second moments of keys are needed: known before a model is loaded."""
 
+    def lacks(self) -> list[str]:
+        """What a run of this editor cannot do without and does not have; known before a dataset is read."""
+        return []
+
     def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
         """What keeps this editor from making these edits, those of `data` that a run would make: known before a model is loaded."""
         return []

@@ -90,14 +90,22 @@ class Mend(AbstractEditor):
         """The bare prompt alone."""
         return (PLACE,)
 
-    def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
-        """No hypernetwork, or one that was trained on some of these requests."""
+    def lacks(self) -> list[str]:
+        """A hypernetwork that can be read."""
         if self.hypernetwork is None:
             return [MISSING]
         try:
-            header = read_header(self.hypernetwork)
+            read_header(self.hypernetwork)
         except ConfigError as error:
             return list(error.problems)
+        return []
+
+    def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
+        """No hypernetwork, or one that was trained on some of these requests."""
+        if lacking := self.lacks():
+            return lacking
+        assert self.hypernetwork is not None
+        header = read_header(self.hypernetwork)
         leaks = header.leaks(requests, data.digest)
         if not leaks:
             return []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from editkit.report.beside import HEAD as BESIDE
+from editkit.report.beside import Beside, cells_of, notes_of
 from editkit.report.significance import Comparison
 from editkit.report.summary import Mean, Summary, SummaryColumn, SummaryRow, text_of
 
@@ -64,6 +66,35 @@ def html(table: Summary) -> str:
         )
         body.append(f"<tr>{names}{cells}</tr>")
     return f"<table><caption>{escape(caption(table))}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def beside_markdown(found: Sequence[Beside]) -> str:
+    """Published numbers beside measured ones, a GitHub table for each preset."""
+    parts = []
+    for preset, each in _by_preset(found).items():
+        lines = [BESIDE, ["---"] * len(BESIDE), *(cells_of(row) for row in each)]
+        notes = "".join(f"\n{note}\n" for note in notes_of(each))
+        parts.append(f"### {preset}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n{notes}")
+    return "\n".join(parts)
+
+
+def beside_latex(found: Sequence[Beside]) -> str:
+    """Published numbers beside measured ones, a table for booktabs for each preset."""
+    lines = []
+    for preset, each in _by_preset(found).items():
+        lines += [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{'l' * len(BESIDE)}}}", r"\toprule"]
+        lines += [" & ".join(tex(text) for text in BESIDE) + r" \\", r"\midrule"]
+        lines += [" & ".join(tex(text) for text in cells_of(row)) + r" \\" for row in each]
+        caption = " ".join([f"{preset}: published and measured.", *notes_of(each)])
+        lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(caption)}}}", r"\end{table}", ""]
+    return "\n".join(lines)
+
+
+def _by_preset(found: Sequence[Beside]) -> dict[str, list[Beside]]:
+    together: dict[str, list[Beside]] = {}
+    for each in found:
+        together.setdefault(each.published.preset, []).append(each)
+    return together
 
 
 def comparison_rows(found: Sequence[Comparison]) -> list[list[str]]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from editkit.report import curves, formats
+from editkit.report.beside import HEAD, Beside, cells_of, notes_of
+from editkit.report.collapse import Collapses
 from editkit.report.labels import labels
 from editkit.report.load import RunRecords
-from editkit.report.published import Beside
 from editkit.report.significance import Comparison
-from editkit.report.summary import Summary, SummaryColumn, text_of
+from editkit.report.summary import Summary
 from editkit.report.tables import edits_by_step
 
 STYLE = """
@@ -41,6 +44,7 @@ class Content:
     comparisons: Mapping[str, Sequence[Comparison]]  # by the table's title
     drawings: Sequence[tuple[str, str]]  # title, fragment
     published: Sequence[Beside]
+    collapses: Sequence[Collapses]
 
 
 def page(content: Content) -> str:
@@ -58,6 +62,7 @@ def page(content: Content) -> str:
         *_published(content.published),
         "<h2>Failures and collapses</h2>",
         *_failures(content.runs),
+        *_collapses(content.collapses),
         "<h2>Runs</h2>",
         *_runs(content.runs),
     ]
@@ -91,10 +96,11 @@ def _is_number(text: str) -> bool:
 
 
 def _summaries(content: Content) -> Iterable[str]:
-    """The tables at the most edits of each dataset are open, those at fewer can be opened."""
-    most: dict[str, int] = {}
+    """The tables at the most edits of each dataset and protocol are open, those at fewer can be opened."""
+    most: dict[tuple[str, str | None], int] = {}
     for table in content.tables:
-        most[table.dataset] = max(most.get(table.dataset, 0), table.edits)
+        kind = table.dataset, table.protocol
+        most[kind] = max(most.get(kind, 0), table.edits)
     for table in content.tables:
         body = f"<div class='wide'>{formats.html(table)}</div>"
         if found := content.comparisons.get(table.title):
@@ -103,7 +109,7 @@ def _summaries(content: Content) -> Iterable[str]:
             opened = " open" if any(each.p is not None for each in found) else ""
             rows = table_of(head, formats.comparison_rows(found), caption=text)
             body += f"<details{opened}><summary>paired t-tests</summary>{rows}</details>"
-        if table.edits == most[table.dataset]:
+        if table.edits == most[table.dataset, table.protocol]:
             yield f"<h3>{escape(table.title)}</h3>{body}"
         else:
             yield f"<details><summary>{escape(table.title)}</summary>{body}</details>"
@@ -119,54 +125,56 @@ def _published(found: Sequence[Beside]) -> Iterable[str]:
             "is better, what grows, what collapses.</p>"
         )
     for preset in dict.fromkeys(each.published.preset for each in found):
-        rows = [beside_row(each) for each in found if each.published.preset == preset]
-        head = ("source", "row", "metric", "paper's model", "edits", "published", "measured with", "edits", "measured")
-        yield f"<h3>{escape(preset)}</h3>" + table_of(head, rows)
+        here = [each for each in found if each.published.preset == preset]
+        rows = [cells_of(each) for each in here]
+        alike = [len({row[place] for row in rows}) == 1 for place in range(len(HEAD))]
+        # What every row has in common is said once, and what none has not at all: the measured numbers shall be in sight.
+        kept = [place for place in range(len(HEAD)) if not (alike[place] and (place == 0 or rows[0][place] == "-"))]
+        table = table_of([HEAD[place] for place in kept], [[row[place] for place in kept] for row in rows])
+        yield f"<h3>{escape(f'{preset}: {rows[0][0]}' if alike[0] else preset)}</h3>{table}"
+        yield from (f"<p class='note'>{escape(note)}</p>" for note in notes_of(here))
 
 
-def beside_row(each: Beside) -> list[str]:
-    """Cells: source, row, metric, model, edits, published; model, edits, measured."""
-    row = each.published
-    column = SummaryColumn(title=row.metric, is_fraction=False, better=None)
-    measured = text_of(each.measured, column) if each.measured is not None else "-"
-    where = each.model if each.measured is not None else "-"
-    edits = ["-" if at is None else f"{at:,}" for at in (row.edits, each.edits if each.measured is not None else None)]
-    return [
-        f"{row.source}, {row.table}",
-        row.row,
-        row.metric,
-        row.model,
-        edits[0],
-        f"{row.value:g} {row.unit}".strip(),
-        where,
-        edits[1],
-        measured,
-    ]
+def _collapses(tables: Sequence[Collapses]) -> Iterable[str]:
+    for table in tables:
+        head = ("model", "editor", "restraint", *table.columns)
+        text = "Edits until each threshold was crossed, between two milestones, seed by seed where seeds differ; -: not measured."
+        yield f"<h3>Collapse points, {escape(table.dataset)}</h3>"
+        yield table_of(head, [(*label, *cells) for label, cells in zip(table.labels, table.cells, strict=True)], caption=text)
+
+
+def _names(runs: Sequence[RunRecords]) -> tuple[str, dict[Path, str]]:
+    """The folder that holds all runs, and what each is called below it."""
+    try:
+        root = Path(os.path.commonpath([run.folder.parent.parent for run in runs]))
+    except ValueError:  # none, or absolute folders and relative ones
+        return ".", {run.folder: str(run.folder) for run in runs}
+    return str(root), {run.folder: str(run.folder.relative_to(root)) for run in runs}
 
 
 def _failures(runs: Sequence[RunRecords]) -> Iterable[str]:
-    rows = []
+    names, rows = _names(runs)[1], []
     for run in runs:
         edits = edits_by_step(run.steps)
         if run.failure is not None:
             step = run.failure.get("step", run.failure.get("saved_step"))
-            rows.append([str(run.folder), str(run.failure.get("kind", "error")), str(step), str(run.failure.get("error", ""))[:300]])
+            rows.append([names[run.folder], str(run.failure.get("kind", "error")), str(step), str(run.failure.get("error", ""))[:300]])
         elif run.status == "unfinished":
-            rows.append([str(run.folder), "unfinished", str(run.steps[-1].step if run.steps else 0), "cut off or still running"])
+            rows.append([names[run.folder], "unfinished", str(run.steps[-1].step if run.steps else 0), "cut off or still running"])
         lost = [step for step in run.steps if step.nonfinite is not None]
         if lost and run.failure is None:
             text = f"{lost[0].nonfinite}, requests {', '.join(lost[0].requests)}; {len(lost)} such steps"
-            rows.append([str(run.folder), "not finite", str(edits[lost[0].step]), text])
+            rows.append([names[run.folder], "not finite", str(edits[lost[0].step]), text])
         unscored = sum(record.nonfinite or 0 for record in run.evals)
         if unscored:
-            rows.append([str(run.folder), "not finite", "-", f"{unscored} scores were not finite; they count as failures"])
+            rows.append([names[run.folder], "not finite", "-", f"{unscored} scores were not finite; they count as failures"])
     yield table_of(("run", "what", "step", "why"), rows) if rows else "<p>None.</p>"
 
 
 def _runs(runs: Sequence[RunRecords]) -> Iterable[str]:
     import yaml
 
-    rows = []
+    (root, names), rows = _names(runs), []
     for run in runs:
         about = run.provenance
         named = labels(run.config)
@@ -174,7 +182,7 @@ def _runs(runs: Sequence[RunRecords]) -> Iterable[str]:
         packages = about.get("packages") or {}
         rows.append(
             [
-                str(run.folder),
+                names[run.folder],
                 run.status,
                 str(run.config.get("seed", "?")),
                 *(named[name] for name in ("model", "editor", "restraint", "dataset")),
@@ -187,11 +195,11 @@ def _runs(runs: Sequence[RunRecords]) -> Iterable[str]:
             ]
         )
     head = ("run", "status", "seed", "model", "editor", "restraint", "dataset", "edits", "seconds", "peak GiB", "device", "editkit", "git")
-    yield table_of(head, rows)
+    yield table_of(head, rows, caption=f"Runs below {root}")
     for run in runs:
         config = yaml.safe_dump(dict(run.config), sort_keys=False) if run.config else "not written"
         about_text = json.dumps(dict(run.provenance), indent=1)
         yield (
-            f"<details><summary>{escape(str(run.folder))}: configuration and provenance</summary>"
+            f"<details><summary>{escape(names[run.folder])}: configuration and provenance</summary>"
             f"<pre>{escape(config)}</pre><pre>{escape(about_text)}</pre></details>"
         )

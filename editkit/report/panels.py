@@ -14,6 +14,7 @@ from editkit.report.measured import Measured
 from editkit.report.tables import EDITING_ORDER, editing_protocols, edits_by_step, is_summarised
 from editkit.types import EvalRecord
 
+WIDE = 1000  # from the smallest to the largest: such a panel gets a logarithmic axis
 MAX_POINTS = 400  # of a line: a page must open, whatever the number of edits
 # Of each matrix; over several matrices the largest condition number and singular value, and the sum of the L1 norms.
 WEIGHTS: Mapping[str, tuple[str, bool, Callable[[Sequence[float]], float]]] = {
@@ -72,10 +73,10 @@ def sheets(subjects: Sequence[Measured]) -> Iterator[Sheet]:
 
 
 def label_of(each: Measured, subjects: Iterable[Measured]) -> str:
-    """What a line is called: the parts of its label in which the subjects differ; the restraint at least."""
+    """What a line is called: the parts of its label in which the subjects differ; of a single one its restraint."""
     labels = {other.label for other in subjects}
-    parts = [part for place, part in enumerate(each.label) if place == 2 or len({label[place] for label in labels}) > 1]
-    return ", ".join(parts)
+    parts = [part for place, part in enumerate(each.label) if len({label[place] for label in labels}) > 1]
+    return ", ".join(parts) or each.label[2]
 
 
 def _weight_panels(here: Sequence[Measured]) -> Iterator[Panel]:
@@ -85,7 +86,13 @@ def _weight_panels(here: Sequence[Measured]) -> Iterator[Panel]:
             if points := weights_by_edits(each, metric, together):
                 found[id(each)] = points
         if lines := _lines(here, found):
-            yield Panel(title=title, is_log=is_log, is_fraction=False, lines=lines)
+            yield Panel(title=title, is_log=is_log or _is_wide(lines), is_fraction=False, lines=lines)
+
+
+def _is_wide(lines: Iterable[Line]) -> bool:
+    """Whether one line would press the others flat on a linear axis."""
+    means = [mean for line in lines for mean in line.mean if math.isfinite(mean)]
+    return bool(means) and min(means) > 0 and max(means) > WIDE * min(means)
 
 
 def weights_by_edits(each: Measured, metric: str, together: Callable[[Sequence[float]], float]) -> dict[int, float]:

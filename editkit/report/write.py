@@ -8,11 +8,13 @@ from pathlib import Path
 
 from editkit.files import write_atomically
 from editkit.report import curves, formats, heatmaps, plates, scatter
+from editkit.report.beside import beside
+from editkit.report.collapse import collapses
 from editkit.report.find import load_runs
 from editkit.report.measured import measured, pairs
-from editkit.report.page import Content, beside_row, page
+from editkit.report.page import Content, page
 from editkit.report.panels import sheets
-from editkit.report.published import Beside, beside, load_published
+from editkit.report.published import load_published
 from editkit.report.significance import compare
 from editkit.report.summary import summaries
 
@@ -58,6 +60,7 @@ def report(folders: Iterable[Path], to: Path, *, title: str | None = None, publi
         comparisons={table.title: tuple(compare(table, twins)) for table in tables if table.edits},
         drawings=drawings,
         published=numbers,
+        collapses=tuple(collapses(subjects)),
     )
     plotted = {sheet.name: plates.draw(sheet) for sheet in found}
     plotted |= {each.name: heatmaps.draw(each) for each in blocks} | {each.name: scatter.draw(each) for each in clouds}
@@ -67,16 +70,11 @@ def report(folders: Iterable[Path], to: Path, *, title: str | None = None, publi
         "summary.tex": lambda: "\n".join(formats.latex(table) for table in tables),
     }
     if numbers:
-        texts["published.md"] = lambda: _published_markdown(numbers)
+        texts["published.md"] = lambda: formats.beside_markdown(numbers)
+        texts["published.tex"] = lambda: formats.beside_latex(numbers)
     written = []
     for name, make in texts.items():
         written.append(to / "tables" / name)
         write_atomically(written[-1], make().encode())
     write_atomically(to / PAGE, page(content).encode())
     return Written(page=to / PAGE, figures=tuple(figures), tables=tuple(written))
-
-
-def _published_markdown(numbers: Iterable[Beside]) -> str:
-    head = ("source", "row", "metric", "paper's model", "edits", "published", "measured with", "edits", "measured")
-    lines = [head, ["---"] * len(head), *(beside_row(each) for each in numbers)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

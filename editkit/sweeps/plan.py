@@ -105,6 +105,15 @@ def load_plan(folder: Path) -> Plan:
     return Plan(cells=cells, runs=runs)
 
 
+def shares_its_run(folder: Path, job: int) -> bool:
+    """Whether the run of a job of the sweep in `folder` holds several cells."""
+    try:
+        plan = load_plan(folder)
+    except ConfigError:
+        return False
+    return any(job in run.jobs and len(plan.cells_of(place)) > 1 for place, run in enumerate(plan.runs))
+
+
 def save_outcome(folder: Path, job: int, outcome: Mapping[str, Any]) -> None:
     """Notes how a job of the sweep in `folder` ended, or that it began: then `code` is None."""
     write_atomically(folder / JOBS / f"{job}.json", json.dumps(outcome, indent=1).encode())

@@ -76,9 +76,7 @@ class CellSweeper(Sweeper):
     def _launch(self, plan: Plan, todo: Sequence[int], folder: Path, candidates: Mapping[int, Candidate]) -> tuple[Plan, int]:
         """Launches these runs; the plan that knows their jobs, and the exit code of a sweep that was stopped."""
         left, next_job = list(todo), 0
-        for _ in range(ATTEMPTS):
-            if not left:
-                break
+        while left:
             plan = plan.launched({place: next_job + position for position, place in enumerate(left)})
             save_plan(plan, folder)
             first, next_job = next_job, next_job + len(left)
@@ -104,8 +102,9 @@ class CellSweeper(Sweeper):
                 plan = split(plan, place, candidates)
                 codes |= {place: None} | dict.fromkeys(range(known, len(plan.runs)))
             left = [place for place, code in codes.items() if code is None]
-        for place in left:
-            note_death(folder, plan.runs[place].jobs[-1], "its process ended without a word: killed?")
+            for place in [place for place in left if len(plan.runs[place].jobs) >= ATTEMPTS]:
+                note_death(folder, plan.runs[place].jobs[-1], "its process ended without a word: killed?")
+                left.remove(place)
         return plan, 0
 
     def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
