@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.compose import ROOT, compose, conf_folder, with_every_key_added
+from editkit.compose import ROOT, compose, conf_folder, in_our_words, with_every_key_added
 from editkit.errors import ConfigError, report
 
 OK, FAILURE, MISTAKE, BUSY, SIGNAL = 0, 1, 2, 3, 128
@@ -189,6 +189,8 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path | None)
             return known
         except config_mistakes():
             pass  # what Hydra said first stands
+    if (own := in_our_words(error, overrides)) != str(error).partition("\n")[0]:
+        return ConfigError(own)
     causes = [str(each).partition("Config search path")[0].strip() for each in (error, error.__cause__) if each is not None]
     return ConfigError("\n".join(cause for cause in causes if cause) or type(error).__name__)
 

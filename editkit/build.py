@@ -188,7 +188,7 @@ class Parts:
         chosen = {name: node for name, node in nodes.items() if not isinstance(node, Mapping) or "_target_" in node}
         for name in nodes.keys() - chosen.keys():
             stack = ",".join([*chosen, name])
-            self.problems.add(f"restraint.{name}: a value was given, but {name} is not among the chosen restraints (restraint=[{stack}]).")
+            self.problems.add(f"restraint.{name}: a value was given, but {name} is not chosen - choose it with restraint=[{stack}].")
         built = {name: construct(node, f"restraint.{name}", AbstractRestraint, self.problems) for name, node in chosen.items()}
         found = {name: restraint for name, restraint in built.items() if restraint is not None}
         editor = self.editor_class()

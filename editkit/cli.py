@@ -87,11 +87,12 @@ def validate(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     from rich.table import Table
 
     from editkit.build import build
-    from editkit.memory import free_bytes, require_fit
+    from editkit.memory import free_bytes, here
 
     composed = composed_or_explained(overrides or [], config_dir)
     experiment = build(composed.config, choices=composed.choices)
-    memory = require_fit(experiment.config, free_bytes=free_bytes(experiment.config))
+    memory = here(experiment.config, free_bytes=free_bytes(experiment.config))
+    problems = memory.problems() if memory is not None else []
     recipe = composed.config.get("recipe", {})
     schedule = experiment.schedule
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -107,8 +108,11 @@ def validate(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     ):
         table.add_row(*row)
     console = Console()
-    console.print("[green]ok[/green]")
+    if not problems:
+        console.print("[green]ok[/green]")
     console.print(table, highlight=False, markup=False)
+    if problems:
+        raise ConfigError(problems)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,17 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Comp
     with open_dict(config):
         del config["hydra"]
     return Composed(config=plain(config), choices=choices)
+
+
+def in_our_words(error: Exception, overrides: Sequence[str]) -> str:
+    """What kept a configuration from being composed: Hydra's own first line where it tells a user what to do."""
+    first = str(error).partition("\n")[0]
+    if twice := re.search(r"restraint_recipe/(\w+)@\S* appears more than once", first):
+        return f"restraint: {twice[1]} is chosen twice - name it once; editor={twice[1]}, where there is one, has it in itself."
+    added = [each for each in overrides if each.startswith("+") and "." not in each.partition("=")[0]]
+    if "Error resolving interpolation '${" in first and added:
+        return f"{', '.join(added)}: the group has a choice already - leave the + out; several restraints: restraint=[a,b]."
+    return first
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _noting(job: Trajectory) -> dict[str, AbstractEditEvaluator]:
     return {
         name: each
         for name, each in job.evaluators.items()
-        if isinstance(each, AbstractEditEvaluator) and (job.rollback or each.is_immediate)
+        if isinstance(each, AbstractEditEvaluator) and (job.rollback or ("immediate" in job.timings and each.is_immediate))
     }
 
 

@@ -216,6 +216,24 @@ def test_with_rollback_a_view_keeps_its_own_notes_also_where_the_last_batch_need
             assert value(events, step=step, view=name, **where) == pytest.approx(sum(scores[:step]) / step)
 
 
+@pytest.mark.parametrize(("timings", "asked"), [(("milestone",), 3), (("milestone", "immediate"), 6)])
+def test_a_view_that_corrects_nothing_is_asked_again_only_where_it_has_notes(
+    timings: tuple[str, ...], asked: int, world: Sequence[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    measure = EditingEvaluator.measure
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(EditingEvaluator, "measure", counted)
+    events = list(run_edits(job(world, timings=timings, restraints=PRUNE, editor=FakeEditor(scale=1e-6), protocols=("token",))))
+    assert len(calls) == asked
+    own, prune = ([each for each in evals(events) if each.view == view] for view in ("unrestrained", "prune"))
+    assert [dataclasses.replace(each, view="prune") for each in own] == prune
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ability(SumOfWeights):
     """Something that asks the model and no edit, as tasks and perplexity do."""

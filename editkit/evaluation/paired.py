@@ -93,10 +93,10 @@ def _drawn_means(values: np.ndarray, resamples: int, generator: np.random.Genera
 
 
 def aggregate(rule: Callable[[list[T]], float], scores: Sequence[T]) -> float:
-    """What the rule makes of the scores; nan where that is too large for a number, as a broken model's perplexity is."""
+    """What the rule makes of the scores; nan where that is no number, or too large for one, as a broken model's perplexity."""
     try:
         return float(rule(list(scores)))
-    except OverflowError:
+    except (ArithmeticError, ValueError):
         return math.nan
 
 

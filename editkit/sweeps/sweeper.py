@@ -13,6 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import open_dict
 
 from editkit.build import Place, locate
+from editkit.compose import in_our_words
 from editkit.errors import ConfigError, report
 from editkit.sweeps import summary
 from editkit.sweeps.merge import Candidate
@@ -123,7 +124,7 @@ class CellSweeper(Sweeper):
             return Broken(number=number, overrides=overrides, error=error)
         except HydraException as error:
             self.not_composed = self.not_composed or error
-            return Broken(number=number, overrides=overrides, error=ConfigError(str(error).splitlines()[0]))
+            return Broken(number=number, overrides=overrides, error=ConfigError(in_our_words(error, overrides)))
 
     def _place(self, overrides: Sequence[str]) -> Place:
         """Composes as the launcher will. Raises ConfigError and Hydra's own exceptions."""
