@@ -78,7 +78,7 @@ def left_to_the_cells(arguments: Sequence[str]) -> list[str]:
         line: f"{line.partition('=')[0]}=choice({line.partition('=')[2]})"
         for line, each in parsed.items()
         if each.type is OverrideType.CHANGE and not each.is_sweep_override() and each.key_or_group.partition(".")[0] in COMPONENTS
-        if "." in each.key_or_group
+        if "." in each.key_or_group and each.value() is not None  # a choice of nothing is no choice to Hydra; null goes the plain way
     }
     return [single.get(each, each) for each in arguments]
 

@@ -273,3 +273,4 @@ def test_only_values_of_components_and_only_in_a_multirun_are_left_to_the_cells(
     left = ["restraint=rect,prune", "restraint.prune.alpha=choice(1.6)", "editor.context_lengths=choice([[5,2]])"]
     assert left_to_the_cells(["-m", *asked]) == ["-m", *left, "editor.layers=[1],[2]", "seed=1"]
     assert left_to_the_cells(["sweep=restraints", *asked])[2] == left[1]
+    assert left_to_the_cells(["-m", "editor.covariance=null"]) == ["-m", "editor.covariance=null"], "which Hydra does not take as a choice"
