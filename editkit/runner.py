@@ -81,7 +81,7 @@ def begin(job: Trajectory) -> RunState:
     return RunState(
         step=0,
         totals=job.model.totals(),
-        contexts=job.editor.contexts(job.model, generator),
+        contexts=job.editor.contexts(job.model, generator) if job.contexts is None else job.contexts,
         editor=job.editor.init(job.model, job.moments),
         solve={} if job.restraints.solve is None else job.restraints.solve.init(job.model, job.moments),
         baselines={name: evaluator.baseline(job.model, job.ever_measured()) for name, evaluator in job.evaluators.items()},

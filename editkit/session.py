@@ -141,8 +141,10 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool], began_wi
     network = {MODEL: model.fingerprint}
     require_same(began_with, network, source=experiment.model.id)
     requests = experiment.data.requests[: experiment.edits]
-    contexts = editor.contexts(model, torch.Generator().manual_seed(experiment.seed))  # those that the run will begin with
-    require_room(model, requests, contexts, experiment.evaluation.probes(requests))
+    contexts = None
+    if began_with is None:  # one that goes on has its contexts, and was asked for room when it began
+        contexts = editor.contexts(model, torch.Generator().manual_seed(experiment.seed))
+        require_room(model, requests, contexts, experiment.evaluation.probes(requests))
     modules = editor.modules(model)
     model.edit(modules, base_device=None if runtime.base == "device" else runtime.base)
     if restraints.totals:  # before second moments, which may take hours: this needs only the weights
@@ -184,6 +186,7 @@ def prepare(experiment: Experiment, *, should_stop: Callable[[], bool], began_wi
         max_requests=experiment.evaluation.max_requests,
         block_size=experiment.evaluation.block_size,
         dataset=experiment.data.digest[:DIGITS],
+        contexts=contexts,
         inputs=data | network | statistics | measuring,
         should_stop=should_stop,
         peaks=peaks,

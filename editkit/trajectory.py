@@ -48,6 +48,7 @@ class Trajectory:
     max_requests: int | None = None  # measured at a milestone; None: all edits so far, as with rollback, where each is measured once
     block_size: int | None = None  # of the blocks of edits that evaluations tell apart
     dataset: str | None = None  # its digest
+    contexts: tuple[str, ...] | None = None  # that a new run begins with; None: the editor is asked when it begins
     inputs: Mapping[str, str] = field(default_factory=dict)  # digests of what is read besides the configuration (`editkit.inputs`)
     peaks: Peaks = field(default_factory=Peaks)  # the memory of each phase
     should_stop: Callable[[], bool] = field(default=lambda: False)  # asked at every step's end: save and leave?
