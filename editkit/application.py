@@ -189,7 +189,7 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path | None)
             return known
         except config_mistakes():
             pass  # what Hydra said first stands
-    if (own := in_our_words(error, overrides)) != str(error).partition("\n")[0]:
+    if own := in_our_words(error, overrides):
         return ConfigError(own)
     causes = [str(each).partition("Config search path")[0].strip() for each in (error, error.__cause__) if each is not None]
     return ConfigError("\n".join(cause for cause in causes if cause) or type(error).__name__)

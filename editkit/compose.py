@@ -80,15 +80,14 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Comp
     return Composed(config=plain(config), choices=choices)
 
 
-def in_our_words(error: Exception, overrides: Sequence[str]) -> str:
-    """What kept a configuration from being composed: Hydra's own first line where it tells a user what to do."""
-    first = str(error).partition("\n")[0]
-    if twice := re.search(r"restraint_recipe/(\w+)@\S* appears more than once", first):
+def in_our_words(error: Exception, overrides: Sequence[str]) -> str | None:
+    """What kept a configuration from being composed; None where Hydra's own words tell a user what to do."""
+    if twice := re.search(r"restraint_recipe/(\w+)@\S* appears more than once", str(error)):
         return f"restraint: {twice[1]} is chosen twice - name it once; editor={twice[1]}, where there is one, has it in itself."
     added = [each for each in overrides if each.startswith("+") and "." not in each.partition("=")[0]]
-    if "Error resolving interpolation '${" in first and added:
+    if "Error resolving interpolation '${" in str(error) and added:
         return f"{', '.join(added)}: the group has a choice already - leave the + out; several restraints: restraint=[a,b]."
-    return first
+    return None
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -42,10 +42,11 @@ def evaluate(job: Trajectory, state: RunState) -> Iterator[EvalRecord | SampleRe
     """
     own = {name: list(_ask(job, state, trajectory_view(job.restraints.totals), name)) for name in _due(job, state)}
     yield from itertools.chain.from_iterable(own.values())
+    noting = _noting(job)
     for view, correction in restrained_views(job, state):
         with job.model.temporarily(correction):
             for name, records in own.items():
-                is_same = not correction and name not in _noting(job)
+                is_same = not correction and name not in noting
                 yield from (replace(record, view=view) for record in records) if is_same else _ask(job, state, view, name)
             yield from weigh(job, state, view)
 

@@ -124,7 +124,9 @@ class CellSweeper(Sweeper):
             return Broken(number=number, overrides=overrides, error=error)
         except HydraException as error:
             self.not_composed = self.not_composed or error
-            return Broken(number=number, overrides=overrides, error=ConfigError(in_our_words(error, overrides)))
+            return Broken(
+                number=number, overrides=overrides, error=ConfigError(in_our_words(error, overrides) or str(error).splitlines()[0])
+            )
 
     def _place(self, overrides: Sequence[str]) -> Place:
         """Composes as the launcher will. Raises ConfigError and Hydra's own exceptions."""
