@@ -27,7 +27,7 @@ from editkit.errors import ConfigError
 from editkit.hypernet.measure import ROWS
 from editkit.hypernet.network import num_bytes
 from editkit.hypernet.store import resolve
-from editkit.model.architecture import EAGER, Architecture
+from editkit.model.architecture import EAGER, Architecture, label_of
 from editkit.model.families import Outline, known_families
 from editkit.schema import Problems, construct
 
@@ -56,7 +56,7 @@ def outline_of(config: Mapping[str, Any], architecture: Architecture) -> Outline
     families, given = known_families(), config["model"].get("family")
     usual = families.get(architecture.kind, families["llama" if architecture.is_gated else "gpt2"])
     family = families.get(given, usual) if isinstance(given, str) else usual
-    name = config["model"].get("name") or str(config["model"]["id"]).rstrip("/").rsplit("/", 1)[-1]
+    name = label_of(config["model"].get("name"), str(config["model"]["id"]))
     return Outline(name=name, family=family, num_layers=architecture.num_layers)
 
 
@@ -247,7 +247,7 @@ class Footprint:
         model = self.config["model"]
         if self.size.kind not in known_families():
             return False
-        label = model.get("name") or str(model["id"]).rstrip("/").rsplit("/", 1)[-1]
+        label = label_of(model.get("name"), str(model["id"]))
         folder = Path(str(self.config["stats"]["folder"])).expanduser()
         return all(any(stored_for(path) == label for path in folder.glob(f"{module}-*.safetensors")) for module in self.modules)
 

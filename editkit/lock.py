@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from editkit.errors import ConfigError
+from editkit.files import read_object
 
 LOCK = ".lock"
 PATIENCE_S = 0.5  # a look at the lock, as `is_locked` takes it, holds it for an instant
@@ -64,11 +65,7 @@ def is_locked(folder: Path) -> bool:
 
 def holder_of(folder: Path) -> dict[str, Any]:
     """What the last holder wrote of itself; it may be dead. Empty where that cannot be read."""
-    try:
-        found = json.loads((folder / LOCK).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(folder / LOCK)
 
 
 def describe_holder(folder: Path) -> str:

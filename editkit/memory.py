@@ -10,7 +10,7 @@ from typing import Any
 from editkit.errors import ConfigError
 from editkit.footprint import Footprint, selected
 from editkit.lazy import torch
-from editkit.model.architecture import Architecture, architecture_of, facts_without_download
+from editkit.model.architecture import Architecture, architecture_of, facts_without_download, label_of
 
 GB = 1e9
 PROGRAM = {"cpu": 0.57e9, "cuda": 0.6e9}  # a CUDA context takes memory beside torch's allocator
@@ -111,8 +111,7 @@ def edited(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 def architecture_without_download(config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Architecture | None:
     """The sizes of a configuration's model; None where only the hub knows them, or they are named otherwise than is known here."""
     model = config["model"]
-    label = model.get("name") or str(model["id"]).removeprefix("asset:").rstrip("/").rsplit("/", 1)[-1]
-    facts = facts or facts_without_download(label, str(model["id"]))
+    facts = facts or facts_without_download(label_of(model.get("name"), str(model["id"])), str(model["id"]))
     try:
         return None if facts is None else architecture_of(facts)
     except KeyError:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editkit.files import write_atomically
+from editkit.files import read_object, write_atomically
 from editkit.inputs import of_dataset
 from editkit.lazy import torch
 
@@ -78,8 +78,8 @@ def describe(experiment: Experiment, job: Trajectory) -> dict[str, Any]:
 
 
 def save_provenance(folder: Path, provenance: dict[str, Any], *, seconds: float, job: Trajectory, num_lost: int) -> None:
-    """Wall time and steps that were made again add up over the parts of a run that was cut off."""
-    path, before = folder / PROVENANCE, read_provenance(folder)
+    """Writes what was known before the first edit, and what this session took, added to earlier ones."""
+    before = read_provenance(folder)
     peaks = job.peaks.bytes
     whole, key = peak_memory_bytes(job.model.device), "device" if job.model.device.type == "cuda" else "host"
     whole[key] = max(whole[key], *peaks.values())  # noting phases begins the process's own count anew
@@ -87,22 +87,25 @@ def save_provenance(folder: Path, provenance: dict[str, Any], *, seconds: float,
     changed = {key: before[key] for key in ENVIRONMENT if key in before and before[key] != provenance[key]}
     measured = {
         "earlier_sessions": [*before.get("earlier_sessions", []), *([changed] if changed else [])],
-        "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
-        "sessions": before.get("sessions", 0) + 1,
-        "steps_made_again": before.get("steps_made_again", 0) + num_lost,
+        **added_up(before, seconds=seconds, num_lost=num_lost),
         "peak_memory_bytes": whole,
         "peak_memory_bytes_by_phase": peaks,  # of the last session
     }
-    write_atomically(path, json.dumps(provenance | measured, indent=1).encode())
+    write_atomically(folder / PROVENANCE, json.dumps(provenance | measured, indent=1).encode())
+
+
+def added_up(before: dict[str, Any], *, seconds: float, num_lost: int) -> dict[str, Any]:
+    """Wall time, sessions and steps that were made again, over the parts of a run or training that was cut off."""
+    return {
+        "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
+        "sessions": before.get("sessions", 0) + 1,
+        "steps_made_again": before.get("steps_made_again", 0) + num_lost,
+    }
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What earlier sessions of a run wrote of themselves; empty where that is not there or cannot be read."""
-    try:
-        found = json.loads((folder / PROVENANCE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(folder / PROVENANCE)
 
 
 def recorded_dataset(folder: Path) -> dict[str, str] | None:

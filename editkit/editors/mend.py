@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from editkit.editors.base import AbstractEditor, Plan, Solve
 from editkit.errors import ConfigError
+from editkit.files import file_digest
 from editkit.hypernet.factors import gradient_factors, questions
 from editkit.hypernet.network import Hypernetwork, NetworkOptions
 from editkit.hypernet.options import TrainingOptions
-from editkit.hypernet.store import SHOWN, Header, file_digest, load_hypernetwork, read_header
+from editkit.hypernet.store import SHOWN, Header, load_hypernetwork, read_header, resolve
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.model.tokens import PLACE, encode_with_targets
@@ -121,7 +122,7 @@ class Mend(AbstractEditor):
         if self.hypernetwork is None:
             return {}
         header = read_header(self.hypernetwork)
-        return {"hypernetwork": {"file": self.hypernetwork, "digest": file_digest(self.hypernetwork), **header.facts}}
+        return {"hypernetwork": {"file": self.hypernetwork, "digest": file_digest(resolve(self.hypernetwork)), **header.facts}}
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
         """Which hypernetwork it is: a run that goes on must go on with the same. Raises ConfigError for one of another model."""
@@ -171,7 +172,7 @@ class Mend(AbstractEditor):
         if self.hypernetwork is None:
             raise ConfigError(MISSING)
         read_header(self.hypernetwork)  # says what is wrong with the file
-        return file_digest(self.hypernetwork)
+        return file_digest(resolve(self.hypernetwork))
 
     def _network(self, model: EditableModel, digest: str) -> Hypernetwork:
         """The hypernetwork with this digest, on the model's device, checked against model and layers."""

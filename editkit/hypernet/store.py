@@ -115,12 +115,6 @@ def read_header(path: str) -> Header:
         raise ConfigError(f"editor.hypernetwork: {file} is no hypernetwork of editkit's ({type(error).__name__}: {error}).") from None
 
 
-def file_digest(path: str) -> str:
-    """SHA-256 of the file."""
-    with open(resolve(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_hypernetwork(path: str, *, device: torch.device | str = "cpu") -> tuple[Hypernetwork, Header]:
     """The hypernetwork and what its file says. Raises ConfigError for a file that cannot be read."""
     from safetensors import SafetensorError

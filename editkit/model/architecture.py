@@ -25,6 +25,11 @@ TIED = {"gpt2", "gemma", "gemma2", "gemma3_text"}  # families whose head is the 
 EAGER = {"gptj"}  # attention as scores and their softmax: transformers has no other for them
 
 
+def label_of(name: str | None, model_id: str) -> str:
+    """The name that results carry: the one given, or the last part of a hub id, a folder or an asset's name."""
+    return name or model_id.removeprefix(ASSET).rstrip("/").rsplit("/", 1)[-1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """A network's sizes."""

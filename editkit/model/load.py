@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.model.architecture import ASSET, NAMES, facts_without_download, known_facts
+from editkit.model.architecture import ASSET, NAMES, facts_without_download, known_facts, label_of
 from editkit.model.families import Family, family_of, suggestion
 from editkit.model.hub import is_out_of_reach, quietly
 from editkit.model.placement import placement
@@ -40,7 +40,7 @@ class ModelConfig:
     @property
     def label(self) -> str:
         """The name that results carry."""
-        return self.name or self.id.removeprefix(ASSET).rstrip("/").rsplit("/", 1)[-1]
+        return label_of(self.name, self.id)
 
     def load(self, device: str = "cpu") -> EditableModel:
         """Loads config and tokenizer first, then the weights.

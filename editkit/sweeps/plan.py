@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from editkit.errors import ConfigError
-from editkit.files import write_atomically
+from editkit.files import read_object, write_atomically
 
 CELLS, JOBS, VERSION = "cells.json", "jobs", 1
 
@@ -121,11 +121,7 @@ def save_outcome(folder: Path, job: int, outcome: Mapping[str, Any]) -> None:
 
 def load_outcome(folder: Path, job: int) -> dict[str, Any] | None:
     """How a job ended; None where it has not begun."""
-    try:
-        found = json.loads((folder / JOBS / f"{job}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    return read_object(folder / JOBS / f"{job}.json") or None
 
 
 def note_death(folder: Path, job: int, error: str) -> None:

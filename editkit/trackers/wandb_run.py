@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from editkit.errors import ConfigError
-from editkit.files import write_atomically
+from editkit.files import read_object, write_atomically
 from editkit.report.labels import labels
 from editkit.report.load import load_run
 from editkit.trackers.history import STEP, evaluation_table, sample_key, sample_table
@@ -53,11 +53,7 @@ def run_id(folder: Path) -> str:
 
 def read_marker(folder: Path) -> dict[str, Any]:
     """What `wandb.json` says; empty where there is none that can be read."""
-    try:
-        found = json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(folder / MARKER)
 
 
 class WandbRun:

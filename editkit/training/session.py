@@ -22,7 +22,7 @@ from editkit.lock import locked
 from editkit.memory import free_bytes, require_fit
 from editkit.model.editable import EditableModel
 from editkit.model.load import require_device
-from editkit.provenance import PROVENANCE, environment, peak_memory_bytes, read_provenance, recorded_dataset
+from editkit.provenance import PROVENANCE, added_up, environment, peak_memory_bytes, read_provenance, recorded_dataset
 from editkit.session import CONFIG, DONE, FAILED, FAILURE, OK, clear, save_failure, steps_after
 from editkit.signals import Received, stop_signals
 from editkit.state import read_pointer
@@ -161,15 +161,9 @@ def _info(job: Training, *, resumed_at: int) -> RunInfo:
 
 
 def _save_provenance(job: Training, model: EditableModel, *, seconds: float, num_lost: int) -> None:
-    """Wall time and steps that were made again add up over the parts of a training that was cut off."""
-    path, before = job.folder / PROVENANCE, read_provenance(job.folder)
-    measured = {
-        "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
-        "sessions": before.get("sessions", 0) + 1,
-        "steps_made_again": before.get("steps_made_again", 0) + num_lost,
-        "peak_memory_bytes": peak_memory_bytes(model.device),
-    }
-    write_atomically(path, json.dumps(_describe(job, model) | measured, indent=1).encode())
+    total = added_up(read_provenance(job.folder), seconds=seconds, num_lost=num_lost)
+    provenance = _describe(job, model) | total | {"peak_memory_bytes": peak_memory_bytes(model.device)}
+    write_atomically(job.folder / PROVENANCE, json.dumps(provenance, indent=1).encode())
 
 
 def _describe(job: Training, model: EditableModel) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from editkit.errors import ConfigError
-from editkit.files import write_atomically, written_atomically
+from editkit.files import file_digest, write_atomically, written_atomically
 from editkit.hypernet.learner import LearningState
 from editkit.lazy import torch
 from editkit.state import KEPT, LATEST, read_pointer
@@ -26,7 +25,7 @@ def save_learning(state: LearningState, folder: Path, record_bytes: Mapping[str,
     name = f"step-{state.step:08d}.safetensors"
     with written_atomically(folder / name) as temporary:
         save_file(tensors, temporary, metadata={"editkit": json.dumps(facts)})  # as bytes it would be in memory twice more
-    pointer = {"file": name, "sha256": _digest(folder / name), "step": state.step, "record_bytes": dict(record_bytes)}
+    pointer = {"file": name, "sha256": file_digest(folder / name), "step": state.step, "record_bytes": dict(record_bytes)}
     write_atomically(folder / LATEST, json.dumps(pointer, indent=1).encode())
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink()
@@ -41,7 +40,7 @@ def load_learning(folder: Path) -> LearningState | None:
     if pointer is None:
         return None
     path = folder / pointer["file"]
-    if not path.exists() or _digest(path) != pointer["sha256"]:
+    if not path.exists() or file_digest(path) != pointer["sha256"]:
         fault = "is missing" if not path.exists() else "does not match its checksum"
         raise ConfigError(f"corrupt checkpoint: {path} {fault}. Restore the file, or start anew with resume=never.")
     with safe_open(path, framework="pt") as opened:
@@ -62,8 +61,3 @@ def saved_inputs(folder: Path) -> dict[str, str]:
     assert pointer is not None
     with safe_open(folder / pointer["file"], framework="pt") as opened:
         return dict(json.loads(opened.metadata()["editkit"]).get("inputs", {}))
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
