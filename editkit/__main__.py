@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from editkit.cli import main
+from editkit.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -4,26 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_ABSENT = object()
+
+
+def message(
+    key: str,
+    problem: str,
+    *,
+    got: object = _ABSENT,
+    expected: str | None = None,
+    fix: str | None = None,
+) -> str:
+    """One problem in the one grammar of all messages: `key: problem (got X; expected Y). Fix: Z.`
+
+    Args:
+        key: the config key, command-line option, file or record that the problem is in.
+        problem: what is wrong, without a full stop.
+        got: what was given, as Python shows it; left out where nothing was.
+        expected: what is allowed.
+        fix: what to do, as an imperative without a full stop.
+    """
+    details = [] if got is _ABSENT else [f"got {got!r}"]
+    details += [f"expected {expected}"] if expected else []
+    sentence = f"{key}: {problem}{f' ({"; ".join(details)})' if details else ''}."
+    return f"{sentence} Fix: {fix}." if fix else sentence
+
 
 class ConfigError(ValueError):
     """A choice that cannot work: a wrong value, a missing file, a malformed record.
 
-    Holds every problem that was found, so that one run shows them all. Each says what is wrong (with its config key, file or record), what
-    was given, and what is allowed.
+    Holds every problem that was found, so that one run shows them all. Each says what is wrong
+    (with its config key, file or record), what was given, and what is allowed.
     """
 
     def __init__(self, problems: Sequence[str] | str) -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
         super().__init__(self.problems)
 
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return self.problems[0]
-        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
+        return f"{len(self.problems)} problems:\n" + "\n".join(
+            f"  - {problem}" for problem in self.problems
+        )
 
 
 class OptionError(ConfigError):
-    """Options that an object refuses, each sentence beginning with the option's name: whoever knows the object's place puts it before."""
+    """Options that an object refuses.
+
+    Each problem begins with the option's name. `under` adds the key of the object, which the object
+    itself cannot know.
+    """
+
+    def under(self, key: str) -> ConfigError:
+        """The same problems with full keys: `ratio: ...` becomes `restraint.cap2.ratio: ...`."""
+        return ConfigError([f"{key}.{problem}" for problem in self.problems])
 
 
 def report(error: ConfigError, *, label: str = "") -> None:
@@ -37,4 +74,6 @@ def report(error: ConfigError, *, label: str = "") -> None:
         if len(error.problems) == 1
         else [f"{len(error.problems)} problems", *(f"\n  - {each}" for each in error.problems)]
     )
-    Console(stderr=True, soft_wrap=True).print(Text(lines[0], style="bold red") + Text("".join(lines[1:]), style="default"))
+    Console(stderr=True, soft_wrap=True).print(
+        Text(lines[0], style="bold red") + Text("".join(lines[1:]), style="default")
+    )

@@ -1,11 +1,13 @@
-"""A long run on random weights: do time per edit, memory and checkpoints stay flat, and does it resume bit for bit near its end?
+"""A long run on random weights: do time per edit, memory and checkpoints stay flat, and does it
+resume bit for bit near its end?
 
     python scripts/long_run.py --edits 10000 --width 64 --layers 4 --to FOLDER
 
-edits one made-up fact a step with MEMIT and D4S (--restraint prune: MEMIT with PRUNE in the loop every hundred steps), saves a checkpoint
-after every hundredth of the way, then makes the last hundredth again from its checkpoint in a model that is built anew. Writes `steps.csv`
-(seconds a step, resident bytes, bytes of the checkpoints) and `summary.json`; the exit code is 1 unless the last checkpoints hold the same
-bytes. --shape gpt2 takes a named model's sizes.
+edits one made-up fact a step with MEMIT and D4S (--restraint prune: MEMIT with PRUNE in the loop
+every hundred steps), saves a checkpoint after every hundredth of the way, then makes the last
+hundredth again from its checkpoint in a model that is built anew. Writes `steps.csv` (seconds a
+step, resident bytes, bytes of the checkpoints) and `summary.json`; the exit code is 1 unless the
+last checkpoints hold the same bytes. --shape gpt2 takes a named model's sizes.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from editkit.bench.base import machine
 from editkit.bench.edit import target_settings
 from editkit.bench.shapes import Shape, model_shapes
 from editkit.bench.synthetic import model_of, moments_for, requests_for
+from editkit.config.schedule import Schedule
 from editkit.editors.memit import Memit
 from editkit.restraints.base import Restraints
 from editkit.restraints.d4s import D4S
 from editkit.restraints.prune import Prune
-from editkit.runner import run_edits
-from editkit.schedule import Schedule
-from editkit.state import RunState, load_state, read_pointer, save_state
-from editkit.trajectory import Trajectory
+from editkit.runner.checkpoint import RunState, load_state, read_pointer, save_state
+from editkit.runner.loop import run_edits
+from editkit.runner.plan import Trajectory
 from editkit.types import StepRecord
 
 ENDS = 100  # steps at either end that are compared
@@ -67,7 +69,9 @@ def job_of(arguments: argparse.Namespace, shape: Shape) -> Trajectory:
     return Trajectory(
         model=model,
         editor=editor,
-        restraints=Restraints(solve=D4S()) if arguments.restraint == "d4s" else Restraints(totals={"prune": prune}),
+        restraints=Restraints(solve=D4S())
+        if arguments.restraint == "d4s"
+        else Restraints(totals={"prune": prune}),
         requests=requests_for(shape, arguments.edits),
         evaluators={},
         schedule=Schedule(
@@ -88,7 +92,9 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
-def run(job: Trajectory, folder: Path, state: RunState | None = None, *, until: int | None = None) -> list[dict[str, Any]]:
+def run(
+    job: Trajectory, folder: Path, state: RunState | None = None, *, until: int | None = None
+) -> list[dict[str, Any]]:
     """A row a step; checkpoints below the folder."""
     rows: list[dict[str, Any]] = []
     saved, cpu = 0, time.process_time()
@@ -100,15 +106,30 @@ def run(job: Trajectory, folder: Path, state: RunState | None = None, *, until: 
                 return rows
         elif isinstance(event, StepRecord) and event.step:
             seconds = {f"{name}_s": round(value, 5) for name, value in event.seconds.items()}
-            spent, cpu = time.process_time() - cpu, time.process_time()  # not what other processes took of the cores
-            total = {"step": event.step, "seconds": sum(event.seconds.values()), "cpu_seconds": spent, "resident_bytes": resident_bytes()}
+            spent, cpu = (
+                time.process_time() - cpu,
+                time.process_time(),
+            )  # not what other processes took of the cores
+            total = {
+                "step": event.step,
+                "seconds": sum(event.seconds.values()),
+                "cpu_seconds": spent,
+                "resident_bytes": resident_bytes(),
+            }
             found = {"checkpoint_bytes": saved, "nonfinite": event.nonfinite or ""}
-            rows.append(total | seconds | found | {"modules": json.dumps(event.modules, default=float) if event.modules else ""})
+            rows.append(
+                total
+                | seconds
+                | found
+                | {"modules": json.dumps(event.modules, default=float) if event.modules else ""}
+            )
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--edits", type=int, default=10000)
     parser.add_argument("--shape", default=None)
     parser.add_argument("--width", type=int, default=64)
@@ -124,14 +145,24 @@ def main() -> int:
     rows = run(job_of(arguments, shape), whole)
     seconds = time.time() - started
     with (arguments.to / "steps.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [name for name in rows[-1] if name != "modules"], extrasaction="ignore", restval="")
+        writer = csv.DictWriter(
+            file,
+            [name for name in rows[-1] if name != "modules"],
+            extrasaction="ignore",
+            restval="",
+        )
         writer.writeheader()
         writer.writerows(rows)
     before = sorted(whole.glob("step-*.safetensors"))[0]  # two are kept: that at 99 % and the last
     assert int(before.stem.partition("-")[2]) == near, before
     again.mkdir(parents=True, exist_ok=True)
     (again / before.name).write_bytes(before.read_bytes())
-    pointer = {"file": before.name, "sha256": hashlib.sha256(before.read_bytes()).hexdigest(), "step": near, "record_bytes": {}}
+    pointer = {
+        "file": before.name,
+        "sha256": hashlib.sha256(before.read_bytes()).hexdigest(),
+        "step": near,
+        "record_bytes": {},
+    }
     (again / "latest.json").write_text(json.dumps(pointer))
     redone = run(job_of(arguments, shape), again, load_state(again))
     last = f"step-{arguments.edits:08d}.safetensors"
@@ -154,7 +185,10 @@ def main() -> int:
         "seconds_an_edit": medians("seconds"),
         "cpu_seconds_an_edit": medians("cpu_seconds"),
         "resident_bytes": medians("resident_bytes"),
-        "checkpoint_bytes": {"first": rows[len(rows) // 50]["checkpoint_bytes"], "largest": max(row["checkpoint_bytes"] for row in rows)},
+        "checkpoint_bytes": {
+            "first": rows[len(rows) // 50]["checkpoint_bytes"],
+            "largest": max(row["checkpoint_bytes"] for row in rows),
+        },
         "nonfinite_steps": sum(bool(row["nonfinite"]) for row in rows),
         "resumed_at": near,
         "resumed_bytes_are_the_same": same,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "editkit"
+from tests.support.paths import PACKAGE, ROOT
+
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
-ALL = [*SOURCES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))]
+ALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))]
 
 
 def name(path: Path) -> str:
@@ -20,39 +20,61 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_no_file_exceeds_400_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+    num_lines = len(path.read_text().splitlines())
+    assert num_lines <= 400, f"{num_lines} lines"
 
 
-def test_the_runner_stays_below_200_lines() -> None:
-    assert len((PACKAGE / "runner.py").read_text().splitlines()) < 200
+def test_the_loop_of_the_runner_stays_below_200_lines() -> None:
+    assert len((PACKAGE / "runner" / "loop.py").read_text().splitlines()) < 200
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_the_package_neither_prints_nor_imports_everything_of_a_module(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id != "print", f"line {node.lineno}: trackers show things, and logging warns"
+            assert node.func.id != "print", (
+                f"line {node.lineno}: trackers show things, and logging warns"
+            )
         if isinstance(node, ast.ImportFrom):
             assert [alias.name for alias in node.names] != ["*"], f"line {node.lineno}"
 
 
-HEAVY = {"torch", "transformers", "datasets", "matplotlib", "pandas", "safetensors", "accelerate", "plotly", "scipy", "wandb", "pyarrow"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "pandas",
+    "safetensors",
+    "accelerate",
+    "plotly",
+    "scipy",
+    "wandb",
+    "pyarrow",
+}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_heavy_libraries_are_imported_inside_functions_only(path: Path) -> None:
-    imported = {module.partition(".")[0] for module in imported_at_module_level(ast.parse(path.read_text()).body)}
+    imported = {
+        module.partition(".")[0]
+        for module in imported_at_module_level(ast.parse(path.read_text()).body)
+    }
     assert not imported & HEAVY or path.name == "lazy.py"
 
 
 def imported_at_module_level(statements: list[ast.stmt]) -> Iterator[str]:
-    """Modules that importing a file imports; what stands under `if TYPE_CHECKING` is for the type checker alone."""
+    """Modules that importing a file imports; what stands under `if TYPE_CHECKING` is for the type
+    checker alone.
+    """
     for statement in statements:
         if isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)
         elif isinstance(statement, ast.ImportFrom):
             yield statement.module or ""
-        elif isinstance(statement, ast.If) and not (isinstance(statement.test, ast.Name) and statement.test.id == "TYPE_CHECKING"):
+        elif isinstance(statement, ast.If) and not (
+            isinstance(statement.test, ast.Name) and statement.test.id == "TYPE_CHECKING"
+        ):
             yield from imported_at_module_level([*statement.body, *statement.orelse])
         elif isinstance(statement, ast.ClassDef | ast.Try | ast.With):
             yield from imported_at_module_level(statement.body)
@@ -61,4 +83,8 @@ def imported_at_module_level(statements: list[ast.stmt]) -> Iterator[str]:
 def test_weights_are_pickled_nowhere() -> None:
     for path in SOURCES:
         source = path.read_text()
-        assert "import pickle" not in source and "torch.save" not in source and "torch.load" not in source, name(path)
+        assert (
+            "import pickle" not in source
+            and "torch.save" not in source
+            and "torch.load" not in source
+        ), name(path)

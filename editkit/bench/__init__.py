@@ -1,4 +1,6 @@
-"""Benchmarks: the plain way and ours, side by side in one run, so that a busy machine slows both."""
+"""Benchmarks: the plain way and ours, side by side in one run, so that a busy machine slows
+both.
+"""
 
 from __future__ import annotations
 

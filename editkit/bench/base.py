@@ -1,4 +1,6 @@
-"""What every measurement shares: its options, a stopwatch for two ways in turn, and what it found."""
+"""What every measurement shares: its options, a stopwatch for two ways in turn, and what it
+found.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from editkit.bench.shapes import Shape, model_shapes
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.peak import peak_memory, reset_peak_memory
+from editkit.resources.peak_memory import peak_memory, reset_peak_memory
 
 T = TypeVar("T")
 Side = Literal["plain", "ours"]
@@ -35,9 +37,13 @@ class Options:
     def __post_init__(self) -> None:
         problems = []
         if self.model not in model_shapes():
-            problems.append(f"--shape: no such model - given {self.model!r} - allowed: {', '.join(model_shapes())}")
+            problems.append(
+                f"--shape: no such model - given {self.model!r} - allowed: {', '.join(model_shapes())}"
+            )
         if self.dtype not in ("float32", "float64", "float16", "bfloat16"):
-            problems.append(f"--dtype: given {self.dtype!r} - allowed: float32, float64, float16, bfloat16")
+            problems.append(
+                f"--dtype: given {self.dtype!r} - allowed: float32, float64, float16, bfloat16"
+            )
         problems += [
             f"--{name}: at least one is needed - given {value} - allowed: 1 or more"
             for name, value in (("repeats", self.repeats), ("batch", self.batch))
@@ -59,7 +65,9 @@ class Options:
         return self.device.partition(":")[0]
 
     def label(self) -> str:
-        """Tells this measurement's file from those of other options that change what is measured."""
+        """Tells this measurement's file from those of other options that change what is
+        measured.
+        """
         parts = [
             self.model,
             f"{self.shape.num_layers}layers" if self.is_reduced else "",
@@ -70,22 +78,48 @@ class Options:
 
     def command(self, name: str) -> str:
         """The command that makes this measurement again."""
-        given = {"shape": self.model, "device": self.device, "dtype": self.dtype, "repeats": self.repeats, "layers": self.layers}
-        words = ["editkit", "bench", name, *(f"--{key}={value}" for key, value in given.items() if value is not None)]
-        threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
-        return " ".join([*threads, shlex.join([*words, f"--batch={self.batch}", *(["--profile"] if self.profile else [])])])
+        given = {
+            "shape": self.model,
+            "device": self.device,
+            "dtype": self.dtype,
+            "repeats": self.repeats,
+            "layers": self.layers,
+        }
+        words = [
+            "editkit",
+            "bench",
+            name,
+            *(f"--{key}={value}" for key, value in given.items() if value is not None),
+        ]
+        threads = (
+            [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"]
+            if "OMP_NUM_THREADS" in os.environ
+            else []
+        )
+        return " ".join(
+            [
+                *threads,
+                shlex.join(
+                    [*words, f"--batch={self.batch}", *(["--profile"] if self.profile else [])]
+                ),
+            ]
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What one piece of work took. CPU seconds, of all threads, do not count what other processes took of the cores."""
+    """What one piece of work took. CPU seconds, of all threads, do not count what other processes
+    took of the cores.
+    """
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
 
     def without(self, share: float) -> Cost:
-        return replace(self, seconds=self.seconds * (1 - share), cpu_seconds=self.cpu_seconds * (1 - share))
+        return replace(
+            self, seconds=self.seconds * (1 - share), cpu_seconds=self.cpu_seconds * (1 - share)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +152,9 @@ class Race:
 
     def found(self, *, relative_difference: float, **more: Any) -> Found:
         plain, ours = self.costs["plain"], self.costs["ours"]
-        plain_cpu_s, ours_cpu_s = (statistics.median(cost.cpu_seconds for cost in costs) for costs in (plain, ours))
+        plain_cpu_s, ours_cpu_s = (
+            statistics.median(cost.cpu_seconds for cost in costs) for costs in (plain, ours)
+        )
         return Found(
             plain_s=statistics.median(cost.seconds for cost in plain),
             ours_s=statistics.median(cost.seconds for cost in ours),
@@ -138,12 +174,16 @@ class Race:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Medians of both ways, and how far apart their results are; `more` is what this measurement has beside it."""
+    """Medians of both ways, and how far apart their results are; `more` is what this measurement
+    has beside it.
+    """
 
     plain_s: float
     ours_s: float
     relative_difference: float
-    plain_peak_bytes: int  # of the process (CPU) or the allocator (GPU), the weights included; 0: not known
+    plain_peak_bytes: (
+        int  # of the process (CPU) or the allocator (GPU), the weights included; 0: not known
+    )
     ours_peak_bytes: int
     more: Mapping[str, Any]
 
@@ -183,7 +223,9 @@ def relative_difference(plain: torch.Tensor, ours: torch.Tensor) -> float:
 def machine(device: str) -> dict[str, Any]:
     """What the times depend on; the load is that before the measurement."""
     return {
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if torch.device(device).type == "cuda"
+        else "cpu",
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": [round(load, 2) for load in os.getloadavg()],

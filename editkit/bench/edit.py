@@ -1,4 +1,5 @@
-"""One edit after another: the plain way on the weights as they are, then the product's own step, which writes them.
+"""One edit after another: the plain way on the weights as they are, then the product's own step,
+which writes them.
 
 Shape letters: O d_out, I d_in.
 """
@@ -13,13 +14,13 @@ from editkit.bench.base import Cost, Found, Options, Race, relative_difference, 
 from editkit.bench.plain import Edit
 from editkit.bench.profiling import profiled
 from editkit.bench.synthetic import moments_for, requests_for
+from editkit.config.schedule import Schedule
 from editkit.editors.base import AbstractEditor
 from editkit.restraints.base import AbstractSolveRestraint, Restraints
-from editkit.runner import begin, take_step
-from editkit.schedule import Schedule
-from editkit.state import RunState
-from editkit.targets.search import TargetSettings
-from editkit.trajectory import Trajectory
+from editkit.runner.checkpoint import RunState
+from editkit.runner.loop import begin, take_step
+from editkit.runner.plan import Trajectory
+from editkit.targets.settings import TargetSettings
 from editkit.types import StepRecord
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ SEED = 0
 
 
 def target_settings() -> TargetSettings:
-    """20 losses and no early end. The learning rate follows the activations, which random weights make small."""
+    """20 losses and no early end. The learning rate follows the activations, which random weights
+    make small.
+    """
     return TargetSettings(
         steps=STEPS,
         lr=0.1,
@@ -59,7 +62,12 @@ class Bench:
 
 
 def bench_of(
-    model: EditableModel, editor: AbstractEditor, options: Options, *, solve: AbstractSolveRestraint | None = None, batch_size: int = 1
+    model: EditableModel,
+    editor: AbstractEditor,
+    options: Options,
+    *,
+    solve: AbstractSolveRestraint | None = None,
+    batch_size: int = 1,
 ) -> Bench:
     """A run of the editor on made-up requests and second moments."""
     modules = editor.modules(model)
@@ -70,7 +78,13 @@ def bench_of(
         restraints=Restraints(solve=solve),
         requests=requests_for(options.shape, edits),
         evaluators={},
-        schedule=Schedule(edits=edits, batch_size=batch_size, milestones=(), telemetry_every=1, checkpoint_every=edits),
+        schedule=Schedule(
+            edits=edits,
+            batch_size=batch_size,
+            milestones=(),
+            telemetry_every=1,
+            checkpoint_every=edits,
+        ),
         moments=moments_for(model, modules),
         seed=SEED,
     )
@@ -85,7 +99,9 @@ def edit_cost(bench: Bench, number: int) -> Cost:
 
 
 def compare_edits(bench: Bench, plain: Edit, options: Options) -> tuple[Found, Bench]:
-    """Times `options.repeats` edits both ways, and says how far apart the updates are at worst; also the run as it is afterwards."""
+    """Times `options.repeats` edits both ways, and says how far apart the updates are at worst;
+    also the run as it is afterwards.
+    """
     job, race, phases, apart = bench.job, Race(device=options.device), [], 0.0
     warm_up = int(options.device_type == "cuda")  # kernels are loaded and chosen at their first use
     last = warm_up + options.repeats
@@ -100,7 +116,9 @@ def compare_edits(bench: Bench, plain: Edit, options: Options) -> tuple[Found, B
             phases.clear()
         bench = bench.after(state)
         for module, update_OI in updates.items():
-            written_OI = job.model.total(module).dense().to(update_OI.device) - before[module].to(update_OI.device)
+            written_OI = job.model.total(module).dense().to(update_OI.device) - before[module].to(
+                update_OI.device
+            )
             apart = max(apart, relative_difference(update_OI, written_OI))
     mean_phases = {name: sum(each[name] for each in phases) / len(phases) for name in phases[0]}
     more: dict[str, Any] = {

@@ -10,7 +10,7 @@ from editkit.bench.base import Found, Options, Race
 from editkit.bench.profiling import profiled
 from editkit.bench.synthetic import model_of, requests_for
 from editkit.evaluation.editing import EditingEvaluator, probes_of
-from editkit.evaluation.scoring import score
+from editkit.evaluation.scoring.teacher_forcing import score
 
 RECORDS, RECORDS_OF_SMALL, RECORDS_OF_LARGE = 1000, 16, 64
 PLAIN_RECORDS = 16  # one record at a time takes as long for each: these are timed, and multiplied
@@ -23,7 +23,9 @@ def num_records(width: int) -> int:
 
 
 def measure(options: Options) -> Found:
-    """Both ways score the same records; the difference is that of mean log-probabilities, the largest over what the plain way was asked."""
+    """Both ways score the same records; the difference is that of mean log-probabilities, the
+    largest over what the plain way was asked.
+    """
     model = model_of(options.shape, options.model, device=options.device, dtype=options.dtype)
     requests = requests_for(options.shape, num_records(options.shape.width))
     evaluator = EditingEvaluator(protocols=("probability",), tokens_per_batch=TOKENS_PER_BATCH)
@@ -35,16 +37,28 @@ def measure(options: Options) -> Found:
         evaluator.baseline(model, requests)
     expected: list[list[float]] = []
     for _ in range(options.repeats):
-        expected = race.run("plain", lambda: [plain.log_probabilities(model, of_record) for of_record in probes])
+        expected = race.run(
+            "plain", lambda: [plain.log_probabilities(model, of_record) for of_record in probes]
+        )
         race.multiply("plain", len(requests) / len(probes))
         race.run("ours", partial(evaluator.baseline, model, requests))
-    scores = score(model, [probe for of_record in probes for probe in of_record], tokens_per_batch=TOKENS_PER_BATCH)
+    scores = score(
+        model,
+        [probe for of_record in probes for probe in of_record],
+        tokens_per_batch=TOKENS_PER_BATCH,
+    )
     pairs = [
         (value, scores[probe].mean_log_prob)
         for of_record, values in zip(probes, expected, strict=True)
         for probe, value in zip(of_record, values, strict=True)
     ]
-    more: dict[str, Any] = {"records": len(requests), "plain_records": len(probes), "questions": sum(map(len, asked))}
+    more: dict[str, Any] = {
+        "records": len(requests),
+        "plain_records": len(probes),
+        "questions": sum(map(len, asked)),
+    }
     if options.profile:
         more["profile"] = profiled(partial(evaluator.baseline, model, requests), options.device)
-    return race.found(relative_difference=max(abs(value - ours) / abs(value) for value, ours in pairs), **more)
+    return race.found(
+        relative_difference=max(abs(value - ours) / abs(value) for value, ours in pairs), **more
+    )

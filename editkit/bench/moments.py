@@ -1,8 +1,10 @@
-"""Second moments of MEMIT's layers: a pass over the texts for each layer, which stops there, and one for all of them.
+"""Second moments of MEMIT's layers: a pass over the texts for each layer, which stops there, and
+one for all of them.
 
-The plain way is that of the public reference code (`rome/layer_stats.py`): its passes stop at their layer, and pack documents of similar
-length up to three of full length. `unstopped_s` is what it would take with passes through all layers and the full vocabulary,
-measured once and for one layer. `flop_ratio` is the ratio of the two ways' multiplications, and so about what there is to be had.
+The plain way is that of the public reference code (`rome/layer_stats.py`): its passes stop at their
+layer, and pack documents of similar length up to three of full length. `unstopped_s` is what it
+would take with passes through all layers and the full vocabulary, measured once and for one layer.
+`flop_ratio` is the ratio of the two ways' multiplications, and so about what there is to be had.
 """
 
 from __future__ import annotations
@@ -27,15 +29,27 @@ def measure(options: Options) -> Found:
     modules = model.down_projections(options.shape.memit_layers)
     longest = min(LONGEST, model.max_length)
     texts = texts_for(options.shape, documents=DOCUMENTS, longest=longest)
-    ours = partial(collect, model, modules, texts, context_length=longest, batch_tokens=BATCH_TOKENS)
-    alone = partial(plain.second_moment, model, texts=texts, context_length=longest, batch_tokens=3 * longest)
+    ours = partial(
+        collect, model, modules, texts, context_length=longest, batch_tokens=BATCH_TOKENS
+    )
+    alone = partial(
+        plain.second_moment, model, texts=texts, context_length=longest, batch_tokens=3 * longest
+    )
     race, apart = Race(device=options.device), 0.0
     if options.device_type == "cuda":  # kernels are loaded and chosen at their first use
         ours()
     for _ in range(options.repeats):
         expected = race.run("plain", lambda: {module: alone(module) for module in modules})
         found = race.run("ours", ours)
-        apart = max(apart, *(relative_difference(expected[module], found[module].sum_II / found[module].num_tokens) for module in modules))
+        apart = max(
+            apart,
+            *(
+                relative_difference(
+                    expected[module], found[module].sum_II / found[module].num_tokens
+                )
+                for module in modules
+            ),
+        )
     unstopped, _ = timed(lambda: alone(modules[0], stop=False), options.device)
     more: dict[str, Any] = {
         "layers_measured": len(modules),
@@ -49,7 +63,8 @@ def measure(options: Options) -> Found:
 
 
 def flop_ratio(shape: Shape) -> float:
-    """Multiplications of the plain way over ours, a token: the weights that it passes, and k k^T, of which we take the lower half.
+    """Multiplications of the plain way over ours, a token: the weights that it passes, and k k^T,
+    of which we take the lower half.
 
     Attention's scores, padding and everything elementwise are left out.
     """

@@ -1,8 +1,10 @@
-"""The plain way: what the public reference code does, written down without its detours. No product code runs it.
+"""The plain way: what the public reference code does, written down without its detours. No product
+code runs it.
 
-Every optimisation step is a forward pass of all tokens through all layers with logits over the whole vocabulary at every position; requests
-come one at a time; keys and outputs are read from whole passes; a least squares is a dense solve of d_in^3 in float64; each matrix has a
-pass over the corpus of its own; records are scored one at a time.
+Every optimisation step is a forward pass of all tokens through all layers with logits over the
+whole vocabulary at every position; requests come one at a time; keys and outputs are read from
+whole passes; a least squares is a dense solve of d_in^3 in float64; each matrix has a pass over the
+corpus of its own; records are scored one at a time.
 
 Shape letters: B sequences, C contexts, T tokens, V vocabulary, O d_out, I d_in, N requests.
 """
@@ -15,9 +17,16 @@ from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
 from editkit.model.capture import add_to_output, capture
-from editkit.model.tokens import PromptBatch, encode, encode_with_target, fill, pad, subject_position
-from editkit.targets.search import TargetSettings
+from editkit.model.tokens import (
+    PromptBatch,
+    encode,
+    encode_with_target,
+    fill,
+    pad,
+    subject_position,
+)
 from editkit.targets.sequences import ESSENCE
+from editkit.targets.settings import TargetSettings
 from editkit.types import EditRequest, Probe
 
 if TYPE_CHECKING:
@@ -47,39 +56,68 @@ def logits_of(model: EditableModel, batch: PromptBatch) -> torch.Tensor:
 
 
 def search_target(
-    model: EditableModel, request: EditRequest, *, site: str, contexts: Sequence[str], settings: TargetSettings
+    model: EditableModel,
+    request: EditRequest,
+    *,
+    site: str,
+    contexts: Sequence[str],
+    settings: TargetSettings,
 ) -> PlainTarget:
     """The search of `targets.search`, its loss read off the full logits."""
     filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
-    encoded = [encode_with_target(model.tokenizer, prompt.text, request.target) for prompt in filled]
+    encoded = [
+        encode_with_target(model.tokenizer, prompt.text, request.target) for prompt in filled
+    ]
     essence = fill(ESSENCE, request.subject)
     essence_encoded = encode(model.tokenizer, [essence.text])[0]
-    batch = pad([*(sequence.ids[:-1] for sequence in encoded), essence_encoded.ids], device=model.device)
+    batch = pad(
+        [*(sequence.ids[:-1] for sequence in encoded), essence_encoded.ids], device=model.device
+    )
     kl_site = subject_position(essence_encoded, essence)
-    sites = [*(subject_position(sequence, prompt) for sequence, prompt in zip(encoded, filled, strict=True)), kl_site]
+    sites = [
+        *(
+            subject_position(sequence, prompt)
+            for sequence, prompt in zip(encoded, filled, strict=True)
+        ),
+        kl_site,
+    ]
     target_BT = torch.full_like(batch.ids_BT[:-1], -1)
     for row, sequence in enumerate(encoded):
         target_BT[row, sequence.predicting] = torch.tensor(sequence.target_ids, device=model.device)
     is_target_BT = target_BT >= 0
     wide = torch.promote_types(model.dtype, torch.float32)
-    delta_O = torch.zeros(model.network.config.hidden_size, dtype=wide, device=model.device).requires_grad_()
+    delta_O = torch.zeros(
+        model.network.config.hidden_size, dtype=wide, device=model.device
+    ).requires_grad_()
     initial_O = kl_first_V = adam = None
     size = 0.0
     for step in range(settings.steps):
         first = capture(model, outputs=[site], stop_after_last=False)
-        with first as captured, add_to_output(model, site, batch.columns(sites), delta_O):  # captured before delta is added
+        with (
+            first as captured,
+            add_to_output(model, site, batch.columns(sites), delta_O),
+        ):  # captured before delta is added
             logits_BTV = logits_of(model, batch)
         log_p_BTV = logits_BTV.to(wide).log_softmax(-1)
         token_log_p_BT = log_p_BTV[:-1].gather(2, target_BT.clamp(min=0)[..., None])[..., 0]
         likelihood = ((token_log_p_BT * is_target_BT).sum(1) / is_target_BT.sum(1)).mean()
         kl_V = log_p_BTV[-1, kl_site]
         if initial_O is None or kl_first_V is None or adam is None:
-            initial_O, kl_first_V = captured.outputs[site][0, sites[0]].detach().to(wide), kl_V.detach()
+            initial_O, kl_first_V = (
+                captured.outputs[site][0, sites[0]].detach().to(wide),
+                kl_V.detach(),
+            )
             size = float(torch.linalg.vector_norm(initial_O))
-            lr = settings.lr * (size / len(initial_O) ** 0.5 if settings.lr_unit == "relative" else 1.0)
+            lr = settings.lr * (
+                size / len(initial_O) ** 0.5 if settings.lr_unit == "relative" else 1.0
+            )
             adam = torch.optim.Adam([delta_O], lr=lr)
         kl = torch.nn.functional.kl_div(kl_first_V, kl_V, reduction="sum", log_target=True)
-        loss = -likelihood + settings.kl_factor * kl + settings.weight_decay * torch.linalg.vector_norm(delta_O) / size**2
+        loss = (
+            -likelihood
+            + settings.kl_factor * kl
+            + settings.weight_decay * torch.linalg.vector_norm(delta_O) / size**2
+        )
         if loss.item() < settings.stop_loss or step == settings.steps - 1:
             break
         adam.zero_grad()
@@ -93,16 +131,30 @@ def search_target(
     return PlainTarget(delta_O=delta_O.detach(), initial_O=initial_O)
 
 
-def at_subject(model: EditableModel, request: EditRequest, contexts: Sequence[str], *, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C, I) and (C, O), float64: what goes into and comes out of a module at the subject's last token, from a whole pass with logits."""
+def at_subject(
+    model: EditableModel, request: EditRequest, contexts: Sequence[str], *, module: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C, I) and (C, O), float64: what goes into and comes out of a module at the subject's last
+    token, from a whole pass with logits.
+    """
     filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
     encoded = [encode(model.tokenizer, [prompt.text])[0] for prompt in filled]
     batch = pad([sequence.ids for sequence in encoded], device=model.device)
-    with torch.no_grad(), capture(model, inputs=[module], outputs=[module], stop_after_last=False) as captured:
+    with (
+        torch.no_grad(),
+        capture(model, inputs=[module], outputs=[module], stop_after_last=False) as captured,
+    ):
         logits_of(model, batch)
     rows_C = torch.arange(len(contexts), device=model.device)
-    columns_C = batch.columns([subject_position(sequence, prompt) for sequence, prompt in zip(encoded, filled, strict=True)])
-    return captured.inputs[module][rows_C, columns_C].double(), captured.outputs[module][rows_C, columns_C].double()
+    columns_C = batch.columns(
+        [
+            subject_position(sequence, prompt)
+            for sequence, prompt in zip(encoded, filled, strict=True)
+        ]
+    )
+    return captured.inputs[module][rows_C, columns_C].double(), captured.outputs[module][
+        rows_C, columns_C
+    ].double()
 
 
 def rome(
@@ -114,9 +166,15 @@ def rome(
     settings: TargetSettings,
     inverse_II: torch.Tensor,
 ) -> torch.Tensor:
-    """The update of one edit with averaged keys; the covariance was inverted before, once a run, as in the published code."""
-    keys_CI, outputs_CO = at_subject(model, request, contexts, module=model.family.down_projection(layer))
-    target = search_target(model, request, site=model.family.mlp(layer), contexts=contexts, settings=settings)
+    """The update of one edit with averaged keys; the covariance was inverted before, once a run, as
+    in the published code.
+    """
+    keys_CI, outputs_CO = at_subject(
+        model, request, contexts, module=model.family.down_projection(layer)
+    )
+    target = search_target(
+        model, request, site=model.family.mlp(layer), contexts=contexts, settings=settings
+    )
     key_I = keys_CI.mean(dim=0)
     direction_I = inverse_II @ key_I
     left_O = (target.initial_O + target.delta_O).double() - outputs_CO.mean(dim=0)
@@ -133,16 +191,32 @@ def memit(
     settings: TargetSettings,
     solve: Solve,
 ) -> dict[str, torch.Tensor]:
-    """The update of each layer, one layer after another; the weights are put back at the end, as in the published code."""
+    """The update of each layer, one layer after another; the weights are put back at the end, as in
+    the published code.
+    """
     site = model.family.block(layers[-1])
-    targets = [search_target(model, request, site=site, contexts=contexts, settings=settings) for request in requests]
-    targets_ON = torch.stack([target.initial_O + target.delta_O for target in targets], dim=1).double()
+    targets = [
+        search_target(model, request, site=site, contexts=contexts, settings=settings)
+        for request in requests
+    ]
+    targets_ON = torch.stack(
+        [target.initial_O + target.delta_O for target in targets], dim=1
+    ).double()
     updates: dict[str, torch.Tensor] = {}
     before: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(layers):
         module = model.family.down_projection(layer)
-        keys_IN = torch.stack([weights_C @ at_subject(model, request, contexts, module=module)[0] for request in requests], dim=1)
-        current_ON = torch.stack([at_subject(model, request, contexts[:1], module=site)[1][0] for request in requests], dim=1)
+        keys_IN = torch.stack(
+            [
+                weights_C @ at_subject(model, request, contexts, module=module)[0]
+                for request in requests
+            ],
+            dim=1,
+        )
+        current_ON = torch.stack(
+            [at_subject(model, request, contexts[:1], module=site)[1][0] for request in requests],
+            dim=1,
+        )
         updates[module] = solve(module, keys_IN, (targets_ON - current_ON) / (len(layers) - index))
         weight_OI = model.weight(module)
         before[module] = weight_OI.clone()
@@ -156,28 +230,38 @@ def memit(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenseSolve:
-    """MEMIT's R K^T (prior + K K^T)^-1 as a dense solve in float64; with `remembers` D4S's, which keeps the keys."""
+    """MEMIT's R K^T (prior + K K^T)^-1 as a dense solve in float64; with `remembers` D4S's, which
+    keeps the keys.
+    """
 
     prior_II: torch.Tensor  # lambda C
     remembers: bool
     history: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def __call__(self, module: str, keys_IN: torch.Tensor, residuals_ON: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, module: str, keys_IN: torch.Tensor, residuals_ON: torch.Tensor
+    ) -> torch.Tensor:
         gram_II = keys_IN @ keys_IN.T
         if self.remembers:
-            gram_II = self.history[module] = self.history[module] + gram_II if module in self.history else gram_II
+            gram_II = self.history[module] = (
+                self.history[module] + gram_II if module in self.history else gram_II
+            )
         return residuals_ON @ torch.linalg.solve(self.prior_II + gram_II, keys_IN).T
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenseAlphaEdit:
-    """R K^T P ((G + K K^T) P + l2 I)^-1 as the published code solves it, in float64 where that takes float32."""
+    """R K^T P ((G + K K^T) P + l2 I)^-1 as the published code solves it, in float64 where that
+    takes float32.
+    """
 
     projector_II: torch.Tensor
     l2: float
     history: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def __call__(self, module: str, keys_IN: torch.Tensor, residuals_ON: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, module: str, keys_IN: torch.Tensor, residuals_ON: torch.Tensor
+    ) -> torch.Tensor:
         gram_II = keys_IN @ keys_IN.T
         self.history[module] = self.history[module] + gram_II if module in self.history else gram_II
         system_II = self.projector_II @ self.history[module]
@@ -186,17 +270,31 @@ class DenseAlphaEdit:
 
 
 def second_moment(
-    model: EditableModel, module: str, texts: Sequence[str], *, context_length: int, batch_tokens: int, stop: bool = True
+    model: EditableModel,
+    module: str,
+    texts: Sequence[str],
+    *,
+    context_length: int,
+    batch_tokens: int,
+    stop: bool = True,
 ) -> torch.Tensor:
-    """E[k k^T] of one matrix, float32 sums, in a pass of its own, which stops there unless told otherwise."""
+    """E[k k^T] of one matrix, float32 sums, in a pass of its own, which stops there unless told
+    otherwise.
+    """
     size = model.weight(module).shape[1]
     sum_II = torch.zeros(size, size, device=model.device)
     num_tokens = 0
     for start in range(0, len(texts), DOCUMENTS_AT_ONCE):
-        documents = [encode(model.tokenizer, [text])[0].ids[:context_length] for text in texts[start : start + DOCUMENTS_AT_ONCE]]
+        documents = [
+            encode(model.tokenizer, [text])[0].ids[:context_length]
+            for text in texts[start : start + DOCUMENTS_AT_ONCE]
+        ]
         documents.sort(key=len)
         while documents:
-            rows = max(1, sum(len(ids) * (count + 1) <= batch_tokens for count, ids in enumerate(documents)))
+            rows = max(
+                1,
+                sum(len(ids) * (count + 1) <= batch_tokens for count, ids in enumerate(documents)),
+            )
             batch = pad(documents[:rows], device=model.device)
             documents = documents[rows:]
             with torch.no_grad(), capture(model, inputs=[module], stop_after_last=stop) as captured:
@@ -208,7 +306,9 @@ def second_moment(
 
 
 def log_probabilities(model: EditableModel, probes: Sequence[Probe]) -> list[float]:
-    """The mean log-probability of each answer's tokens, from one batch with logits everywhere, read token by token: a record at once."""
+    """The mean log-probability of each answer's tokens, from one batch with logits everywhere, read
+    token by token: a record at once.
+    """
     encoded = [encode_with_target(model.tokenizer, probe.prompt, probe.answer) for probe in probes]
     batch = pad([sequence.ids[:-1] for sequence in encoded], device=model.device)
     with torch.no_grad():
@@ -217,6 +317,11 @@ def log_probabilities(model: EditableModel, probes: Sequence[Probe]) -> list[flo
     for row, sequence in enumerate(encoded):
         total = 0.0
         for offset, token in enumerate(sequence.target_ids):
-            total += logits_BTV[row, sequence.predicting.start + offset].float().log_softmax(-1)[token].item()
+            total += (
+                logits_BTV[row, sequence.predicting.start + offset]
+                .float()
+                .log_softmax(-1)[token]
+                .item()
+            )
         found.append(total / len(sequence.target_ids))
     return found

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 FOLDER = Path("benchmarks/results")
 NOTES = (  # below the table
     *("phases_s", "telemetry_share", "batch", "batch_per_edit_s", "batch_gain", "batch_cpu_gain"),
-    *("edit_1_s", "later_over_first", "later_over_first_cpu", "records", "plain_records", "tokens", "unstopped_s", "flop_ratio"),
+    *(
+        "edit_1_s",
+        "later_over_first",
+        "later_over_first_cpu",
+        "records",
+        "plain_records",
+        "tokens",
+        "unstopped_s",
+        "flop_ratio",
+    ),
 )
 
 
@@ -38,14 +47,18 @@ def measurements() -> dict[str, Callable[[Options], Found]]:
 
 
 def run_bench(name: str, shape: str, *, folder: Path = FOLDER, **options: Any) -> dict[str, Any]:
-    """Runs one measurement at one model's shape and writes `<folder>/<name>-<shape>.json`, with what differs from the usual in the file's
-    name: a smaller depth, a device, a dtype. Returns what it wrote.
+    """Runs one measurement at one model's shape and writes `<folder>/<name>-<shape>.json`, with
+    what differs from the usual in the file's name: a smaller depth, a device, a dtype. Returns what
+    it wrote.
 
-    `options` are those of `Options`. Raises ConfigError: no such measurement or shape, or an option out of range.
+    `options` are those of `Options`. Raises ConfigError: no such measurement or shape, or an option
+    out of range.
     """
     problems = []
     if name not in measurements():
-        problems.append(f"bench: no such benchmark - given {name!r} - allowed: {', '.join(measurements())}")
+        problems.append(
+            f"bench: no such benchmark - given {name!r} - allowed: {', '.join(measurements())}"
+        )
     try:
         chosen = Options(model=shape, **options)
         _ = chosen.shape
@@ -64,7 +77,9 @@ def run_bench(name: str, shape: str, *, folder: Path = FOLDER, **options: Any) -
     }
     facts |= machine(chosen.device)  # before: the load is what else was running
     result = facts | measurements()[name](chosen).as_json()
-    write_atomically(folder / f"{name}-{chosen.label()}.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(
+        folder / f"{name}-{chosen.label()}.json", (json.dumps(result, indent=1) + "\n").encode()
+    )
     return result
 
 
@@ -73,7 +88,17 @@ def table(results: Sequence[dict[str, Any]]) -> Group:
     from rich.console import Group
     from rich.table import Table
 
-    found = Table("", "plain s", "ours s", "ratio", "of CPU", "difference", "peak GB", box=None, pad_edge=False)
+    found = Table(
+        "",
+        "plain s",
+        "ours s",
+        "ratio",
+        "of CPU",
+        "difference",
+        "peak GB",
+        box=None,
+        pad_edge=False,
+    )
     for column in found.columns[1:]:
         column.justify, column.no_wrap = "right", True
     notes: list[Any] = []
@@ -107,7 +132,9 @@ def _profile_table(profile: Sequence[dict[str, Any]], kind: str) -> Table:
         column.justify, column.no_wrap = "right", True
     for row in profile:
         if kind in row:
-            found.add_row(row[kind], f"{row['seconds']:.3f}", f"{row['share']:.1%}", str(row["calls"]))
+            found.add_row(
+                row[kind], f"{row['seconds']:.3f}", f"{row['share']:.1%}", str(row["calls"])
+            )
     return found
 
 

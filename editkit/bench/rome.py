@@ -38,8 +38,19 @@ def measure(options: Options) -> Found:
     (module,) = bench.job.editor.modules(model)
     inverse_II = torch.linalg.inv(bench.job.moments.second_moment(module))
 
-    def edit(requests: tuple[EditRequest, ...], contexts: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
+    def edit(
+        requests: tuple[EditRequest, ...], contexts: tuple[str, ...]
+    ) -> Mapping[str, torch.Tensor]:
         settings = target_settings()
-        return {module: plain.rome(model, requests[0], layer=layer, contexts=contexts, settings=settings, inverse_II=inverse_II)}
+        return {
+            module: plain.rome(
+                model,
+                requests[0],
+                layer=layer,
+                contexts=contexts,
+                settings=settings,
+                inverse_II=inverse_II,
+            )
+        }
 
     return compare_edits(bench, edit, options)[0]

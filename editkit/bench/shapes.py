@@ -1,4 +1,6 @@
-"""The shapes of models: what a benchmark builds with random weights, and which of its layers an edit writes."""
+"""The shapes of models: what a benchmark builds with random weights, and which of its layers an
+edit writes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from editkit.errors import ConfigError
-from editkit.model.architecture import Architecture, architecture_of, facts_without_download, known_facts
+from editkit.model.architecture import (
+    Architecture,
+    architecture_of,
+    facts_without_download,
+    known_facts,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +51,29 @@ class Shape:
 
     def config(self) -> dict[str, Any]:
         """The arguments of the transformers configuration of `kind`."""
-        return {key: value for key, value in self.facts.items() if key != "model_type"} | {"bos_token_id": 0, "eos_token_id": 0}
+        return {key: value for key, value in self.facts.items() if key != "model_type"} | {
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
 
     def of_depth(self, num_layers: int | None) -> Shape:
-        """The same with fewer layers; the edited ones keep their numbers as far as one layer is left above them."""
+        """The same with fewer layers; the edited ones keep their numbers as far as one layer is
+        left above them.
+        """
         if num_layers is None or num_layers == self.num_layers:
             return self
         if not 2 <= num_layers <= self.num_layers:
-            raise ConfigError(f"--layers: this model has {self.num_layers} layers - given {num_layers} - allowed: 2 to {self.num_layers}")
+            raise ConfigError(
+                f"--layers: this model has {self.num_layers} layers - given {num_layers} - allowed: 2 to {self.num_layers}"
+            )
         memit = tuple(layer for layer in self.memit_layers if layer < num_layers - 1)
         if len(memit) < len(self.memit_layers):
             memit = tuple(range(max(0, num_layers - 1 - len(self.memit_layers)), num_layers - 1))
         return replace(
-            self, facts=self.architecture.of_depth(num_layers).facts, rome_layer=min(self.rome_layer, num_layers - 2), memit_layers=memit
+            self,
+            facts=self.architecture.of_depth(num_layers).facts,
+            rome_layer=min(self.rome_layer, num_layers - 2),
+            memit_layers=memit,
         )
 
 
@@ -65,13 +82,26 @@ def model_shapes() -> dict[str, Shape]:
     known = known_facts()
     tiny = facts_without_download("tiny-gpt2", "asset:tiny-gpt2")
     assert tiny is not None
-    nano = {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 400, "n_positions": 128}
-    sizes = {name: tiny[name] for name in ("model_type", "n_embd", "n_layer", "n_head", "vocab_size", "n_positions")}
+    nano = {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "vocab_size": 400,
+        "n_positions": 128,
+    }
+    sizes = {
+        name: tiny[name]
+        for name in ("model_type", "n_embd", "n_layer", "n_head", "vocab_size", "n_positions")
+    }
     found = {
         "nano": Shape(facts=nano, rome_layer=1, memit_layers=(0, 1)),
         "tiny-gpt2": Shape(facts=sizes, rome_layer=2, memit_layers=(0, 1, 2)),
     }
-    return found | {name: Shape(facts=facts, rome_layer=_edited(name)[0], memit_layers=_edited(name)[1]) for name, facts in known.items()}
+    return found | {
+        name: Shape(facts=facts, rome_layer=_edited(name)[0], memit_layers=_edited(name)[1])
+        for name, facts in known.items()
+    }
 
 
 def _edited(name: str) -> tuple[int, tuple[int, ...]]:

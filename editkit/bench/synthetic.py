@@ -1,9 +1,11 @@
-"""Made-up models, requests, texts and second moments: a benchmark needs sizes, not sense. Everything follows from fixed seeds.
+"""Made-up models, requests, texts and second moments: a benchmark needs sizes, not sense.
+Everything follows from fixed seeds.
 
-A word is a token, so that sequence lengths are what they are said to be, and about those of CounterFact's first 600 records under GPT-2's
-tokenizer: prompts of 8.5 tokens on average, 3.4 of them behind the subject, targets of 1.0, paraphrases of 19.1, neighbours of 8.2. As
-there, records share what they ask of their relation's other subjects: of 1,000 records' 13,000 prompts 10,100 differ, and what the contexts
-of these begin with in common leaves 74 % of their tokens to be run.
+A word is a token, so that sequence lengths are what they are said to be, and about those of
+CounterFact's first 600 records under GPT-2's tokenizer: prompts of 8.5 tokens on average, 3.4 of
+them behind the subject, targets of 1.0, paraphrases of 19.1, neighbours of 8.2. As there, records
+share what they ask of their relation's other subjects: of 1,000 records' 13,000 prompts 10,100
+differ, and what the contexts of these begin with in common leaves 74 % of their tokens to be run.
 
 Shape letters: I d_in, R rank.
 """
@@ -19,7 +21,7 @@ from editkit.bench.shapes import Shape
 from editkit.lazy import torch
 from editkit.model.editable import EditableModel
 from editkit.model.families import family_of
-from editkit.model.load import random_network
+from editkit.model.network import random_network
 from editkit.stats.store import Moments, SecondMoment
 from editkit.types import EditRequest, Probe
 
@@ -29,42 +31,66 @@ if TYPE_CHECKING:
 END, SPECIAL = "<|endoftext|>", ("<|endoftext|>", ".", " is", " a")
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 NUM_PARAPHRASES, NUM_NEIGHBOURS = 2, 10  # of a CounterFact record
-NUM_RELATIONS, NUM_SUBJECTS = 34, 90  # relations of CounterFact; subjects of a relation that neighbours ask about
+NUM_RELATIONS, NUM_SUBJECTS = (
+    34,
+    90,
+)  # relations of CounterFact; subjects of a relation that neighbours ask about
 SUBJECT_AT = (5, 5, 4, 0)  # how many words precede the subject in a relation's wordings
 SEED = 0
 
 
 def model_of(shape: Shape, name: str, *, device: str, dtype: str) -> EditableModel:
-    """A network with random weights, made where it will run, and a tokenizer with a token for each row of its vocabulary."""
+    """A network with random weights, made where it will run, and a tokenizer with a token for each
+    row of its vocabulary.
+    """
     from transformers import AutoConfig
 
-    network = random_network(AutoConfig.for_model(shape.kind, **shape.config()), device=device, dtype=dtype)
-    return EditableModel(network, tokenizer(shape.vocabulary), name=name, family=family_of(shape.kind))
+    network = random_network(
+        AutoConfig.for_model(shape.kind, **shape.config()), device=device, dtype=dtype
+    )
+    return EditableModel(
+        network, tokenizer(shape.vocabulary), name=name, family=family_of(shape.kind)
+    )
 
 
 def words(count: int) -> list[str]:
     """Different words of two syllables and more."""
-    found = ("".join(parts) for length in itertools.count(2) for parts in itertools.product(SYLLABLES, repeat=length))
+    found = (
+        "".join(parts)
+        for length in itertools.count(2)
+        for parts in itertools.product(SYLLABLES, repeat=length)
+    )
     return list(itertools.islice(found, count))
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token a word, its leading blank included, as GPT-2's tokenizer has it for frequent words."""
+    """One token a word, its leading blank included, as GPT-2's tokenizer has it for frequent
+    words.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     def piece(word: str) -> str:
         return word.replace(" ", "\u0120")  # the byte-level alphabet's blank
 
-    pieces = [*map(piece, SPECIAL), *(piece(f" {word}") for word in words(vocabulary - len(SPECIAL)))]
-    backend = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token=END))
+    pieces = [
+        *map(piece, SPECIAL),
+        *(piece(f" {word}") for word in words(vocabulary - len(SPECIAL))),
+    ]
+    backend = Tokenizer(
+        models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token=END)
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END, unk_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=END, eos_token=END, unk_token=END
+    )
 
 
 def requests_for(shape: Shape, count: int) -> tuple[EditRequest, ...]:
-    """Requests in CounterFact's size, with 2 paraphrases, 10 neighbours and two targets; every tenth new target has two tokens."""
+    """Requests in CounterFact's size, with 2 paraphrases, 10 neighbours and two targets; every
+    tenth new target has two tokens.
+    """
     chance = random.Random(SEED)
     known = words(shape.vocabulary - len(SPECIAL))
 
@@ -72,7 +98,10 @@ def requests_for(shape: Shape, count: int) -> tuple[EditRequest, ...]:
         return " ".join(chance.choices(known, k=length))
 
     relations = [
-        ([(phrase(before), phrase(5 - before)) for before in SUBJECT_AT], [phrase(3) for _ in range(NUM_SUBJECTS)])
+        (
+            [(phrase(before), phrase(5 - before)) for before in SUBJECT_AT],
+            [phrase(3) for _ in range(NUM_SUBJECTS)],
+        )
         for _ in range(NUM_RELATIONS)
     ]
 
@@ -91,8 +120,12 @@ def requests_for(shape: Shape, count: int) -> tuple[EditRequest, ...]:
                 subject=subject,
                 target=new,
                 target_old=old,
-                paraphrases=tuple(f"{phrase(11)}. {subject} {phrase(4)}" for _ in range(NUM_PARAPHRASES)),
-                neighbours=tuple(Probe(prompt=neighbour(index), answer=old) for _ in range(NUM_NEIGHBOURS)),
+                paraphrases=tuple(
+                    f"{phrase(11)}. {subject} {phrase(4)}" for _ in range(NUM_PARAPHRASES)
+                ),
+                neighbours=tuple(
+                    Probe(prompt=neighbour(index), answer=old) for _ in range(NUM_NEIGHBOURS)
+                ),
             )
         )
     return tuple(found)
@@ -102,11 +135,16 @@ def texts_for(shape: Shape, *, documents: int, longest: int) -> tuple[str, ...]:
     """Documents of very different lengths, up to `longest` tokens."""
     chance = random.Random(SEED)
     known = words(shape.vocabulary - len(SPECIAL))
-    return tuple(" ".join(chance.choices(known, k=chance.randint(longest // 8, longest))) for _ in range(documents))
+    return tuple(
+        " ".join(chance.choices(known, k=chance.randint(longest // 8, longest)))
+        for _ in range(documents)
+    )
 
 
 def moments_for(model: EditableModel, modules: Sequence[str]) -> Moments:
-    """Second moments with a quarter of the dimensions in use and little in the others; the same for all modules, in float64."""
+    """Second moments with a quarter of the dimensions in use and little in the others; the same for
+    all modules, in float64.
+    """
     size = model.weight(modules[0]).shape[1]
     generator = torch.Generator().manual_seed(SEED)
     rank = size // 4

@@ -1,4 +1,5 @@
-"""The spectrum after each edit: a full float64 singular value decomposition against the extreme values, warm-started.
+"""The spectrum after each edit: a full float64 singular value decomposition against the extreme
+values, warm-started.
 
 Shape letters: O d_out, I d_in.
 """
@@ -16,10 +17,12 @@ UPDATE_SIZE = 0.05  # sigma_max of an edit, as a share of that of the weight
 
 
 def measure(options: Options) -> Found:
-    """Both see the same matrices, in turn; the difference is the largest of both values and all edits.
+    """Both see the same matrices, in turn; the difference is the largest of both values and all
+    edits.
 
-    The matrix is Gaussian: the edges of its spectrum are crowded, which is the hard case for an iteration. The share is that of all
-    telemetry, which is more than the spectrum, in an edit of our own ROME at this shape.
+    The matrix is Gaussian: the edges of its spectrum are crowded, which is the hard case for an
+    iteration. The share is that of all telemetry, which is more than the spectrum, in an edit of
+    our own ROME at this shape.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (options.shape.width, options.shape.inner)

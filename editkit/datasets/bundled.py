@@ -22,7 +22,11 @@ class WorldDataset(AbstractDataset):
 
     def load(self, seed: int) -> LoadedDataset:
         requests = list(world.requests(world.generate_world(self.world_seed)))
-        content = json.dumps([dataclasses.asdict(request) for request in requests], sort_keys=True, ensure_ascii=False)
+        content = json.dumps(
+            [dataclasses.asdict(request) for request in requests],
+            sort_keys=True,
+            ensure_ascii=False,
+        )
         return LoadedDataset(
             name=self.name,
             requests=arrange(requests, order=self.order, seed=seed, limit=self.limit),

@@ -1,11 +1,12 @@
-"""CounterFact (Meng et al. 2022, arXiv 2202.05262), in its original layout and in the flat one of EasyEdit, told apart by their keys.
+"""CounterFact (Meng et al. 2022, arXiv 2202.05262), in its original layout and in the flat one of
+EasyEdit, told apart by their keys.
 
 original   requested_rewrite {prompt with "{}", subject, target_new.str, target_true.str}, paraphrase_prompts, neighborhood_prompts,
            attribute_prompts (subjects of which the new target is true), generation_prompts
 flat       prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt, locality_ground_truth
 
-The texts that generated ones are compared with (consistency) are a file of their own, `attribute_snippets.json`: a list of {relation_id,
-target_id, samples: [{text}]}.
+The texts that generated ones are compared with (consistency) are a file of their own,
+`attribute_snippets.json`: a list of {relation_id, target_id, samples: [{text}]}.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from editkit.types import EditRequest, Probe
 
 _ADVICE = "The original file: https://rome.baulab.info/data/dsets/counterfact.json"
 
-Snippets = Mapping[tuple[str, str], tuple[str, ...]]  # (relation, target), by their Wikidata ids -> texts
+Snippets = Mapping[
+    tuple[str, str], tuple[str, ...]
+]  # (relation, target), by their Wikidata ids -> texts
 
 
 @dataclass(frozen=True, kw_only=True)
 class CounterFact(AbstractDataset):
-    """Counterfactual completions, with paraphrases and with neighbours that share the true target."""
+    """Counterfactual completions, with paraphrases and with neighbours that share the true
+    target.
+    """
 
     name: str
     path: str | None
@@ -57,14 +62,22 @@ class CounterFact(AbstractDataset):
         if fields.get("requested_rewrite") is not None:
             return _parse_original(fields, request_id, snippets)
         if fields.get("prompt") is None:
-            fields.note("record", "has neither requested_rewrite (original layout) nor prompt (flat layout)")
+            fields.note(
+                "record", "has neither requested_rewrite (original layout) nor prompt (flat layout)"
+            )
         return _parse_flat(fields, request_id)
 
 
 def _parse_original(fields: Fields, request_id: str, snippets: Snippets) -> EditRequest:
     subject = fields.text("requested_rewrite.subject")
-    true, target = fields.text("requested_rewrite.target_true.str"), fields.text("requested_rewrite.target_new.str")
-    relation = fields.get("requested_rewrite.relation_id"), fields.get("requested_rewrite.target_new.id")
+    true, target = (
+        fields.text("requested_rewrite.target_true.str"),
+        fields.text("requested_rewrite.target_new.str"),
+    )
+    relation = (
+        fields.get("requested_rewrite.relation_id"),
+        fields.get("requested_rewrite.target_new.id"),
+    )
     return _distinct_targets(
         fields,
         EditRequest(
@@ -74,9 +87,15 @@ def _parse_original(fields: Fields, request_id: str, snippets: Snippets) -> Edit
             target=target,
             target_old=true,
             paraphrases=fields.texts("paraphrase_prompts"),
-            # Neighbours are subjects for which the same object is true; attribute prompts ask subjects for which the new one is.
-            neighbours=tuple(Probe(prompt=prompt, answer=true) for prompt in fields.texts("neighborhood_prompts")),
-            attribute_prompts=tuple(Probe(prompt=prompt, answer=target) for prompt in fields.optional_texts("attribute_prompts")),
+            # Neighbours are subjects for which the same object is true; attribute prompts ask
+            # subjects for which the new one is.
+            neighbours=tuple(
+                Probe(prompt=prompt, answer=true) for prompt in fields.texts("neighborhood_prompts")
+            ),
+            attribute_prompts=tuple(
+                Probe(prompt=prompt, answer=target)
+                for prompt in fields.optional_texts("attribute_prompts")
+            ),
             generation_prompts=fields.optional_texts("generation_prompts"),
             references=snippets.get((str(relation[0]), str(relation[1])), ()),
         ),
@@ -97,7 +116,14 @@ def _parse_flat(fields: Fields, request_id: str) -> EditRequest:
             target=fields.text("target_new"),
             target_old=fields.text("ground_truth"),
             paraphrases=() if paraphrase is None else (paraphrase,),
-            neighbours=(Probe(prompt=fields.text("locality_prompt"), answer=fields.text("locality_ground_truth")),) if has_locality else (),
+            neighbours=(
+                Probe(
+                    prompt=fields.text("locality_prompt"),
+                    answer=fields.text("locality_ground_truth"),
+                ),
+            )
+            if has_locality
+            else (),
         ),
         key="target_new",
     )
@@ -105,19 +131,25 @@ def _parse_flat(fields: Fields, request_id: str) -> EditRequest:
 
 def _distinct_targets(fields: Fields, request: EditRequest, *, key: str) -> EditRequest:
     if request.target == request.target_old:
-        fields.note(key, "is the same as the true target: nothing to edit", given=repr(request.target))
+        fields.note(
+            key, "is the same as the true target: nothing to edit", given=repr(request.target)
+        )
     return request
 
 
 def read_snippets(path: str) -> tuple[Snippets, str]:
-    """The reference texts by relation and target, and the file's digest. Raises ConfigError with all that is wrong."""
+    """The reference texts by relation and target, and the file's digest. Raises ConfigError with
+    all that is wrong.
+    """
     records = read_json(Path(path).expanduser(), key="dataset.snippets")
     found: dict[tuple[str, str], tuple[str, ...]] = {}
     problems: list[str] = []
     for index, record in enumerate(records.records):
         fields = Fields(record)
         key = fields.text("relation_id"), fields.text("target_id")
-        found[key] = found.get(key, ()) + tuple(part.text("text") for part in fields.parts("samples"))
+        found[key] = found.get(key, ()) + tuple(
+            part.text("text") for part in fields.parts("samples")
+        )
         problems += [f"{records.origin}, record {index}: {problem}" for problem in fields.problems]
     if problems:
         raise ConfigError(problems)

@@ -1,4 +1,5 @@
-"""The commonsense sets PEP3k and 20Q (Gupta et al. 2023, arXiv 2305.14956): statements that are to be judged True or False.
+"""The commonsense sets PEP3k and 20Q (Gupta et al. 2023, arXiv 2305.14956): statements that are to
+be judged True or False.
 
 probe          prompt, label, predicted_label, subject, verb, object; affected_* (the label holds, of reasoning True) and unaffected_* lists
 rewrite        requested_rewrite {prompt with the colon, subject, verb, object, target_new.str, target_true.str}
@@ -6,8 +7,9 @@ annotated      prompt, label (0 | 1), subject, verb, object
 
 plain          prompt, label; subject, verb and object come from annotated files with the same statements
 
-A statement is followed by a colon, as the authors' code asks it, and "True" or "False" is the target. Without an annotation a statement
-cannot be expressed: no editor could know where in it to act.
+A statement is followed by a colon, as the authors' code asks it, and "True" or "False" is the
+target. Without an annotation a statement cannot be expressed: no editor could know where in it to
+act.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _ADVICE = "The files: https://github.com/anshitag/memit_csk, folder data"
 Annotations = Mapping[str, Mapping[str, object]]  # by statement
 _LABELS = {0: "False", 1: "True"}
 _OTHER = {"False": "True", "True": "False"}
-# Differs from the paper's names only in being short: who the statement is said of, what it says of them, what it says it of.
+# Differs from the paper's names only in being short: who the statement is said of, what it says of
+# them, what it says it of.
 _AFFECTED = {"affected_subject": "subject", "affected_verb": "verb", "affected_object": "object"}
 _UNAFFECTED = {"unaffected_subject": "subject", "unaffected_object": "object"}
 
@@ -38,11 +41,15 @@ class CommonSense(AbstractDataset):
 
     name: str
     set: Literal["20q", "pep3k"]
-    edit_at: Literal["subject", "verb", "object"]  # which part of the statement takes the subject's place
+    edit_at: Literal[
+        "subject", "verb", "object"
+    ]  # which part of the statement takes the subject's place
     path: str | None
     file: str  # looked for below $EDITKIT_DATA when path is null
     id: str | None  # hub dataset, the last resort
-    annotations: tuple[str, ...]  # annotated files, where a plain file's subject, verb and object are looked up by statement
+    annotations: tuple[
+        str, ...
+    ]  # annotated files, where a plain file's subject, verb and object are looked up by statement
     order: Order
     limit: int | None
     on_bad_record: OnBadRecord
@@ -57,23 +64,38 @@ class CommonSense(AbstractDataset):
             seed=seed,
             limit=self.limit,
             on_bad_record=self.on_bad_record,
-            variant={"edit_at": self.edit_at} | ({"annotations": "+".join(digests)} if digests else {}),
+            variant={"edit_at": self.edit_at}
+            | ({"annotations": "+".join(digests)} if digests else {}),
         )
 
     def _parse(self, fields: Fields, index: int, annotations: Annotations) -> EditRequest:
         is_rewrite = fields.get("requested_rewrite") is not None
         prefix = "requested_rewrite." if is_rewrite else ""
-        target = fields.text("requested_rewrite.target_new.str") if is_rewrite else _label(fields, "label")
+        target = (
+            fields.text("requested_rewrite.target_new.str")
+            if is_rewrite
+            else _label(fields, "label")
+        )
         if is_rewrite and target and target not in _OTHER:
             fields.note(
-                "requested_rewrite.target_new.str", "is no judgement", given=shortened(target), allowed="True and False are allowed"
+                "requested_rewrite.target_new.str",
+                "is no judgement",
+                given=shortened(target),
+                allowed="True and False are allowed",
             )
         old = _OTHER.get(target)
         subject = self._part(fields, prefix, annotations)
         identity = fields.get("case_id") if fields.get("id") is None else fields.get("id")
-        # What an unaffected statement's judgement should be is not in the file; it is compared with the unedited model's alone.
-        locality = {kind: _probes(fields, f"unaffected_neighborhood_{part}", str(old)) for kind, part in _UNAFFECTED.items()}
-        portability = {kind: _probes(fields, f"affected_neighborhood_{part}", target) for kind, part in _AFFECTED.items()}
+        # What an unaffected statement's judgement should be is not in the file; it is compared with
+        # the unedited model's alone.
+        locality = {
+            kind: _probes(fields, f"unaffected_neighborhood_{part}", str(old))
+            for kind, part in _UNAFFECTED.items()
+        }
+        portability = {
+            kind: _probes(fields, f"affected_neighborhood_{part}", target)
+            for kind, part in _AFFECTED.items()
+        }
         portability["reasoning"] = _probes(fields, "affected_reasoning", "True")
         return EditRequest(
             id=f"{self.name}/{self.set}/{index if identity is None else identity}",
@@ -81,20 +103,27 @@ class CommonSense(AbstractDataset):
             subject=subject,
             target=target,
             target_old=old,
-            paraphrases=tuple(_asked(statement) for statement in fields.optional_texts("affected_paraphrase")),
+            paraphrases=tuple(
+                _asked(statement) for statement in fields.optional_texts("affected_paraphrase")
+            ),
             locality={kind: probes for kind, probes in locality.items() if probes},
             portability={kind: probes for kind, probes in portability.items() if probes},
         )
 
     def _part(self, fields: Fields, prefix: str, annotations: Annotations) -> str:
-        """The part of the statement that takes the subject's place, from the record or else from the annotated files."""
+        """The part of the statement that takes the subject's place, from the record or else from
+        the annotated files.
+        """
         key = f"{prefix}{self.edit_at}"
         found = fields.get(key)
         if found is None:
             found = annotations.get(str(fields.get("prompt")), {}).get(self.edit_at)
         if found is None:
             fields.note(
-                key, "is missing", given="no annotation", allowed="annotated files are svo_annotated/*: dataset.annotations=[FILE,...]"
+                key,
+                "is missing",
+                given="no annotation",
+                allowed="annotated files are svo_annotated/*: dataset.annotations=[FILE,...]",
             )
             return ""
         return fields.checked(key, found)
@@ -103,7 +132,12 @@ class CommonSense(AbstractDataset):
 def read_annotations(paths: Sequence[str]) -> tuple[Annotations, list[str]]:
     """The annotations by statement, and the beginnings of the files' digests."""
     files = [read_json(Path(path).expanduser(), key="dataset.annotations") for path in paths]
-    found = {str(record.get("prompt")): record for file in files for record in file.records if isinstance(record, Mapping)}
+    found = {
+        str(record.get("prompt")): record
+        for file in files
+        for record in file.records
+        if isinstance(record, Mapping)
+    }
     return found, [file.digest[:12] for file in files]
 
 
@@ -114,12 +148,25 @@ def _asked(statement: str) -> str:
 def _label(fields: Fields, key: str) -> str:
     """True or False: written out in the probe files, a number in the annotated ones."""
     value = fields.get(key)
-    found = value.strip() if isinstance(value, str) else _LABELS.get(value) if type(value) is int else None
+    found = (
+        value.strip()
+        if isinstance(value, str)
+        else _LABELS.get(value)
+        if type(value) is int
+        else None
+    )
     if found not in _OTHER:
-        fields.note(key, "is no judgement", given=shortened(value), allowed="True, False, 1 and 0 are allowed")
+        fields.note(
+            key,
+            "is no judgement",
+            given=shortened(value),
+            allowed="True, False, 1 and 0 are allowed",
+        )
         return ""
     return found
 
 
 def _probes(fields: Fields, key: str, answer: str) -> tuple[Probe, ...]:
-    return tuple(Probe(prompt=_asked(statement), answer=answer) for statement in fields.optional_texts(key))
+    return tuple(
+        Probe(prompt=_asked(statement), answer=answer) for statement in fields.optional_texts(key)
+    )

@@ -1,4 +1,6 @@
-"""One record's fields, read and checked: what is wrong, what had to be left out and what is odd is noted, and said in the end."""
+"""One record's fields, read and checked: what is wrong, what had to be left out and what is odd is
+noted, and said in the end.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ SHOWN = 80  # characters of a value in an error's text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is wrong with one field; records are counted by `field: reason`, so neither holds a value."""
+    """What is wrong with one field; records are counted by `field: reason`, so neither holds a
+    value.
+    """
 
     field: str
     reason: str
@@ -21,7 +25,9 @@ class Problem:
     allowed: str = ""
 
     def __str__(self) -> str:
-        details = "; ".join(part for part in (self.given and f"{self.given} was given", self.allowed) if part)
+        details = "; ".join(
+            part for part in (self.given and f"{self.given} was given", self.allowed) if part
+        )
         return f"{self.field}: {self.reason}" + (f" - {details}" if details else "")
 
 
@@ -37,7 +43,8 @@ class Findings:
 class Fields:
     """Reads one record and notes all that is wrong with it, so that one pass reports everything.
 
-    A field that cannot be read gives an empty value; `problems` says so in the end. A key with dots leads into nested records.
+    A field that cannot be read gives an empty value; `problems` says so in the end. A key with dots
+    leads into nested records.
     """
 
     def __init__(self, record: object, *, path: str = "", findings: Findings | None = None) -> None:
@@ -48,7 +55,9 @@ class Fields:
             self.note("record", "is not JSON", allowed=record.reason)
         elif not isinstance(record, Mapping):
             self.note(
-                "" if path else "record", f"is not an object with fields but of type {type(record).__name__}", given=shortened(record)
+                "" if path else "record",
+                f"is not an object with fields but of type {type(record).__name__}",
+                given=shortened(record),
             )
 
     @property
@@ -77,10 +86,16 @@ class Fields:
         return value
 
     def names(self, key: str = "") -> tuple[str, ...]:
-        """The names in a nested record, or in the record itself; none where the value is missing or null."""
+        """The names in a nested record, or in the record itself; none where the value is missing or
+        null.
+        """
         value = self.get(key) if key else self._record
         if value is not None and not isinstance(value, Mapping):
-            self.note(key, f"is not an object with fields but of type {type(value).__name__}", given=shortened(value))
+            self.note(
+                key,
+                f"is not an object with fields but of type {type(value).__name__}",
+                given=shortened(value),
+            )
         return tuple(map(str, value)) if isinstance(value, Mapping) else ()
 
     def text(self, key: str) -> str:
@@ -93,7 +108,9 @@ class Fields:
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of such texts."""
-        return tuple(self.checked(f"{key}[{index}]", value) for index, value in enumerate(self._list(key)))
+        return tuple(
+            self.checked(f"{key}[{index}]", value) for index, value in enumerate(self._list(key))
+        )
 
     def optional_texts(self, key: str) -> tuple[str, ...]:
         """Such a list, empty where the field is missing or null."""
@@ -101,7 +118,10 @@ class Fields:
 
     def parts(self, key: str) -> list[Fields]:
         """A list of nested records, each with its own reader; what they note is the record's."""
-        return [Fields(value, path=self._full(f"{key}[{index}]"), findings=self.findings) for index, value in enumerate(self._list(key))]
+        return [
+            Fields(value, path=self._full(f"{key}[{index}]"), findings=self.findings)
+            for index, value in enumerate(self._list(key))
+        ]
 
     def _full(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key
@@ -117,7 +137,9 @@ class Fields:
         if value is None:
             self.note(key, "is missing", allowed=f"a {wanted} is needed")
         else:
-            self.note(key, f"is not a {wanted} but of type {type(value).__name__}", given=shortened(value))
+            self.note(
+                key, f"is not a {wanted} but of type {type(value).__name__}", given=shortened(value)
+            )
 
     def checked(self, key: str, value: object) -> str:
         """A value that should be a text, without blanks at its ends; `key` names it."""
@@ -127,23 +149,34 @@ class Fields:
         try:
             value.encode()
         except UnicodeEncodeError:
-            self.note(key, "is not valid Unicode (half of a surrogate pair)", given=ascii(value)[:SHOWN])
+            self.note(
+                key, "is not valid Unicode (half of a surrogate pair)", given=ascii(value)[:SHOWN]
+            )
         if not value.strip():
-            self.note(key, "is empty", given=shortened(value), allowed="a text that is not blank is needed")
+            self.note(
+                key,
+                "is empty",
+                given=shortened(value),
+                allowed="a text that is not blank is needed",
+            )
         return value.strip()
 
     def template(self, key: str, subject: str) -> str:
         """A prompt that already holds one "{}" for the subject."""
         prompt = self.text(key)
         if prompt and prompt.count("{}") != 1:
-            self.note(key, 'does not hold exactly one "{}" for the subject', given=shortened(prompt))
+            self.note(
+                key, 'does not hold exactly one "{}" for the subject', given=shortened(prompt)
+            )
         self._check_subject(subject)
         return prompt
 
     def template_of(self, key: str, subject: str) -> str:
-        """A full prompt, with the subject's first occurrence as a word of its own replaced by "{}"; other occurrences stay.
+        """A full prompt, with the subject's first occurrence as a word of its own replaced by "{}";
+        other occurrences stay.
 
-        Single braces are ordinary text. A literal "{}" could not be told from the slot and is a problem.
+        Single braces are ordinary text. A literal "{}" could not be told from the slot and is a
+        problem.
         """
         prompt = self.text(key)
         self._check_subject(subject)
@@ -155,13 +188,22 @@ class Fields:
         # Scripts without blanks between words know no whole match, hence the second try.
         start = whole.start() if whole else prompt.find(subject)
         if start < 0:
-            self.note(key, "does not hold the subject", given=shortened(prompt), allowed=f"the subject is {shortened(subject)}")
+            self.note(
+                key,
+                "does not hold the subject",
+                given=shortened(prompt),
+                allowed=f"the subject is {shortened(subject)}",
+            )
             return ""
         return f"{prompt[:start]}{{}}{prompt[start + len(subject) :]}"
 
     def _check_subject(self, subject: str) -> None:
         if "{}" in subject:
-            self.note("subject", 'holds "{}", which marks the subject in a prompt', given=shortened(subject))
+            self.note(
+                "subject",
+                'holds "{}", which marks the subject in a prompt',
+                given=shortened(subject),
+            )
 
 
 def shortened(value: object) -> str:

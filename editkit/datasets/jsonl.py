@@ -1,7 +1,8 @@
 """Our own format: JSON lines, one edit request each, with the names of `EditRequest`.
 
-prompt, subject and target are needed; prompt is either a template with one "{}" for the subject or a full prompt that holds the subject.
-A probe is {prompt, answer, aliases}; aliases may be missing. Names that the format does not know are an error: they are misspelt.
+prompt, subject and target are needed; prompt is either a template with one "{}" for the subject or
+a full prompt that holds the subject. A probe is {prompt, answer, aliases}; aliases may be missing.
+Names that the format does not know are an error: they are misspelt.
 """
 
 from __future__ import annotations
@@ -49,12 +50,16 @@ class JsonLines(AbstractDataset):
         subject = fields.text("subject")
         target, old = fields.text("target"), fields.optional_text("target_old")
         if target and target == old:
-            fields.note("target", "is the same as target_old: nothing to edit", given=shortened(target))
+            fields.note(
+                "target", "is the same as target_old: nothing to edit", given=shortened(target)
+            )
         has_slot = "{}" in str(fields.get("prompt"))
         return [
             EditRequest(
                 id=f"{self.name}/{_identity(fields, index)}",
-                prompt=fields.template("prompt", subject) if has_slot else fields.template_of("prompt", subject),
+                prompt=fields.template("prompt", subject)
+                if has_slot
+                else fields.template_of("prompt", subject),
                 subject=subject,
                 target=target,
                 target_old=old,
@@ -76,7 +81,9 @@ def _check_names(fields: Fields, known: Sequence[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            fields.note(name, "is not a field of this format", allowed=f"{hint}allowed: {', '.join(known)}")
+            fields.note(
+                name, "is not a field of this format", allowed=f"{hint}allowed: {', '.join(known)}"
+            )
 
 
 def _identity(fields: Fields, index: int) -> str:
@@ -95,7 +102,13 @@ def _probes(fields: Fields, key: str) -> tuple[Probe, ...]:
     found = []
     for part in fields.parts(key):
         _check_names(part, _PROBE_NAMES)
-        found.append(Probe(prompt=part.text("prompt"), answer=part.text("answer"), aliases=part.optional_texts("aliases")))
+        found.append(
+            Probe(
+                prompt=part.text("prompt"),
+                answer=part.text("answer"),
+                aliases=part.optional_texts("aliases"),
+            )
+        )
     return tuple(found)
 
 
@@ -103,7 +116,11 @@ def _kinds(fields: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
     found = {}
     for kind in fields.names(key):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", kind):  # a metric is named after it
-            fields.note(f"{key}.{kind}", "is no name of a kind", allowed="small letters, digits and _ are allowed")
+            fields.note(
+                f"{key}.{kind}",
+                "is no name of a kind",
+                allowed="small letters, digits and _ are allowed",
+            )
         else:
             found[kind] = _probes(fields, f"{key}.{kind}")
     return {kind: probes for kind, probes in found.items() if probes}

@@ -1,11 +1,13 @@
-"""KnowEdit (Zhang et al. 2024, arXiv 2401.01286): WikiData recent and counterfact, ZsRE, WikiBio; the layouts are told apart by their keys.
+"""KnowEdit (Zhang et al. 2024, arXiv 2401.01286): WikiData recent and counterfact, ZsRE, WikiBio;
+the layouts are told apart by their keys.
 
 facts      subject, prompt, target_new; ground_truth and rephrase_prompt in some; locality {Relation_Specificity, Forgetfulness} and
-           portability {Subject_Aliasing, Reasoning, Logical_Generalization}: lists of {prompt, ground_truth}
+           portability {Subject_Aliasing, Reasoning, Logical_Generalization}: lists of {prompt,
+           ground_truth}
 WikiBio    concept, text (the beginning of a biography), labels (its next sentence), locality
 
-A ground truth is a text, a list of texts (names of one answer) or a list of such lists (several answers). The first name of the first
-answer is the answer, all others are its aliases.
+A ground truth is a text, a list of texts (names of one answer) or a list of such lists (several
+answers). The first name of the first answer is the answer, all others are its aliases.
 """
 
 from __future__ import annotations
@@ -21,16 +23,24 @@ from editkit.types import EditRequest, Probe
 _ADVICE = "The files: https://huggingface.co/datasets/zjunlp/KnowEdit, folder benchmark"
 
 _LOCALITY = {"Relation_Specificity": "relation_specificity", "Forgetfulness": "forgetfulness"}
-_PORTABILITY = {"Subject_Aliasing": "alias", "Reasoning": "reasoning", "Logical_Generalization": "logical_generalization"}
+_PORTABILITY = {
+    "Subject_Aliasing": "alias",
+    "Reasoning": "reasoning",
+    "Logical_Generalization": "logical_generalization",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnowEdit(AbstractDataset):
-    """Facts of Wikidata or sentences of biographies, with what should follow from an edit and what should stay."""
+    """Facts of Wikidata or sentences of biographies, with what should follow from an edit and what
+    should stay.
+    """
 
     name: str
     path: str | None
-    files: tuple[str, ...]  # the first of them that is below $EDITKIT_DATA is read when path is null
+    files: tuple[
+        str, ...
+    ]  # the first of them that is below $EDITKIT_DATA is read when path is null
     id: str | None  # hub dataset, the last resort
     hub_file: str | None  # the JSON file in its repository
     order: Order
@@ -39,7 +49,13 @@ class KnowEdit(AbstractDataset):
 
     def load(self, seed: int) -> LoadedDataset:
         return load_records(
-            find_records(path=self.path, files=self.files, hub_id=self.id, hub_file=self.hub_file, advice=_ADVICE),
+            find_records(
+                path=self.path,
+                files=self.files,
+                hub_id=self.id,
+                hub_file=self.hub_file,
+                advice=_ADVICE,
+            ),
             self._parse,
             name=self.name,
             order=self.order,
@@ -70,7 +86,9 @@ class KnowEdit(AbstractDataset):
 
 
 def _target_old(fields: Fields, target: str) -> str | None:
-    """The first true answer that is not the target; a few targets are true, and such a record is not judged against itself."""
+    """The first true answer that is not the target; a few targets are true, and such a record is
+    not judged against itself.
+    """
     if fields.get("ground_truth") is None:
         return None
     answers = [name for names in _answers(fields, "ground_truth") for name in names]
@@ -79,7 +97,9 @@ def _target_old(fields: Fields, target: str) -> str | None:
     return next((answer for answer in answers if answer != target), None)
 
 
-def _kinds(fields: Fields, key: str, names: Mapping[str, str], target: str) -> dict[str, tuple[Probe, ...]]:
+def _kinds(
+    fields: Fields, key: str, names: Mapping[str, str], target: str
+) -> dict[str, tuple[Probe, ...]]:
     """The probes by kind, without kinds that have none."""
     found: dict[str, tuple[Probe, ...]] = {}
     for kind in fields.names(key):
@@ -97,11 +117,14 @@ def _probe(part: Fields, kind: str, target: str) -> Probe | None:
     """One question; None, and counted, where the file gives it no usable answer."""
     answers = _answers(part, "ground_truth")
     if kind == "forgetfulness":
-        # "The ethnic group of X, which is not <target>, is": an answer that is the target contradicts its own question.
-        # Differs from EasyEdit, which scores it: 297 of the 298 in wiki_recent's training file name the target, 151 nothing else.
+        # "The ethnic group of X, which is not <target>, is": an answer that is the target
+        # contradicts its own question. Differs from EasyEdit, which scores it: 297 of the 298 in
+        # wiki_recent's training file name the target, 151 nothing else.
         others = [names for names in answers if target not in names]
         if answers and not others:
-            part.leave_out("forgetfulness: the only answer is the target, which the question excludes")
+            part.leave_out(
+                "forgetfulness: the only answer is the target, which the question excludes"
+            )
             return None
         answers = others
     if not answers:
@@ -122,7 +145,11 @@ def _answers(fields: Fields, key: str) -> list[list[str]]:
     answers = value if all(isinstance(each, list) for each in value) else [value]
     for name in (name for names in answers for name in names):
         if not isinstance(name, str):
-            fields.note(key, f"holds a value of type {type(name).__name__}, not a text", given=shortened(name))
+            fields.note(
+                key,
+                f"holds a value of type {type(name).__name__}, not a text",
+                given=shortened(name),
+            )
             return []
     stripped = [[name.strip() for name in names if name.strip()] for names in answers]
     return [names for names in stripped if names]

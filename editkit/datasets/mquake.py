@@ -1,12 +1,14 @@
-"""MQuAKE (Zhong et al. 2023, arXiv 2305.14795): chains of facts, some of them edited, and questions over the whole chain.
+"""MQuAKE (Zhong et al. 2023, arXiv 2305.14795): chains of facts, some of them edited, and questions
+over the whole chain.
 
 requested_rewrite  the edited facts: [{prompt with "{}", subject, target_new.str, target_true.str, question}]
 questions          three phrasings of one multi-hop question; new_answer and new_answer_alias: its answer after the edits
 new_single_hops    [{question, answer, answer_alias}]: the chain after the edits, hop by hop
 orig               the same chain as Wikidata ids: edit_triples, new_triples
 
-A chain's facts are one request each, of one group: they are edited one after another, and what asks for the whole chain (the multi-hop
-questions, the hops) hangs on its last request, so that it is asked only when all of them are in the model.
+A chain's facts are one request each, of one group: they are edited one after another, and what asks
+for the whole chain (the multi-hop questions, the hops) hangs on its last request, so that it is
+asked only when all of them are in the model.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from editkit.types import EditRequest, Probe
 
 _ADVICE = "The files: https://github.com/princeton-nlp/MQuAKE, folder datasets"
 
-Edits = dict[tuple[object, object], set[object]]  # (subject, relation) -> the objects that some chain's edit gives it
+Edits = dict[
+    tuple[object, object], set[object]
+]  # (subject, relation) -> the objects that some chain's edit gives it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,9 @@ class MQuAKE(AbstractDataset):
     file: str  # looked for below $EDITKIT_DATA when path is null
     id: str | None  # hub dataset, the last resort
     question_format: str  # what is asked, "{}" being the question
-    contradicted_chains: Literal["keep", "leave_out"]  # chains through a fact that another chain edits otherwise
+    contradicted_chains: Literal[
+        "keep", "leave_out"
+    ]  # chains through a fact that another chain edits otherwise
     order: Order
     limit: int | None
     on_bad_record: OnBadRecord
@@ -63,14 +69,18 @@ class MQuAKE(AbstractDataset):
 
     def _variant(self) -> dict[str, str]:
         asked = {} if self.question_format == "{}" else {"question_format": self.question_format}
-        return asked | ({} if self.contradicted_chains == "keep" else {"contradicted_chains": "left out"})
+        return asked | (
+            {} if self.contradicted_chains == "keep" else {"contradicted_chains": "left out"}
+        )
 
     def _parse(self, fields: Fields, index: int, edits: Edits) -> list[EditRequest]:
         case_id = fields.get("case_id")
         group = f"{self.name}/{index if case_id is None else case_id}"
         facts = fields.parts("requested_rewrite")
         if fields.get("requested_rewrite") == []:
-            fields.note("requested_rewrite", "is empty", allowed="at least one edited fact is needed")
+            fields.note(
+                "requested_rewrite", "is empty", allowed="at least one edited fact is needed"
+            )
         answer = fields.text("new_answer")
         aliases = _aliases(fields.optional_texts("new_answer_alias"), answer)
         questions = tuple(self._asked(question) for question in fields.texts("questions"))
@@ -78,7 +88,13 @@ class MQuAKE(AbstractDataset):
         requests = []
         for number, fact in enumerate(facts):
             is_last = number == len(facts) - 1
-            multi_hop = tuple(Probe(prompt=question, answer=answer, aliases=aliases) for question in questions) if is_last else ()
+            multi_hop = (
+                tuple(
+                    Probe(prompt=question, answer=answer, aliases=aliases) for question in questions
+                )
+                if is_last
+                else ()
+            )
             subject, question = fact.text("subject"), fact.optional_text("question")
             requests.append(
                 EditRequest(
@@ -106,7 +122,11 @@ class MQuAKE(AbstractDataset):
 
     def _hop(self, hop: Fields) -> Probe:
         answer = hop.text("answer")
-        return Probe(prompt=self._asked(hop.text("question")), answer=answer, aliases=_aliases(hop.optional_texts("answer_alias"), answer))
+        return Probe(
+            prompt=self._asked(hop.text("question")),
+            answer=answer,
+            aliases=_aliases(hop.optional_texts("answer_alias"), answer),
+        )
 
 
 def _aliases(names: Sequence[str], answer: str) -> tuple[str, ...]:
@@ -114,10 +134,18 @@ def _aliases(names: Sequence[str], answer: str) -> tuple[str, ...]:
 
 
 def _triples(fields: Fields, key: str) -> list[Sequence[object]]:
-    """Triples of Wikidata ids; none where the file has none (they only serve to find contradictions)."""
+    """Triples of Wikidata ids; none where the file has none (they only serve to find
+    contradictions).
+    """
     found = fields.get(key)
     triples = found if isinstance(found, list) else []
-    return [triple for triple in triples if isinstance(triple, list) and len(triple) == 3 and all(isinstance(each, str) for each in triple)]
+    return [
+        triple
+        for triple in triples
+        if isinstance(triple, list)
+        and len(triple) == 3
+        and all(isinstance(each, str) for each in triple)
+    ]
 
 
 def _edits(records: Sequence[object]) -> Edits:
@@ -129,6 +157,11 @@ def _edits(records: Sequence[object]) -> Edits:
 
 
 def _is_contradicted(fields: Fields, edits: Edits) -> bool:
-    """Whether an edit of the file changes a fact that the chain's answer rests on: MQuAKE-Remastered (ICLR 2025) counts these as errors."""
+    """Whether an edit of the file changes a fact that the chain's answer rests on:
+    MQuAKE-Remastered (ICLR 2025) counts these as errors.
+    """
     triples = _triples(fields, "orig.new_triples")
-    return any(edits.get((subject, relation), {target}) != {target} for subject, relation, target in triples)
+    return any(
+        edits.get((subject, relation), {target}) != {target}
+        for subject, relation, target in triples
+    )

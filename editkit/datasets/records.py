@@ -26,7 +26,8 @@ class Records:
     """Records as they were read, not yet checked."""
 
     records: Sequence[object]
-    digest: str  # sha256: of the file's bytes; of the records as canonical JSON where the hub's tables were read
+    # sha256: of the file's bytes; of the records as canonical JSON where the hub's tables were read
+    digest: str
     origin: str
     lines: Sequence[int] | None = None  # the line of each record, where each has one of its own
 
@@ -35,8 +36,16 @@ class Records:
         return f"record {index}" if self.lines is None else f"line {self.lines[index]}"
 
 
-def find_records(*, path: str | None, files: Sequence[str], hub_id: str | None, hub_file: str | None = None, advice: str) -> Records:
-    """Records from `path`; else from the first of `files` that is below $EDITKIT_DATA; else from the hub.
+def find_records(
+    *,
+    path: str | None,
+    files: Sequence[str],
+    hub_id: str | None,
+    hub_file: str | None = None,
+    advice: str,
+) -> Records:
+    """Records from `path`; else from the first of `files` that is below $EDITKIT_DATA; else from
+    the hub.
 
     Args:
         hub_file: a JSON file of the hub's repository; None: all rows of all of its splits.
@@ -52,15 +61,21 @@ def find_records(*, path: str | None, files: Sequence[str], hub_id: str | None, 
     for local in locals_:
         if local.exists():
             return read_json(local, key=f"${DATA_FOLDER}")
-    missing = " and ".join(map(str, locals_)) + f" (${DATA_FOLDER}) {'do' if len(locals_) > 1 else 'does'} not exist"
+    missing = (
+        " and ".join(map(str, locals_))
+        + f" (${DATA_FOLDER}) {'do' if len(locals_) > 1 else 'does'} not exist"
+    )
     looked = missing if locals_ else f"${DATA_FOLDER} is not set"
     reason = "no hub dataset in this layout is known (dataset.id is null)"
     if hub_id is not None:
         try:
             return _read_hub(hub_id) if hub_file is None else _read_hub_file(hub_id, hub_file)
         except ImportError:
-            reason = f"hub dataset {hub_id} needs the package `datasets` (pip install 'editkit[hub]')"
-        except Exception as error:  # the hub's clients raise errors of many libraries; any of them means the same here
+            reason = (
+                f"hub dataset {hub_id} needs the package `datasets` (pip install 'editkit[hub]')"
+            )
+        # the hub's clients raise errors of many libraries; any of them means the same here
+        except Exception as error:
             reason = f"hub dataset {hub_id} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     raise ConfigError(
         f"dataset: no data - dataset.path is null; {looked}; {reason} - set dataset.path=FILE or {DATA_FOLDER}=FOLDER. {advice}"
@@ -73,14 +88,20 @@ def read_json(path: Path, *, key: str) -> Records:
     try:
         records = json.loads(decoded(content, path))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: malformed JSON - {error.msg}") from None
+        raise ConfigError(
+            f"{path}, line {error.lineno}, column {error.colno}: malformed JSON - {error.msg}"
+        ) from None
     if not isinstance(records, list):
-        raise ConfigError(f"{path}: holds one {type(records).__name__} - a JSON list of records is needed")
+        raise ConfigError(
+            f"{path}: holds one {type(records).__name__} - a JSON list of records is needed"
+        )
     return Records(records=records, digest=hashlib.sha256(content).hexdigest(), origin=str(path))
 
 
 def read_json_lines(path: Path, *, key: str) -> Records:
-    """One record for each line that is not blank; a line that is no JSON becomes a `Malformed`, so that all of them are told at once."""
+    """One record for each line that is not blank; a line that is no JSON becomes a `Malformed`, so
+    that all of them are told at once.
+    """
     content = read_bytes(path, key=key, suffix="jsonl")
     records: list[object] = []
     lines: list[int] = []
@@ -92,13 +113,17 @@ def read_json_lines(path: Path, *, key: str) -> Records:
         except json.JSONDecodeError as error:
             records.append(Malformed(f"{error.msg}, column {error.colno}"))
         lines.append(number)
-    return Records(records=records, digest=hashlib.sha256(content).hexdigest(), origin=str(path), lines=lines)
+    return Records(
+        records=records, digest=hashlib.sha256(content).hexdigest(), origin=str(path), lines=lines
+    )
 
 
 def read_bytes(path: Path, *, key: str, suffix: str) -> bytes:
     if path.is_dir():
         found = ", ".join(sorted(child.name for child in path.glob(f"*.{suffix}"))) or "none"
-        raise ConfigError(f"{key}: {path} is a folder - give one {suffix.upper()} file; it holds: {found}")
+        raise ConfigError(
+            f"{key}: {path} is a folder - give one {suffix.upper()} file; it holds: {found}"
+        )
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -111,7 +136,9 @@ def decoded(content: bytes, path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 - a file in UTF-8 is needed") from None
+        raise ConfigError(
+            f"{path}: byte {error.start} is not UTF-8 - a file in UTF-8 is needed"
+        ) from None
 
 
 def _read_hub(hub_id: str) -> Records:
@@ -121,7 +148,11 @@ def _read_hub(hub_id: str) -> Records:
     # Splits follow each other by name, so that the order does not hang on how the hub lists them.
     records = [dict(row) for split in sorted(splits) for row in splits[split]]
     canonical = json.dumps(records, sort_keys=True, ensure_ascii=False).encode()
-    return Records(records=records, digest=hashlib.sha256(canonical).hexdigest(), origin=f"hub dataset {hub_id}")
+    return Records(
+        records=records,
+        digest=hashlib.sha256(canonical).hexdigest(),
+        origin=f"hub dataset {hub_id}",
+    )
 
 
 def _read_hub_file(hub_id: str, file: str) -> Records:
@@ -129,4 +160,6 @@ def _read_hub_file(hub_id: str, file: str) -> Records:
 
     path = huggingface_hub.hf_hub_download(hub_id, file, repo_type="dataset")
     found = read_json(Path(path), key="dataset.id")
-    return Records(records=found.records, digest=found.digest, origin=f"hub dataset {hub_id}, {file}")
+    return Records(
+        records=found.records, digest=found.digest, origin=f"hub dataset {hub_id}, {file}"
+    )

@@ -1,7 +1,9 @@
-"""The bundled world: invented people, cities and firms, requests to edit what is known of them, and text to learn it from.
+"""The bundled world: invented people, cities and firms, requests to edit what is known of them, and
+text to learn it from.
 
-Everything follows from the seed. The people's facts are what requests edit; for a fifth of a relation's people some wordings never occur in
-the corpus, so that a model has to generalise to them.
+Everything follows from the seed. The people's facts are what requests edit; for a fifth of a
+relation's people some wordings never occur in the corpus, so that a model has to generalise to
+them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from editkit.datasets.world_tasks import TASKS, Split, TaskItem, lookups, recital, stream_items
-from editkit.datasets.world_words import OBJECTS, RELATIONS, TWO_HOPS, Relation, TwoHop, invent_names, invent_surnames
+from editkit.datasets.world_words import (
+    OBJECTS,
+    RELATIONS,
+    TWO_HOPS,
+    Relation,
+    TwoHop,
+    invent_names,
+    invent_surnames,
+)
 from editkit.types import EditRequest, Probe
 
 
@@ -34,7 +44,9 @@ class Fact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """All facts, in a fixed order; `two_hops` are (prompt, answer) pairs that the corpus may hold."""
+    """All facts, in a fixed order; `two_hops` are (prompt, answer) pairs that the corpus may
+    hold.
+    """
 
     seed: int
     first_names: tuple[str, ...]
@@ -47,16 +59,27 @@ class World:
         return {fact.subject: fact.object for fact in self.facts if fact.relation.name == relation}
 
 
-def generate_world(seed: int = 0, *, num_people: int = 260, num_cities: int = 30, num_firms: int = 30) -> World:
+def generate_world(
+    seed: int = 0, *, num_people: int = 260, num_cities: int = 30, num_firms: int = 30
+) -> World:
     """The world of a seed; seed 0 in its default size is the one that the bundled models know."""
     rng = random.Random(f"world/{seed}")
     used: set[str] = set()
     names = {
         kind: invent_names(rng, used, kind=kind, count=count)
-        for kind, count in (("first name", 40), ("city", num_cities), ("firm", num_firms), ("country", 15), ("language", 20))
+        for kind, count in (
+            ("first name", 40),
+            ("city", num_cities),
+            ("firm", num_firms),
+            ("country", 15),
+            ("language", 20),
+        )
     }
     subjects = {
-        "person": tuple(f"{rng.choice(names['first name'])} {surname}" for surname in invent_surnames(rng, used, count=num_people)),
+        "person": tuple(
+            f"{rng.choice(names['first name'])} {surname}"
+            for surname in invent_surnames(rng, used, count=num_people)
+        ),
         "city": names["city"],
         "firm": names["firm"],
     }
@@ -65,12 +88,20 @@ def generate_world(seed: int = 0, *, num_people: int = 260, num_cities: int = 30
         Relation(name=name, subjects=subject_kind, wordings=wordings, objects=objects[object_kind])
         for name, (subject_kind, object_kind, wordings) in RELATIONS.items()
     )
-    facts = tuple(fact for relation in relations for fact in _facts(rng, relation, subjects[relation.subjects]))
-    world = World(seed=seed, first_names=names["first name"], relations=relations, facts=facts, two_hops=())
+    facts = tuple(
+        fact
+        for relation in relations
+        for fact in _facts(rng, relation, subjects[relation.subjects])
+    )
+    world = World(
+        seed=seed, first_names=names["first name"], relations=relations, facts=facts, two_hops=()
+    )
     probes = [probe for hop in TWO_HOPS for probe in _two_hop_probes(world, hop)]
     # A fifth of the two-hop questions is held out too.
     trained = tuple(rng.sample(probes, len(probes) * 4 // 5))
-    return World(seed=seed, first_names=world.first_names, relations=relations, facts=facts, two_hops=trained)
+    return World(
+        seed=seed, first_names=world.first_names, relations=relations, facts=facts, two_hops=trained
+    )
 
 
 def _facts(rng: random.Random, relation: Relation, subjects: tuple[str, ...]) -> Iterator[Fact]:
@@ -103,18 +134,30 @@ def requests(world: World) -> tuple[EditRequest, ...]:
         groups.setdefault(fact.relation.name, []).append(fact)
     edited = [fact for fact in world.facts if fact.relation.subjects == "person"]
     rng.shuffle(edited)
-    return tuple(_request(rng, fact, groups[fact.relation.name], seconds, index=index) for index, fact in enumerate(edited))
+    return tuple(
+        _request(rng, fact, groups[fact.relation.name], seconds, index=index)
+        for index, fact in enumerate(edited)
+    )
 
 
 def _request(
-    rng: random.Random, fact: Fact, same_relation: list[Fact], seconds: dict[str, dict[str, str]], *, index: int, num_neighbours: int = 6
+    rng: random.Random,
+    fact: Fact,
+    same_relation: list[Fact],
+    seconds: dict[str, dict[str, str]],
+    *,
+    index: int,
+    num_neighbours: int = 6,
 ) -> EditRequest:
     target = rng.choice([name for name in fact.relation.objects if name != fact.object])
     others = [other for other in fact.trained if other != fact.prompts[0]]
     paraphrases = [*fact.held_out, *rng.sample(others, len(others))][:3]
     neighbours = rng.sample(same_relation, len(same_relation))
     # A stable sort: subjects with the same object first, then whoever comes.
-    neighbours = sorted((other for other in neighbours if other != fact), key=lambda other: other.object != fact.object)
+    neighbours = sorted(
+        (other for other in neighbours if other != fact),
+        key=lambda other: other.object != fact.object,
+    )
     return EditRequest(
         id=f"world/{index}",
         prompt=fact.relation.wordings[0],
@@ -122,10 +165,16 @@ def _request(
         target=target,
         target_old=fact.object,
         paraphrases=tuple(paraphrases),
-        neighbours=tuple(Probe(prompt=rng.choice(other.trained), answer=other.object) for other in neighbours[:num_neighbours]),
+        neighbours=tuple(
+            Probe(prompt=rng.choice(other.trained), answer=other.object)
+            for other in neighbours[:num_neighbours]
+        ),
         portability={
             "two_hop": tuple(
-                Probe(prompt=hop.wording.replace("{}", fact.subject), answer=seconds[hop.second][target])
+                Probe(
+                    prompt=hop.wording.replace("{}", fact.subject),
+                    answer=seconds[hop.second][target],
+                )
                 for hop in TWO_HOPS
                 if hop.first == fact.relation.name
             )
@@ -135,7 +184,11 @@ def _request(
 
 def task_items(world: World, task: str, *, split: Split = "test", n: int) -> tuple[TaskItem, ...]:
     """The first `n` items of a task; test and training items share no prompt."""
-    return tuple(itertools.islice(stream_items(world.first_names, seed=world.seed, task=task, split=split), n))
+    return tuple(
+        itertools.islice(
+            stream_items(world.first_names, seed=world.seed, task=task, split=split), n
+        )
+    )
 
 
 # Text, and whether it is an answer: what follows from the text before it, and so can be learned.
@@ -143,11 +196,20 @@ Part = tuple[str, bool]
 
 
 def documents(
-    world: World, *, seed: int = 0, task_share: float = 0.42, recital_share: float = 0.08, lookup_share: float = 0.0
+    world: World,
+    *,
+    seed: int = 0,
+    task_share: float = 0.42,
+    recital_share: float = 0.08,
+    lookup_share: float = 0.0,
 ) -> Iterator[tuple[Part, ...]]:
-    """What the bundled models learned from, without end, part by part: training items, recitals, lookups, else some facts each."""
+    """What the bundled models learned from, without end, part by part: training items, recitals,
+    lookups, else some facts each.
+    """
     rng = random.Random(f"corpus/{world.seed}/{seed}")
-    items = {task: stream_items(world.first_names, seed=seed, task=task, split="train") for task in TASKS}
+    items = {
+        task: stream_items(world.first_names, seed=seed, task=task, split="train") for task in TASKS
+    }
     by_subject: dict[str, list[Fact]] = {}
     for fact in world.facts:
         by_subject.setdefault(fact.subject, []).append(fact)
@@ -160,9 +222,15 @@ def documents(
             prompt, answer = recital(rng, world.first_names)
             yield (prompt, False), (answer, True)
         elif kind < task_share + recital_share + lookup_share:
-            yield tuple(part for prompt, answer in lookups(rng, world.first_names) for part in ((prompt, False), (answer, True)))
+            yield tuple(
+                part
+                for prompt, answer in lookups(rng, world.first_names)
+                for part in ((prompt, False), (answer, True))
+            )
         else:
-            pool = by_subject[rng.choice(world.facts).subject] if rng.random() < 0.5 else world.facts
+            pool = (
+                by_subject[rng.choice(world.facts).subject] if rng.random() < 0.5 else world.facts
+            )
             facts = rng.sample(pool, min(rng.randint(2, 4), len(pool)))
             pairs = [(rng.choice(fact.trained), fact.object) for fact in facts]
             if rng.random() < 0.2:
@@ -177,4 +245,7 @@ def documents(
 
 def corpus(world: World, *, seed: int = 0, num_documents: int) -> Iterator[str]:
     """The same documents as plain text."""
-    return ("".join(text for text, _ in parts) for parts in itertools.islice(documents(world, seed=seed), num_documents))
+    return (
+        "".join(text for text, _ in parts)
+        for parts in itertools.islice(documents(world, seed=seed), num_documents)
+    )

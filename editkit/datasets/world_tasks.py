@@ -1,7 +1,8 @@
-"""Four small tasks in the form of the papers' four: arithmetic stories, entailment, questions over a passage, dialogue summaries.
+"""Four small tasks in the form of the papers' four: arithmetic stories, entailment, questions over
+a passage, dialogue summaries.
 
-Items are drawn without end from templates. Whether one belongs to the test or to the training items is decided by a checksum of its
-prompt, so the two can never share a text, however many are drawn.
+Items are drawn without end from templates. Whether one belongs to the test or to the training items
+is decided by a checksum of its prompt, so the two can never share a text, however many are drawn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskItem:
-    """A prompt and its answer, which follows after one blank and ends with a newline; `choices` where only those are meant."""
+    """A prompt and its answer, which follows after one blank and ends with a newline; `choices`
+    where only those are meant.
+    """
 
     id: str  # "arithmetic/test/17"
     prompt: str
@@ -55,7 +58,9 @@ def _arithmetic(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     adds = rng.random() < 0.5
     m = rng.randint(1 if adds else 2, 9)
     n = rng.randint(1, 9 if adds else m - 1)
-    story = rng.choice(_ADD if adds else _SUBTRACT).format(a=a, b=b, m=m, n=n, goods=rng.choice(_GOODS))
+    story = rng.choice(_ADD if adds else _SUBTRACT).format(
+        a=a, b=b, m=m, n=n, goods=rng.choice(_GOODS)
+    )
     return f"Q: {story} A:", str(m + n if adds else m - n)
 
 
@@ -63,7 +68,10 @@ def _entailment(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     a, b = rng.sample(names, 2)
     thing, has, says_has = rng.choice(_THINGS), rng.random() < 0.5, rng.random() < 0.85
     premise = f"{a} {rng.choice(_HAS if has else _LACKS)} a {thing} and met {b} in the {rng.choice(_PLACES)}"
-    return f"{premise}. entails the {a} has {'a' if says_has else 'no'} {thing}. True or False? answer:", str(has == says_has)
+    return (
+        f"{premise}. entails the {a} has {'a' if says_has else 'no'} {thing}. True or False? answer:",
+        str(has == says_has),
+    )
 
 
 def _passage(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
@@ -71,7 +79,10 @@ def _passage(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     duties = ", ".join(f"{who} {place}" for who, place in zip(people, places, strict=True))
     i = rng.randrange(3)
     # The answer begins for the model, so that it has to find a place and not to plan a sentence.
-    return f"Passage: Duties today: {duties}. Question: Where is {people[i]} today? Answer: {people[i]}", places[i]
+    return (
+        f"Passage: Duties today: {duties}. Question: Where is {people[i]} today? Answer: {people[i]}",
+        places[i],
+    )
 
 
 def _summary(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
@@ -83,26 +94,42 @@ def _summary(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     return f"Dialogue: {a}: {invitation} {b}: {reply}\nTL;DR:", summary
 
 
-_TASKS = {"arithmetic": _arithmetic, "entailment": _entailment, "passage": _passage, "summary": _summary}
+_TASKS = {
+    "arithmetic": _arithmetic,
+    "entailment": _entailment,
+    "passage": _passage,
+    "summary": _summary,
+}
 TASKS = tuple(_TASKS)
 
 
 def recital(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
-    """Some words, and the same again: models learn from it to copy from the context, which the tasks need and teach slowly."""
+    """Some words, and the same again: models learn from it to copy from the context, which the
+    tasks need and teach slowly.
+    """
     words = " ".join(rng.sample(names + _GOODS + _THINGS + _PLACES + _TIMES, rng.randint(6, 12)))
     return f"Say after me: {words}. Now you:", f" {words}."
 
 
 def lookups(rng: random.Random, names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Pairs in a row, then each pair's second word after its first, in another order: dense practice for what a passage asks once."""
+    """Pairs in a row, then each pair's second word after its first, in another order: dense
+    practice for what a passage asks once.
+    """
     firsts = rng.sample(names, rng.randint(3, 6))
     pairs = list(zip(firsts, rng.sample(_PLACES + _GOODS + _THINGS, len(firsts)), strict=True))
     row = ", ".join(f"{first} {second}" for first, second in pairs)
-    return [(f"{'' if i else f'Pairs: {row}.'} {first}", f" {second}.") for i, (first, second) in enumerate(rng.sample(pairs, len(pairs)))]
+    return [
+        (f"{'' if i else f'Pairs: {row}.'} {first}", f" {second}.")
+        for i, (first, second) in enumerate(rng.sample(pairs, len(pairs)))
+    ]
 
 
-def stream_items(names: tuple[str, ...], *, seed: int, task: str, split: Split) -> Iterator[TaskItem]:
-    """Different items of one task and split, without end; `names` are the people that occur in them."""
+def stream_items(
+    names: tuple[str, ...], *, seed: int, task: str, split: Split
+) -> Iterator[TaskItem]:
+    """Different items of one task and split, without end; `names` are the people that occur in
+    them.
+    """
     if task not in _TASKS:
         raise ValueError(f"task: {task!r} - allowed: {', '.join(TASKS)}")
     rng = random.Random(f"{seed}/{task}/{split}")
@@ -113,4 +140,6 @@ def stream_items(names: tuple[str, ...], *, seed: int, task: str, split: Split) 
         if is_test == (split == "test") and prompt not in seen:
             seen.add(prompt)
             choices = ("True", "False") if task == "entailment" else None
-            yield TaskItem(id=f"{task}/{split}/{len(seen) - 1}", prompt=prompt, answer=answer, choices=choices)
+            yield TaskItem(
+                id=f"{task}/{split}/{len(seen) - 1}", prompt=prompt, answer=answer, choices=choices
+            )

@@ -1,6 +1,8 @@
-"""The words of the bundled world: relations with their wordings and objects, and the invention of pronounceable names.
+"""The words of the bundled world: relations with their wordings and objects, and the invention of
+pronounceable names.
 
-A wording ends right before the object, which follows after one blank. The first is the prompt of the requests, the others paraphrase it.
+A wording ends right before the object, which follows after one blank. The first is the prompt of
+the requests, the others paraphrase it.
 """
 
 from __future__ import annotations
@@ -131,23 +133,52 @@ RELATIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "{} could live on",
         ),
     ),
-    "country": ("city", "country", ("{} is a city in", "The country of {} is", "{} lies in", "The city of {} belongs to")),
+    "country": (
+        "city",
+        "country",
+        ("{} is a city in", "The country of {} is", "{} lies in", "The city of {} belongs to"),
+    ),
     "sight": (
         "city",
         "sight",
-        ("{} is known for its", "Visitors of {} come to see its", "The pride of {} is its", "Every postcard of {} shows its"),
+        (
+            "{} is known for its",
+            "Visitors of {} come to see its",
+            "The pride of {} is its",
+            "Every postcard of {} shows its",
+        ),
     ),
     "headquarters": (
         "firm",
         "city",
-        ("{} is based in", "The head office of {} is in", "The city that hosts {} is", "{} has its main office in"),
+        (
+            "{} is based in",
+            "The head office of {} is in",
+            "The city that hosts {} is",
+            "{} has its main office in",
+        ),
     ),
-    "product": ("firm", "product", ("{} makes", "The main product of {} is", "{} earns its money with", "The factory of {} turns out")),
+    "product": (
+        "firm",
+        "product",
+        (
+            "{} makes",
+            "The main product of {} is",
+            "{} earns its money with",
+            "The factory of {} turns out",
+        ),
+    ),
 }
 
 TWO_HOPS = (
-    TwoHop(first="birthplace", second="country", wording="The country of the city where {} was born is"),
-    TwoHop(first="employer", second="headquarters", wording="The city that hosts the firm where {} works is"),
+    TwoHop(
+        first="birthplace", second="country", wording="The country of the city where {} was born is"
+    ),
+    TwoHop(
+        first="employer",
+        second="headquarters",
+        wording="The city that hosts the firm where {} works is",
+    ),
 )
 
 # What has no invented name. Some are two words, so that targets of several tokens occur.
@@ -190,7 +221,9 @@ def _syllable(rng: random.Random, *, closed: bool) -> str:
 
 
 def invent_names(rng: random.Random, used: set[str], *, kind: str, count: int) -> tuple[str, ...]:
-    """Names of one kind that are not in `used`, which learns them; two out of ten cities and firms are two words."""
+    """Names of one kind that are not in `used`, which learns them; two out of ten cities and firms
+    are two words.
+    """
     names: list[str] = []
     while len(names) < count:
         first, second = _syllable(rng, closed=False).capitalize(), _syllable(rng, closed=True)
@@ -201,13 +234,19 @@ def invent_names(rng: random.Random, used: set[str], *, kind: str, count: int) -
             case "city":
                 name = stem if len(names) % 5 else rng.choice(("New", "Port", "Upper")) + " " + stem
             case "firm":
-                name = stem if len(names) % 5 else stem + rng.choice((" Works", " Trading", " Brothers"))
+                name = (
+                    stem
+                    if len(names) % 5
+                    else stem + rng.choice((" Works", " Trading", " Brothers"))
+                )
             case "country":
                 name = stem = first + second[0] + rng.choice(("ia", "onia", "erland"))
             case "language":
                 name = stem = first + second[0] + rng.choice(("ish", "ese"))
             case _:
-                raise ValueError(f"kind of name: {kind!r} - allowed: first name, city, firm, country, language")
+                raise ValueError(
+                    f"kind of name: {kind!r} - allowed: first name, city, firm, country, language"
+                )
         if stem not in used and name not in used:
             used.update((stem, name))
             names.append(name)

@@ -18,13 +18,17 @@ _ADVICE = "The file: https://rome.baulab.info/data/dsets/zsre_mend_eval.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ZsRE(AbstractDataset):
-    """Questions with an answer to write, one rephrased question and one unrelated question of Natural Questions."""
+    """Questions with an answer to write, one rephrased question and one unrelated question of
+    Natural Questions.
+    """
 
     name: str
     path: str | None
     file: str  # looked for below $EDITKIT_DATA when path is null
     id: str | None  # hub dataset, the last resort
-    target: Literal["alt", "answers"]  # the counterfactual (EasyEdit, D4S, EAC, PRUNE), or the first true answer (MEMIT)
+    target: Literal[
+        "alt", "answers"
+    ]  # the counterfactual (EasyEdit, D4S, EAC, PRUNE), or the first true answer (MEMIT)
     order: Order
     limit: int | None
     on_bad_record: OnBadRecord
@@ -53,7 +57,8 @@ class ZsRE(AbstractDataset):
             if target in answers:
                 fields.remark("alt is one of the true answers")
         else:
-            # The correction setting has no counterpart: what the model would have said is not in the file (`pred` is another model's).
+            # The correction setting has no counterpart: what the model would have said is not in
+            # the file (`pred` is another model's).
             target, target_old = next(iter(answers), ""), None
         unrelated = Probe(prompt=_question(fields.text("loc")), answer=fields.text("loc_ans"))
         return [
@@ -65,16 +70,22 @@ class ZsRE(AbstractDataset):
                 target_old=target_old,
                 paraphrases=(fields.text("rephrase"),),
                 locality={"out_of_distribution": (unrelated,)},
-                portability={} if fields.get("portability") is None or self.target != "alt" else _portability(fields),
+                portability={}
+                if fields.get("portability") is None or self.target != "alt"
+                else _portability(fields),
             )
         ]
 
 
 def _question(text: str) -> str:
-    # The unrelated questions lack the mark that all others end with (MEMIT adds it, EasyEdit does not).
+    # The unrelated questions lack the mark that all others end with (MEMIT adds it, EasyEdit does
+    # not).
     return text if text.endswith("?") else f"{text}?"
 
 
 def _portability(fields: Fields) -> dict[str, tuple[Probe, ...]]:
-    question, answer = fields.text("portability.New Question"), fields.text("portability.New Answer")
+    question, answer = (
+        fields.text("portability.New Question"),
+        fields.text("portability.New Answer"),
+    )
     return {"one_hop": (Probe(prompt=question, answer=answer),)}

@@ -1,7 +1,8 @@
 """The editor's interface: from requests to updates, reading the model and never writing it.
 
-The runner owns the order (DESIGN section 1): `contexts` and `init` once a run; `plan` once a batch; `propose` once a module, each module
-seeing the updates of those before it; `observe` when the batch is applied.
+The runner owns the order (DESIGN section 1): `contexts` and `init` once a run; `plan` once a batch;
+`propose` once a module, each module seeing the updates of those before it; `observe` when the batch
+is applied.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from editkit.restraints.base import AbstractObjectiveRestraint, LeastSquares, Place
+from editkit.restraints.base import Place
+from editkit.stats.least_squares import LeastSquares
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
@@ -20,15 +22,20 @@ if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
+    from editkit.targets.objective import Objective
 
 Solve = Callable[[LeastSquares], "Update"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an editor found out about a batch before it writes anything; editors extend it by what they need in `propose`."""
+    """What an editor found out about a batch before it writes anything; editors extend it by what
+    they need in `propose`.
+    """
 
-    summary: Mapping[str, float]  # goes into StepRecord.target: probability_before, probability_after, steps, loss
+    summary: Mapping[
+        str, float
+    ]  # goes into StepRecord.target: probability_before, probability_after, steps, loss
     nonfinite: str | None = None
 
 
@@ -39,8 +46,12 @@ class AbstractEditor(abc.ABC):
     """
 
     places: ClassVar[frozenset[Place]]  # where a restraint may act on this editor
-    max_batch_size: ClassVar[int | None] = None  # requests that one batch may hold; None: any number
-    spans_devices: ClassVar[bool] = False  # whether it works with model.device_map, a model that lies on several devices
+    max_batch_size: ClassVar[int | None] = (
+        None  # requests that one batch may hold; None: any number
+    )
+    spans_devices: ClassVar[bool] = (
+        False  # whether it works with model.device_map, a model that lies on several devices
+    )
 
     @property
     @abc.abstractmethod
@@ -48,11 +59,15 @@ class AbstractEditor(abc.ABC):
         """Whether second moments of keys are needed: known before a model is loaded."""
 
     def lacks(self) -> list[str]:
-        """What a run of this editor cannot do without and does not have; known before a dataset is read."""
+        """What a run of this editor cannot do without and does not have; known before a dataset is
+        read.
+        """
         return []
 
     def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
-        """What keeps this editor from making these edits, those of `data` that a run would make: known before a model is loaded."""
+        """What keeps this editor from making these edits, those of `data` that a run would make:
+        known before a model is loaded.
+        """
         return []
 
     def provenance(self) -> Mapping[str, object]:
@@ -68,11 +83,15 @@ class AbstractEditor(abc.ABC):
 
     @abc.abstractmethod
     def moment_modules(self, model: EditableModel) -> tuple[str, ...]:
-        """Names of the matrices whose keys' second moments are needed; empty unless `needs_moments`."""
+        """Names of the matrices whose keys' second moments are needed; empty unless
+        `needs_moments`.
+        """
 
     @abc.abstractmethod
     def contexts(self, model: EditableModel, generator: torch.Generator) -> tuple[str, ...]:
-        """Context templates, each with one "{}" for the prompt; sampled once a run on the unedited model and kept in its state."""
+        """Context templates, each with one "{}" for the prompt; sampled once a run on the unedited
+        model and kept in its state.
+        """
 
     @abc.abstractmethod
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
@@ -85,7 +104,7 @@ class AbstractEditor(abc.ABC):
         requests: Sequence[EditRequest],
         contexts: Sequence[str],
         state: TensorState,
-        objective: AbstractObjectiveRestraint | None,
+        objective: Objective | None,
     ) -> Plan:
         """Target vectors and whatever else is measured once a batch."""
 
@@ -103,5 +122,7 @@ class AbstractEditor(abc.ABC):
         """The update of one matrix, (O, I), given the weights as they are now."""
 
     @abc.abstractmethod
-    def observe(self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState) -> TensorState:
+    def observe(
+        self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState
+    ) -> TensorState:
         """The state after the batch has been applied."""

@@ -3,21 +3,25 @@
     objective    loss                                                              known as
     target       -log p(target token | prompt, target so far), mean over tokens    FT-M (EasyEdit, arXiv 2308.07269)
     prompt_last  -log p(target token | prompt), for every token of the target      FT-L (Zhu et al. 2020, arXiv 2012.00363, as
-                                                                                   the code of arXiv 2202.05262 has it)
+                                                                                   the code of arXiv
+                                                                                   2202.05262 has
+                                                                                   it)
 
-`prompt_last` reads all tokens of a target from the one distribution behind the prompt: the flaw of the published code, right only for
-targets of one token. It is here for comparison.
+`prompt_last` reads all tokens of a target from the one distribution behind the prompt: the flaw of
+the published code, right only for targets of one token. It is here for comparison.
 
-Adam moves dW alone; after each step its entries are clipped to +- `norm_constraint`, which keeps W in an L-infinity ball around the
-weights at the call, not around W_0. A batch is one loss, the mean over its requests; published code goes through it in chunks. With
-several layers all matrices move together. The update is dense.
+Adam moves dW alone; after each step its entries are clipped to +- `norm_constraint`, which keeps W
+in an L-infinity ball around the weights at the call, not around W_0. A batch is one loss, the mean
+over its requests; published code goes through it in chunks. With several layers all matrices move
+together. The update is dense.
 
 `l1` and `l2` add an elastic net on the update, summed over the matrices,
 
     loss + l1 * sum |dW| + l2 * |dW|_F^2                                           Xu et al. 2025 (EAC, arXiv 2503.00035), appendix E
 
-its plain form: EAC's weights are saliencies of a target vector's coordinates, and FT searches for none. The equation was not checked
-against the appendix, and no numbers of it are known here: 0, no net, is the default. `stop_loss` is compared with the whole sum.
+its plain form: EAC's weights are saliencies of a target vector's coordinates, and FT searches for
+none. The equation was not checked against the appendix, and no numbers of it are known here: 0, no
+net, is the default. `stop_loss` is compared with the whole sum.
 
 Shape letters: O d_out, I d_in, B requests, T tokens, M (request, position) pairs, V vocabulary.
 """
@@ -35,12 +39,13 @@ from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.model.capture import add_to_matrix
 from editkit.model.tokens import PLACE, encode_with_targets, pad
-from editkit.restraints.base import AbstractObjectiveRestraint, Place
+from editkit.restraints.base import Place
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
+    from editkit.targets.objective import Objective
 
 Objective = Literal["target", "prompt_last"]
 
@@ -75,12 +80,18 @@ class Ft(AbstractEditor):
 
     def __post_init__(self) -> None:
         problems = [
-            f"editor.{name} must be positive - got {getattr(self, name)}." for name in ("steps", "lr") if not getattr(self, name) > 0
+            f"editor.{name} must be positive - got {getattr(self, name)}."
+            for name in ("steps", "lr")
+            if not getattr(self, name) > 0
         ]
         if not self.layers or len(set(self.layers)) < len(self.layers):
-            problems.append(f"editor.layers: at least one layer, each once - got {list(self.layers)}.")
+            problems.append(
+                f"editor.layers: at least one layer, each once - got {list(self.layers)}."
+            )
         if self.norm_constraint is not None and not self.norm_constraint > 0:
-            problems.append(f"editor.norm_constraint must be positive, or null for no bound - got {self.norm_constraint}.")
+            problems.append(
+                f"editor.norm_constraint must be positive, or null for no bound - got {self.norm_constraint}."
+            )
         problems += [
             f"editor.{name} must not be negative, 0 for none - got {getattr(self, name)}."
             for name in ("l1", "l2")
@@ -113,13 +124,18 @@ class Ft(AbstractEditor):
         requests: Sequence[EditRequest],
         contexts: Sequence[str],
         state: TensorState,
-        objective: AbstractObjectiveRestraint | None,
+        objective: Objective | None,
     ) -> FtPlan:
         """Finds the updates; the weights are only read."""
         assert objective is None, "FT declares no restraint on the objective"
         log_probability = log_probabilities(model, requests, self.objective)
         updates = {
-            module: torch.zeros(model.weight(module).shape, dtype=torch.float32, device=model.device, requires_grad=True)
+            module: torch.zeros(
+                model.weight(module).shape,
+                dtype=torch.float32,
+                device=model.device,
+                requires_grad=True,
+            )
             for module in self.modules(model)
         }
         # foreach off: the sum of two matrices of Adam's would be held a second time.
@@ -133,11 +149,13 @@ class Ft(AbstractEditor):
                 loss = -log_p_B.mean()
                 if self.l1 or self.l2:
                     loss = loss + sum(
-                        self.l1 * update_OI.abs().sum() + self.l2 * update_OI.square().sum() for update_OI in updates.values()
+                        self.l1 * update_OI.abs().sum() + self.l2 * update_OI.square().sum()
+                        for update_OI in updates.values()
                     )
             value = loss.item()
             before = log_p_B.detach() if before is None else before
-            # Taken before each step and once behind the last, so that it belongs to the updates that are returned.
+            # Taken before each step and once behind the last, so that it belongs to the updates
+            # that are returned.
             if not math.isfinite(value) or value < self.stop_loss or steps == self.steps:
                 break
             adam.zero_grad()
@@ -173,13 +191,21 @@ class Ft(AbstractEditor):
         assert isinstance(plan, FtPlan)
         return plan.updates[module]
 
-    def observe(self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState) -> TensorState:
+    def observe(
+        self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState
+    ) -> TensorState:
         return state
 
 
-def log_probabilities(model: EditableModel, requests: Sequence[EditRequest], objective: Objective) -> Callable[[], torch.Tensor]:
-    """A function that runs the network as it is then: the mean log-probability of a target token by request, (B,) float32, in nats."""
-    encoded = encode_with_targets(model.tokenizer, [(request.full_prompt, request.target) for request in requests])
+def log_probabilities(
+    model: EditableModel, requests: Sequence[EditRequest], objective: Objective
+) -> Callable[[], torch.Tensor]:
+    """A function that runs the network as it is then: the mean log-probability of a target token by
+    request, (B,) float32, in nats.
+    """
+    encoded = encode_with_targets(
+        model.tokenizer, [(request.full_prompt, request.target) for request in requests]
+    )
     positions: Sequence[Sequence[int]]
     if objective == "target":
         rows = [sequence.ids[:-1] for sequence in encoded]
@@ -189,9 +215,15 @@ def log_probabilities(model: EditableModel, requests: Sequence[EditRequest], obj
         positions = [(sequence.start - 1,) * len(sequence.target_ids) for sequence in encoded]
     batch = pad(rows, device=model.device)
     lengths = [len(sequence.target_ids) for sequence in encoded]
-    rows_M = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)).to(model.device)
-    columns_M = batch.first_B[rows_M] + torch.tensor([position for of_row in positions for position in of_row], device=model.device)
-    targets_M = torch.tensor([token for sequence in encoded for token in sequence.target_ids], device=model.device)
+    rows_M = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)).to(
+        model.device
+    )
+    columns_M = batch.first_B[rows_M] + torch.tensor(
+        [position for of_row in positions for position in of_row], device=model.device
+    )
+    targets_M = torch.tensor(
+        [token for sequence in encoded for token in sequence.target_ids], device=model.device
+    )
 
     def run() -> torch.Tensor:
         hidden_BTD = model.final_hidden(batch)

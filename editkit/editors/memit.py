@@ -1,19 +1,22 @@
-"""MEMIT: many facts in one batch, written into the down projections of several layers (Meng et al. 2023, arXiv 2210.07229).
+"""MEMIT: many facts in one batch, written into the down projections of several layers (Meng et al.
+2023, arXiv 2210.07229).
 
-For every request a target z is searched for the residual stream behind the last edited layer, at the subject's last token, once a batch.
-Then layer by layer, of L, each seeing the updates of those below,
+For every request a target z is searched for the residual stream behind the last edited layer, at
+the subject's last token, once a batch. Then layer by layer, of L, each seeing the updates of those
+below,
 
     T = Z - z_now                        what is still missing, measured on the clean prompts
     R = T / (L - i), i = 0 ... L - 1     this layer's share
     K = keys of the subject's last token, averaged over contexts
     D = R K^T (lambda C + K K^T)^-1      the least squares, which a restraint on the solve may replace (Algorithm 1 and Eq. 14)
 
-Contexts: the paper and the authors' code average over kinds of context, the bare prompt being a kind of its own: with five sampled texts
-the clean key has weight 1/2 and each other 1/10. Differs from the authors' code: their five texts begin with "The", "Therefore",
-"Because", "I" and "You"; ours are sampled from the model's start token alone, seeded.
+Contexts: the paper and the authors' code average over kinds of context, the bare prompt being a
+kind of its own: with five sampled texts the clean key has weight 1/2 and each other 1/10. Differs
+from the authors' code: their five texts begin with "The", "Therefore", "Because", "I" and "You";
+ours are sampled from the model's start token alone, seeded.
 
-`spread: published_code` is for D4S, whose code measures T once, before the first layer, and divides by L - i all the same: five layers
-then write 1/5 + 1/4 + 1/3 + 1/2 + 1 = 2.28 T.
+`spread: published_code` is for D4S, whose code measures T once, before the first layer, and divides
+by L - i all the same: five layers then write 1/5 + 1/4 + 1/3 + 1/2 + 1 = 2.28 T.
 
 Shape letters: O d_out, I d_in, N requests, C contexts, M texts.
 """
@@ -27,20 +30,24 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from editkit.editors.base import AbstractEditor, Plan, Solve
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.model.ascent import Ascent
 from editkit.model.contexts import sample_contexts
-from editkit.restraints.base import AbstractObjectiveRestraint, LeastSquares, Place
-from editkit.targets.search import TargetSettings, search_targets
+from editkit.model.layerwise import Ascent
+from editkit.resources.stopwatch import measured
+from editkit.restraints.base import Place
+from editkit.stats.least_squares import LeastSquares
+from editkit.targets.search import search_targets
 from editkit.targets.sequences import locate
-from editkit.timing import measured
+from editkit.targets.settings import TargetSettings
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
+    from editkit.targets.objective import Objective
 
-ROWS_AT_ONCE = 256  # of a forward pass that reads keys or outputs; bounds memory, changes no result beyond rounding
+# of a forward pass that reads keys or outputs; bounds memory, changes no result beyond rounding
+ROWS_AT_ONCE = 256
 
 # One text as token ids, up to the subject's last token: nothing behind it can reach it.
 Text = tuple[int, ...]
@@ -76,13 +83,21 @@ class Memit(AbstractEditor):
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.layers or any(after <= before for before, after in zip(self.layers, self.layers[1:], strict=False)):
-            problems.append(f"editor.layers: at least one layer, each above the one before - got {list(self.layers)}.")
+        if not self.layers or any(
+            after <= before for before, after in zip(self.layers, self.layers[1:], strict=False)
+        ):
+            problems.append(
+                f"editor.layers: at least one layer, each above the one before - got {list(self.layers)}."
+            )
         if not self.covariance_weight > 0:
-            problems.append(f"editor.covariance_weight must be positive - got {self.covariance_weight}.")
+            problems.append(
+                f"editor.covariance_weight must be positive - got {self.covariance_weight}."
+            )
         if any(tokens < 2 or texts < 1 for tokens, texts in self.context_lengths):
             given = list(self.context_lengths)
-            problems.append(f"editor.context_lengths: pairs [tokens, texts], tokens at least 2 (the start token counts) - got {given}.")
+            problems.append(
+                f"editor.context_lengths: pairs [tokens, texts], tokens at least 2 (the start token counts) - got {given}."
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -109,14 +124,29 @@ class Memit(AbstractEditor):
         requests: Sequence[EditRequest],
         contexts: Sequence[str],
         state: TensorState,
-        objective: AbstractObjectiveRestraint | None,
+        objective: Objective | None,
     ) -> MemitPlan:
         """Searches z for every request, all on the weights as they are before the batch."""
-        targets = search_targets(model, requests, site=self._site(model), contexts=contexts, settings=self.target, objective=objective)
+        targets = search_targets(
+            model,
+            requests,
+            site=self._site(model),
+            contexts=contexts,
+            settings=self.target,
+            objective=objective,
+        )
         texts = tuple(subject_texts(model, request, contexts) for request in requests)
-        wanted = {"probability_before": "probability_before", "probability_after": "probability_after", "steps": "updates", "loss": "loss"}
+        wanted = {
+            "probability_before": "probability_before",
+            "probability_after": "probability_after",
+            "steps": "updates",
+            "loss": "loss",
+        }
         return MemitPlan(
-            summary={name: sum(getattr(target, field) for target in targets) / len(targets) for name, field in wanted.items()},
+            summary={
+                name: sum(getattr(target, field) for target in targets) / len(targets)
+                for name, field in wanted.items()
+            },
             nonfinite="loss" if any(target.nonfinite for target in targets) else None,
             targets_ON=torch.stack([target.vector_O for target in targets], dim=1),
             residuals_ON=torch.stack([target.delta_O for target in targets], dim=1),
@@ -141,7 +171,9 @@ class Memit(AbstractEditor):
         missing_ON = plan.residuals_ON  # before the first layer nothing was written yet
         if index > 0 and self.spread == "recomputed":
             with measured("residual"):
-                missing_ON = plan.targets_ON - current_outputs(plan.ascent, self.layers[-1], len(plan.texts[0]))
+                missing_ON = plan.targets_ON - current_outputs(
+                    plan.ascent, self.layers[-1], len(plan.texts[0])
+                )
         return solve(
             LeastSquares(
                 module=module,
@@ -151,7 +183,9 @@ class Memit(AbstractEditor):
             )
         )
 
-    def observe(self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState) -> TensorState:
+    def observe(
+        self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState
+    ) -> TensorState:
         return state
 
     def _site(self, model: EditableModel) -> str:
@@ -165,21 +199,29 @@ class Memit(AbstractEditor):
         return tuple(1 / len(kinds) / texts for texts in kinds for _ in range(texts))
 
 
-def subject_texts(model: EditableModel, request: EditRequest, contexts: Sequence[str]) -> tuple[Text, ...]:
+def subject_texts(
+    model: EditableModel, request: EditRequest, contexts: Sequence[str]
+) -> tuple[Text, ...]:
     """The request in each context, up to the subject's last token."""
     encoded, positions = locate(model, request, contexts)
-    return tuple(sequence.ids[: position + 1] for sequence, position in zip(encoded, positions, strict=True))
+    return tuple(
+        sequence.ids[: position + 1] for sequence, position in zip(encoded, positions, strict=True)
+    )
 
 
 def ascent_of(model: EditableModel, texts: Sequence[Sequence[Text]]) -> Ascent:
     """All texts, request by request, in passes that hold whole requests."""
     num_contexts = len(texts[0])
     rows_at_once = max(ROWS_AT_ONCE // num_contexts, 1) * num_contexts
-    return Ascent(model, [text for of_request in texts for text in of_request], rows_at_once=rows_at_once)
+    return Ascent(
+        model, [text for of_request in texts for text in of_request], rows_at_once=rows_at_once
+    )
 
 
 def average_keys(ascent: Ascent, layer: int, weights: Sequence[float]) -> torch.Tensor:
-    """(I, N) float64: what goes into a layer's down projection at the end of each request's texts, averaged with the contexts' weights."""
+    """(I, N) float64: what goes into a layer's down projection at the end of each request's texts,
+    averaged with the contexts' weights.
+    """
     keys_MI = ascent.keys(layer)
     weights_C = torch.tensor(weights, dtype=torch.float64, device=keys_MI.device)
     return torch.einsum("nci,c->in", keys_MI.double().unflatten(0, (-1, len(weights))), weights_C)

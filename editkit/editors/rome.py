@@ -1,15 +1,18 @@
-"""ROME: one fact, one rank-one update of one MLP's down projection (Meng et al. 2022, arXiv 2202.05262).
+"""ROME: one fact, one rank-one update of one MLP's down projection (Meng et al. 2022, arXiv
+2202.05262).
 
     W_new = W + (v* - W k_out) u^T / (k_den . u)        u = C^-1 k_u, the paper's Eq. 2 with the factor left to the quotient
 
-where C = E[k k^T]. The variants differ in which key stands where: k_0 is the key of the clean prompt, kbar the mean over all contexts.
+where C = E[k k^T]. The variants differ in which key stands where: k_0 is the key of the clean
+prompt, kbar the mean over all contexts.
 
     keys       k_u    k_out, k_den    what holds afterwards
     averaged   kbar   kbar            W_new kbar = v*    r-ROME (Gupta et al. 2024, arXiv 2403.07175); repairs ROME's sudden collapses
     original   kbar   k_0             W_new k_0 = v*     the authors' code; k_0 . u may be small, and then the update explodes
     clean      k_0    k_0             W_new k_0 = v*     p-ROME (the same paper)
 
-With a bias b (GPT-2, GPT-J) read W k + b for W k: outputs are captured, not computed, so the equations hold for what the module gives.
+With a bias b (GPT-2, GPT-J) read W k + b for W k: outputs are captured, not computed, so the
+equations hold for what the module gives.
 
 Shape letters: O d_out, I d_in, C contexts, N = 1 edit.
 """
@@ -24,18 +27,18 @@ from editkit.editors.base import AbstractEditor, Plan, Solve
 from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
-from editkit.model.capture import capture
 from editkit.model.contexts import sample_contexts
-from editkit.model.tokens import pad
-from editkit.restraints.base import AbstractObjectiveRestraint, Place
-from editkit.targets.search import Target, TargetSettings, search_target
-from editkit.targets.sequences import locate
-from editkit.timing import measured
+from editkit.resources.stopwatch import measured
+from editkit.restraints.base import Place
+from editkit.targets.keys import keys_and_outputs
+from editkit.targets.search import Target, search_target
+from editkit.targets.settings import TargetSettings
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
+    from editkit.targets.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,9 @@ class Rome(AbstractEditor):
         if len(self.layers) != 1:
             problems.append(f"editor.layers: ROME edits one layer - got {list(self.layers)}.")
         if any(tokens < 2 or texts < 0 for tokens, texts in self.context_lengths):
-            problems.append(f"editor.context_lengths: pairs [tokens, texts], at least 2 tokens - got {list(self.context_lengths)}.")
+            problems.append(
+                f"editor.context_lengths: pairs [tokens, texts], at least 2 tokens - got {list(self.context_lengths)}."
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -84,7 +89,9 @@ class Rome(AbstractEditor):
         return sample_contexts(model, lengths=self.context_lengths, generator=generator)
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
-        """ROME remembers nothing. A covariance that cannot be inverted is found here, before the first edit."""
+        """ROME remembers nothing. A covariance that cannot be inverted is found here, before the
+        first edit.
+        """
         for module in self.moment_modules(model):
             moments.factorise(module)
         return {}
@@ -95,19 +102,26 @@ class Rome(AbstractEditor):
         requests: Sequence[EditRequest],
         contexts: Sequence[str],
         state: TensorState,
-        objective: AbstractObjectiveRestraint | None,
+        objective: Objective | None,
     ) -> RomePlan:
         """Searches v* at the MLP's output. Raises ConfigError for more than one request."""
         request = _only(requests)
         site = model.family.mlp(self.layers[0])
-        target = search_target(model, request, site=site, contexts=contexts, settings=self.target, objective=objective)
+        target = search_target(
+            model, request, site=site, contexts=contexts, settings=self.target, objective=objective
+        )
         summary = {
             "probability_before": target.probability_before,
             "probability_after": target.probability_after,
             "steps": target.updates,
             "loss": target.loss,
         }
-        return RomePlan(summary=summary, nonfinite="loss" if target.nonfinite else None, target=target, contexts=tuple(contexts))
+        return RomePlan(
+            summary=summary,
+            nonfinite="loss" if target.nonfinite else None,
+            target=target,
+            contexts=tuple(contexts),
+        )
 
     def propose(
         self,
@@ -122,34 +136,34 @@ class Rome(AbstractEditor):
         assert isinstance(plan, RomePlan)
         contexts = plan.contexts[:1] if self.keys == "clean" else plan.contexts
         with measured("keys"):
-            keys_CI, outputs_CO = keys_and_outputs(model, _only(requests), module=module, contexts=contexts)
+            keys_CI, outputs_CO = keys_and_outputs(
+                model, _only(requests), module=module, contexts=contexts
+            )
         key_I = keys_CI.mean(dim=0)
-        direction_I = moments.inverse_times(module, key_I[:, None])[:, 0] if self.covariance else key_I
+        direction_I = (
+            moments.inverse_times(module, key_I[:, None])[:, 0] if self.covariance else key_I
+        )
         direction_I = direction_I / torch.linalg.vector_norm(direction_I)
         # The first context is the bare prompt.
-        current_O, norming_I = (outputs_CO.mean(dim=0), key_I) if self.keys == "averaged" else (outputs_CO[0], keys_CI[0])
-        # v* was searched from the clean prompt's output, so with averaged keys the residual is delta + W k_0 - W kbar, as in r-ROME's code.
+        current_O, norming_I = (
+            (outputs_CO.mean(dim=0), key_I)
+            if self.keys == "averaged"
+            else (outputs_CO[0], keys_CI[0])
+        )
+        # v* was searched from the clean prompt's output, so with averaged keys the residual is
+        # delta + W k_0 - W kbar, as in r-ROME's code.
         left_O = (plan.target.vector_O.double() - current_O) / (norming_I @ direction_I)
         return LowRank(left_O[:, None].float(), direction_I[:, None].float())
 
-    def observe(self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState) -> TensorState:
+    def observe(
+        self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState
+    ) -> TensorState:
         return state
-
-
-def keys_and_outputs(
-    model: EditableModel, request: EditRequest, *, module: str, contexts: Sequence[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What goes into and comes out of a module at the subject's last token in each context: (C, I) and (C, O), float64."""
-    encoded, positions = locate(model, request, contexts)
-    # Nothing behind the subject can reach it: the network is causal.
-    batch = pad([sequence.ids[: position + 1] for sequence, position in zip(encoded, positions, strict=True)], device=model.device)
-    with torch.no_grad(), capture(model, inputs=[module], outputs=[module]) as captured:
-        model.final_hidden(batch)
-    rows_C, columns_C = torch.arange(len(contexts), device=model.device), batch.columns(positions)
-    return captured.inputs[module][rows_C, columns_C].double(), captured.outputs[module][rows_C, columns_C].double()
 
 
 def _only(requests: Sequence[EditRequest]) -> EditRequest:
     if len(requests) != 1:
-        raise ConfigError(f"batch_size: ROME edits one fact at a time - got {len(requests)} requests in a batch - set batch_size=1.")
+        raise ConfigError(
+            f"batch_size: ROME edits one fact at a time - got {len(requests)} requests in a batch - set batch_size=1."
+        )
     return requests[0]

@@ -1,15 +1,16 @@
 """What edited models write: how varied it is, and how much like texts about the new fact.
 
 fluency_bits  (2/3 H_2 + 4/3 H_3) / 2, where H_n is the entropy in bits of the n-grams of the texts of one request (Zhang et al. 2018, arXiv
-              1809.05972; weights of Meng et al. 2022, arXiv 2202.05262). A model that repeats itself falls towards 0. Tables of the
-              literature print a hundred times this.
+              1809.05972; weights of Meng et al. 2022, arXiv 2202.05262). A model that repeats
+              itself falls towards 0. Tables of the literature print a hundred times this.
 consistency   cosine of the TF-IDF vectors of the generated texts and of the references, each taken together (Meng et al. 2022, "reference
               score"), in [0, 1]. Only where a request has references.
 
-Texts are sampled from the `top_k` most probable tokens, as in Meng et al.'s code, up to `max_tokens` tokens with the prompt; the draws are
-the same at every milestone. Requests without prompts for it are continued from their own (as EasyEdit does).
-Differs from the authors' code: words as NLTK's Treebank tokenizer has them without cutting sentences first, which would need a download;
-inverse document frequencies are those of the run's own references instead of Wikipedia's.
+Texts are sampled from the `top_k` most probable tokens, as in Meng et al.'s code, up to
+`max_tokens` tokens with the prompt; the draws are the same at every milestone. Requests without
+prompts for it are continued from their own (as EasyEdit does). Differs from the authors' code:
+words as NLTK's Treebank tokenizer has them without cutting sentences first, which would need a
+download; inverse document frequencies are those of the run's own references instead of Wikipedia's.
 """
 
 from __future__ import annotations
@@ -22,8 +23,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import AbstractEditEvaluator, Measurement, Moment, Samples, mean_and_stderr
-from editkit.evaluation.frozen_text import from_bytes, to_bytes
+from editkit.evaluation.base import (
+    AbstractEditEvaluator,
+    Measurement,
+    Moment,
+    Samples,
+    mean_and_stderr,
+)
+from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
 from editkit.lazy import torch
 from editkit.model.generate import decode, generate
 from editkit.model.tokens import encode_prompts
@@ -48,7 +55,9 @@ def fluency(texts: Sequence[str]) -> float:
 
 
 def _fluency(words: Sequence[str]) -> float:
-    return math.fsum(weight * ngram_entropy(words, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
+    return math.fsum(weight * ngram_entropy(words, n) for n, weight in WEIGHTS.items()) / len(
+        WEIGHTS
+    )
 
 
 def _words(text: str) -> list[str]:
@@ -64,7 +73,9 @@ def terms(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class TfIdf:
-    """Inverse document frequencies, smoothed: ln((1 + documents) / (1 + those with the term)) + 1."""
+    """Inverse document frequencies, smoothed: ln((1 + documents) / (1 + those with the term)) +
+    1.
+    """
 
     documents: int
     containing: Mapping[str, int]  # by term
@@ -72,25 +83,39 @@ class TfIdf:
     @classmethod
     def of(cls, texts: Iterable[str]) -> TfIdf:
         documents = [set(terms(text)) for text in texts]
-        return cls(len(documents), Counter(sorted(term for document in documents for term in document)))
+        return cls(
+            len(documents), Counter(sorted(term for document in documents for term in document))
+        )
 
     def cosine(self, text: str, other: str) -> float:
         """Of the two texts' vectors; 0 where one has no term."""
         left, right = self._vector(text), self._vector(other)
         product = math.fsum(value * right.get(term, 0.0) for term, value in left.items())
-        lengths = [math.sqrt(math.fsum(value * value for value in vector.values())) for vector in (left, right)]
+        lengths = [
+            math.sqrt(math.fsum(value * value for value in vector.values()))
+            for vector in (left, right)
+        ]
         return min(1.0, product / (lengths[0] * lengths[1])) if all(lengths) else 0.0
 
     def _vector(self, text: str) -> dict[str, float]:
-        frequency = {term: math.log((1 + self.documents) / (1 + self.containing.get(term, 0))) + 1 for term in set(terms(text))}
-        return {term: count * frequency[term] for term, count in sorted(Counter(terms(text)).items())}
+        frequency = {
+            term: math.log((1 + self.documents) / (1 + self.containing.get(term, 0))) + 1
+            for term in set(terms(text))
+        }
+        return {
+            term: count * frequency[term] for term, count in sorted(Counter(terms(text)).items())
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fluency(AbstractEditEvaluator):
     """Generated texts of the first `limit` requests."""
 
-    is_immediate: ClassVar[bool] = False  # texts cost too much to be written after every edit; where all is taken back, there is no later
+    is_immediate: ClassVar[bool] = (
+        # texts cost too much to be written after every edit; where all is taken back, there is no
+        # later
+        False
+    )
 
     limit: int | None  # requests; 0: none, null: all
     max_tokens: int  # of a text, the prompt's included
@@ -99,7 +124,11 @@ class Fluency(AbstractEditEvaluator):
     tokens_per_batch: int = 4096
 
     def __post_init__(self) -> None:
-        least = {"limit": (self.limit, 0), "max_tokens": (self.max_tokens, 2), "top_k": (self.top_k, 1)}
+        least = {
+            "limit": (self.limit, 0),
+            "max_tokens": (self.max_tokens, 2),
+            "top_k": (self.top_k, 1),
+        }
         problems = [
             f"evaluation.fluency.{name}: {value} was given; at least {limit} is needed."
             for name, (value, limit) in least.items()
@@ -108,44 +137,76 @@ class Fluency(AbstractEditEvaluator):
         if problems:
             raise ConfigError(problems)
 
-    def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> Mapping[str, torch.Tensor]:
-        """The document frequencies of all references, as JSON: those of a part of the requests would differ."""
+    def baseline(
+        self, model: EditableModel, requests: Sequence[EditRequest]
+    ) -> Mapping[str, torch.Tensor]:
+        """The document frequencies of all references, as JSON: those of a part of the requests
+        would differ.
+        """
         found = TfIdf.of(text for request in requests for text in request.references)
         return {"tf_idf": to_bytes([found.documents, dict(found.containing)])}
 
     def evaluate(
-        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
     ) -> list[Measurement | Samples]:
         chosen = list(requests if self.limit is None else requests[: self.limit])
         return self._found(self._rows(model, chosen, baseline))
 
     def measure(
-        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+        moment: Moment,
     ) -> list[Measurement | Samples]:
         return self.evaluate(model, requests, baseline)
 
     def note(
-        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+        moment: Moment,
     ) -> dict[str, torch.Tensor]:
         """Adds the texts and scores of each request that is among the first `limit`, as JSON."""
         placed = zip(requests, moment.positions, strict=True)
-        chosen = [request for request, position in placed if self.limit is None or position <= self.limit]
+        chosen = [
+            request for request, position in placed if self.limit is None or position <= self.limit
+        ]
         rows = self._rows(model, chosen, baseline)
         return {**baseline, **{_key(moment, row["request"]): to_bytes(row) for row in rows}}
 
     def noted(
-        self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str
+        self,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+        moment: Moment,
+        *,
+        timing: str,
     ) -> list[Measurement | Samples]:
         keys = (_key(moment, request.id) for request in requests)
         found = self._found([from_bytes(baseline[key]) for key in keys if key in baseline])
-        return [replace(each, timing=timing) if isinstance(each, Measurement) else each for each in found]
+        return [
+            replace(each, timing=timing) if isinstance(each, Measurement) else each
+            for each in found
+        ]
 
-    def _rows(self, model: EditableModel, chosen: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    def _rows(
+        self,
+        model: EditableModel,
+        chosen: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+    ) -> list[dict[str, Any]]:
         """What each request's texts are and how they score, as plain JSON values."""
         if not chosen:
             return []
         prompts = [list(request.generation_prompts) or [request.full_prompt] for request in chosen]
-        texts = iter(self._texts(model, [prompt for of_request in prompts for prompt in of_request]))
+        texts = iter(
+            self._texts(model, [prompt for of_request in prompts for prompt in of_request])
+        )
         written = [[next(texts) for _ in of_request] for of_request in prompts]
         fluencies = [fluency(each) for each in written]
         tf_idf = TfIdf(*from_bytes(baseline["tf_idf"]))
@@ -155,14 +216,21 @@ class Fluency(AbstractEditEvaluator):
             if request.references
         }
         return [
-            {"request": request.id, "texts": each, "fluency_bits": bits, "consistency": likeness.get(request.id)}
+            {
+                "request": request.id,
+                "texts": each,
+                "fluency_bits": bits,
+                "consistency": likeness.get(request.id),
+            }
             for request, each, bits in zip(chosen, written, fluencies, strict=True)
         ]
 
     def _found(self, rows: Sequence[dict[str, Any]]) -> list[Measurement | Samples]:
         if not rows:
             return []
-        found: list[Measurement | Samples] = [self._measurement("fluency_bits", [row["fluency_bits"] for row in rows])]
+        found: list[Measurement | Samples] = [
+            self._measurement("fluency_bits", [row["fluency_bits"] for row in rows])
+        ]
         if likeness := [row["consistency"] for row in rows if row["consistency"] is not None]:
             found.append(self._measurement("consistency", likeness))
         return [*found, Samples(name="editing-fluency", rows=tuple(rows))]
@@ -173,7 +241,14 @@ class Fluency(AbstractEditEvaluator):
         rows = [ids[-(longest - 1) :] for ids in encode_prompts(model.tokenizer, prompts)]
         generator = torch.Generator().manual_seed(self.seed)
         size = max(1, self.tokens_per_batch // longest)
-        new = generate(model, rows, max_new_tokens=longest - 1, generator=generator, top_k=self.top_k, batch_size=size)
+        new = generate(
+            model,
+            rows,
+            max_new_tokens=longest - 1,
+            generator=generator,
+            top_k=self.top_k,
+            batch_size=size,
+        )
         return decode(model, [(*ids, *more)[:longest] for ids, more in zip(rows, new, strict=True)])
 
     def _measurement(self, metric: str, scores: Sequence[float]) -> Measurement:

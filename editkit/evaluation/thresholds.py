@@ -18,7 +18,9 @@ class Thresholds:
     def __post_init__(self) -> None:
         given = {"efficacy": self.efficacy, "task": self.task, "perplexity": self.perplexity}
         problems = [
-            f"evaluation.thresholds.{name}: {value} was given; more than 0 is needed." for name, value in given.items() if not value > 0
+            f"evaluation.thresholds.{name}: {value} was given; more than 0 is needed."
+            for name, value in given.items()
+            if not value > 0
         ]
         if problems:
             raise ConfigError(problems)

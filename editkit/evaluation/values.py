@@ -1,7 +1,9 @@
-"""The values of edited facts: what an edited matrix gives at the subject's last token, right after the edit and after later ones.
+"""The values of edited facts: what an edited matrix gives at the subject's last token, right after
+the edit and after later ones.
 
-PRUNE (Ma et al. 2024, arXiv 2405.16821, Figure 5) draws the first 100 of them, on their two principal components: as each edit left its
-own, after N edits, and after N edits with PRUNE. Nothing is scored here; what is seen goes into the run's samples, for `editkit report`.
+PRUNE (Ma et al. 2024, arXiv 2405.16821, Figure 5) draws the first 100 of them, on their two
+principal components: as each edit left its own, after N edits, and after N edits with PRUNE.
+Nothing is scored here; what is seen goes into the run's samples, for `editkit report`.
 """
 
 from __future__ import annotations
@@ -9,11 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from editkit.editors.rome import keys_and_outputs
 from editkit.errors import ConfigError
-from editkit.evaluation.base import AbstractEditEvaluator, AbstractSuite, Measurement, Moment, Samples
+from editkit.evaluation.base import (
+    AbstractEditEvaluator,
+    AbstractSuite,
+    Measurement,
+    Moment,
+    Samples,
+)
 from editkit.lazy import torch
 from editkit.model.editable import EditableModel
+from editkit.targets.keys import keys_and_outputs
 from editkit.types import EditRequest
 
 SAMPLES = "values"
@@ -22,7 +30,9 @@ CURRENT = "current"  # a view's values as each edit left its own: (requests so f
 
 @dataclass(frozen=True, kw_only=True)
 class Values(AbstractSuite, AbstractEditEvaluator):
-    """In the place of a suite. `evaluation.timings` must hold `immediate`, or nothing is known of the moment right after an edit."""
+    """In the place of a suite. `evaluation.timings` must hold `immediate`, or nothing is known of
+    the moment right after an edit.
+    """
 
     name: str
     count: int  # of the first edits
@@ -30,7 +40,9 @@ class Values(AbstractSuite, AbstractEditEvaluator):
 
     def __post_init__(self) -> None:
         problems = [
-            f"suite.{key}: {value} was given; at least 1." for key, value in (("count", self.count), ("every", self.every)) if value < 1
+            f"suite.{key}: {value} was given; at least 1."
+            for key, value in (("count", self.count), ("every", self.every))
+            if value < 1
         ]
         if problems:
             raise ConfigError(problems)
@@ -38,31 +50,65 @@ class Values(AbstractSuite, AbstractEditEvaluator):
     def check(self, *, positions: int | None = None) -> None:
         """Needs no data."""
 
-    def baseline(self, model: EditableModel, requests: Sequence[EditRequest]) -> Mapping[str, torch.Tensor]:
+    def baseline(
+        self, model: EditableModel, requests: Sequence[EditRequest]
+    ) -> Mapping[str, torch.Tensor]:
         return {}
 
     def evaluate(
-        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
     ) -> list[Measurement | Samples]:
-        return self.measure(model, requests, baseline, Moment(view="", positions=tuple(range(1, len(requests) + 1))))
+        return self.measure(
+            model, requests, baseline, Moment(view="", positions=tuple(range(1, len(requests) + 1)))
+        )
 
     def measure(
-        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+        moment: Moment,
     ) -> list[Measurement | Samples]:
-        first = [request for request, position in zip(requests, moment.positions, strict=True) if position <= self.count]
+        first = [
+            request
+            for request, position in zip(requests, moment.positions, strict=True)
+            if position <= self.count
+        ]
         if moment.is_before or not first:
             return []
         now_NO, current_NO = values(model, first), baseline.get(f"{CURRENT}/{moment.view}")
         rows = []
         for place, request in enumerate(first):
-            current = None if current_NO is None or place >= len(current_NO) else _numbers(current_NO[place])
-            rows.append({"request": request.id, "module": edited(model), "current": current, "now": _numbers(now_NO[place])})
+            current = (
+                None
+                if current_NO is None or place >= len(current_NO)
+                else _numbers(current_NO[place])
+            )
+            rows.append(
+                {
+                    "request": request.id,
+                    "module": edited(model),
+                    "current": current,
+                    "now": _numbers(now_NO[place]),
+                }
+            )
         return [Samples(name=SAMPLES, rows=tuple(rows))]
 
     def note(
-        self, model: EditableModel, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+        moment: Moment,
     ) -> Mapping[str, torch.Tensor]:
-        fresh = [request for request, position in zip(requests, moment.positions, strict=True) if position <= self.count]
+        fresh = [
+            request
+            for request, position in zip(requests, moment.positions, strict=True)
+            if position <= self.count
+        ]
         if not fresh:
             return baseline
         key = f"{CURRENT}/{moment.view}"
@@ -70,15 +116,25 @@ class Values(AbstractSuite, AbstractEditEvaluator):
         return {**baseline, key: torch.cat([*known, values(model, fresh)])}
 
     def noted(
-        self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor], moment: Moment, *, timing: str
+        self,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+        moment: Moment,
+        *,
+        timing: str,
     ) -> list[Measurement]:
         return []
 
 
 def values(model: EditableModel, requests: Sequence[EditRequest]) -> torch.Tensor:
-    """(N, O) float32 on the CPU: the output of the last edited matrix at each subject's last token, the bare prompt alone."""
+    """(N, O) float32 on the CPU: the output of the last edited matrix at each subject's last token,
+    the bare prompt alone.
+    """
     module = edited(model)
-    found = [keys_and_outputs(model, request, module=module, contexts=("{}",))[1][0] for request in requests]
+    found = [
+        keys_and_outputs(model, request, module=module, contexts=("{}",))[1][0]
+        for request in requests
+    ]
     return torch.stack(found).to(torch.float32).cpu()
 
 
@@ -88,4 +144,7 @@ def edited(model: EditableModel) -> str:
 
 
 def _numbers(values_O: torch.Tensor) -> list[float | None]:
-    return [number if number == number and abs(number) != float("inf") else None for number in map(float, values_O)]
+    return [
+        number if number == number and abs(number) != float("inf") else None
+        for number in map(float, values_O)
+    ]

@@ -1,7 +1,9 @@
-"""What a hypernetwork is trained on: requests, each with a paraphrase (equivalence) and texts that must stay as they are (locality).
+"""What a hypernetwork is trained on: requests, each with a paraphrase (equivalence) and texts that
+must stay as they are (locality).
 
-A dataset's first `held_apart` requests are left to the runs; of the others some choose when to stop (validation), the rest is trained on.
-Which is which follows from the seed, and each step's draws from the seed and the step: nothing has to be kept to go on.
+A dataset's first `held_apart` requests are left to the runs; of the others some choose when to stop
+(validation), the rest is trained on. Which is which follows from the seed, and each step's draws
+from the seed and the step: nothing has to be kept to go on.
 """
 
 from __future__ import annotations
@@ -40,18 +42,28 @@ class Example:
 
 def locality_texts(request: EditRequest) -> tuple[Probe, ...]:
     """Every text of a request that an edit must leave alone."""
-    return (*request.neighbours, *(probe for probes in request.locality.values() for probe in probes))
+    return (
+        *request.neighbours,
+        *(probe for probes in request.locality.values() for probe in probes),
+    )
 
 
-def split(requests: Sequence[EditRequest], *, held_apart: int, validation: int, least: int, seed: int) -> Split:
-    """Takes the requests apart. Raises ConfigError where too few are left to train on, or none has a locality text.
+def split(
+    requests: Sequence[EditRequest], *, held_apart: int, validation: int, least: int, seed: int
+) -> Split:
+    """Takes the requests apart. Raises ConfigError where too few are left to train on, or none has
+    a locality text.
 
     Args:
         held_apart: how many of the first are for runs.
         validation: how many choose when to stop.
         least: how many training examples are needed.
     """
-    apart = {(kind, text) for request in requests[:held_apart] for kind, text in (("id", request.id), ("prompt", request.full_prompt))}
+    apart = {
+        (kind, text)
+        for request in requests[:held_apart]
+        for kind, text in (("id", request.id), ("prompt", request.full_prompt))
+    }
     left_out: dict[str, int] = {}
     usable: list[EditRequest] = []
     known: set[str] = set()
@@ -92,16 +104,26 @@ def split(requests: Sequence[EditRequest], *, held_apart: int, validation: int, 
     )
 
 
-def examples(requests: Sequence[EditRequest], *, seed: int, step: int, count: int, locality: int) -> tuple[Example, ...]:
-    """Those of a step (counted from 1): every request once before any comes again; wording and texts are drawn anew each time."""
+def examples(
+    requests: Sequence[EditRequest], *, seed: int, step: int, count: int, locality: int
+) -> tuple[Example, ...]:
+    """Those of a step (counted from 1): every request once before any comes again; wording and
+    texts are drawn anew each time.
+    """
     rng = random.Random(f"hypernetwork/step/{seed}/{step}")
     return tuple(
-        Example(request=request, paraphrase=rng.choice(request.paraphrases), locality=_some(rng, locality_texts(request), locality))
+        Example(
+            request=request,
+            paraphrase=rng.choice(request.paraphrases),
+            locality=_some(rng, locality_texts(request), locality),
+        )
         for request in _in_turn(requests, seed=seed, start=(step - 1) * count, count=count)
     )
 
 
-def _in_turn(requests: Sequence[EditRequest], *, seed: int, start: int, count: int) -> Iterator[EditRequest]:
+def _in_turn(
+    requests: Sequence[EditRequest], *, seed: int, start: int, count: int
+) -> Iterator[EditRequest]:
     order, shuffled = list(range(len(requests))), -1
     for place in range(start, start + count):
         epoch, offset = divmod(place, len(requests))
@@ -112,6 +134,8 @@ def _in_turn(requests: Sequence[EditRequest], *, seed: int, start: int, count: i
 
 
 def _some(rng: random.Random, probes: Sequence[Probe], count: int) -> tuple[Probe, ...]:
-    """As many as are wanted: repeated where there are too few, so that every example weighs the same."""
+    """As many as are wanted: repeated where there are too few, so that every example weighs the
+    same.
+    """
     shuffled = rng.sample(probes, len(probes))
     return tuple(shuffled[index % len(shuffled)] for index in range(count))

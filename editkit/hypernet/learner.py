@@ -1,7 +1,9 @@
-"""Training a hypernetwork: one generator that yields what it saw, and the states from which it can go on bit for bit.
+"""Training a hypernetwork: one generator that yields what it saw, and the states from which it can
+go on bit for bit.
 
-A step is `accumulate` edits, each made on its own (or at the end of its own chain of earlier edits), and one step of Adam. The model is
-only read. Neither logs nor writes: `editkit.training` does.
+A step is `accumulate` edits, each made on its own (or at the end of its own chain of earlier
+edits), and one step of Adam. The model is only read. Neither logs nor writes: `editkit.training`
+does.
 """
 
 from __future__ import annotations
@@ -24,12 +26,18 @@ from editkit.types import EvalRecord, StepRecord, TensorState
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-PROTOCOL, TIMING, VIEW = "argmax", "rollback", "unrestrained"  # how validation edits are judged: each alone, then taken back
+PROTOCOL, TIMING, VIEW = (
+    "argmax",
+    "rollback",
+    "unrestrained",
+)  # how validation edits are judged: each alone, then taken back
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningState:
-    """All that the next step depends on, besides the base model, the data and the options. Its tensors lie on the CPU, and are its own."""
+    """All that the next step depends on, besides the base model, the data and the options. Its
+    tensors lie on the CPU, and are its own.
+    """
 
     step: int
     network: TensorState
@@ -44,12 +52,16 @@ class LearningState:
         return network.with_tensors(self.best or self.network)
 
     def outcome(self) -> LearningState:
-        """What a training comes to, without the tensors that only a further step needs: three copies of the network."""
+        """What a training comes to, without the tensors that only a further step needs: three
+        copies of the network.
+        """
         return replace(self, network={}, adam={}, chains={})
 
 
 class Diverged(Exception):
-    """A loss or a gradient was not finite; the last thing yielded before is the last sound state, with the step's record behind it."""
+    """A loss or a gradient was not finite; the last thing yielded before is the last sound state,
+    with the step's record behind it.
+    """
 
     def __init__(self, record: StepRecord) -> None:
         super().__init__(
@@ -75,7 +87,8 @@ class Learning:
     should_stop: Callable[[], bool] = lambda: False
 
     def run(self, state: LearningState | None = None) -> Iterator[Event]:
-        """Trains from the beginning, or on from `state`, to the last step or until nothing gets better.
+        """Trains from the beginning, or on from `state`, to the last step or until nothing gets
+        better.
 
         Raises Diverged. Ends early, its state yielded, where `should_stop` says so.
         """
@@ -92,7 +105,10 @@ class Learning:
                 yield record
                 raise Diverged(record)
             yield record
-            due = learner.step % self.options.validate_every == 0 or learner.step == self.options.steps
+            due = (
+                learner.step % self.options.validate_every == 0
+                or learner.step == self.options.steps
+            )
             if due:
                 yield from learner.validate()
             stopping = self.should_stop()
@@ -111,12 +127,22 @@ class _Learner:
         self.step, self.best, self.best_step, self.best_loss = 0, {}, 0, None  # type: int, TensorState, int, float | None
         self.chains: RowUpdates | None = None
         if state is not None:
-            moved = {name: tensor.to(job.model.device).clone() for name, tensor in state.network.items()}
+            moved = {
+                name: tensor.to(job.model.device).clone() for name, tensor in state.network.items()
+            }
             network = network.with_tensors(moved)
-            self.step, self.best, self.best_step, self.best_loss = state.step, state.best, state.best_step, state.best_loss
+            self.step, self.best, self.best_step, self.best_loss = (
+                state.step,
+                state.best,
+                state.best_step,
+                state.best_loss,
+            )
             names = {name.rpartition("/")[0] for name in state.chains}
             self.chains = {
-                name: (state.chains[f"{name}/left"].to(job.model.device), state.chains[f"{name}/right"].to(job.model.device))
+                name: (
+                    state.chains[f"{name}/left"].to(job.model.device),
+                    state.chains[f"{name}/right"].to(job.model.device),
+                )
                 for name in network.modules
                 if name in names
             } or None
@@ -133,9 +159,16 @@ class _Learner:
         self.adam = torch.optim.Adam(groups, foreach=False)
         if state is not None:
             for name, tensor in network.learned().items():
-                kept = {key.rpartition("/")[2]: value for key, value in state.adam.items() if key.rpartition("/")[0] == name}
+                kept = {
+                    key.rpartition("/")[2]: value
+                    for key, value in state.adam.items()
+                    if key.rpartition("/")[0] == name
+                }
                 # Adam keeps its count on the CPU.
-                moved = {key: value.clone() if key == "step" else value.to(tensor.device).clone() for key, value in kept.items()}
+                moved = {
+                    key: value.clone() if key == "step" else value.to(tensor.device).clone()
+                    for key, value in kept.items()
+                }
                 if moved:
                     self.adam.state[tensor] = moved
 
@@ -167,17 +200,29 @@ class _Learner:
     def drawn(self, step: int) -> tuple[Example, ...]:
         """The examples of a step."""
         options = self.options
-        return examples(self.job.split.train, seed=self.job.seed, step=step, count=options.accumulate, locality=options.locality_texts)
+        return examples(
+            self.job.split.train,
+            seed=self.job.seed,
+            step=step,
+            count=options.accumulate,
+            locality=options.locality_texts,
+        )
 
     def take_step(self) -> StepRecord:
-        """Gradients of all examples, then Adam. What is not finite stops it before Adam, with everything as it was before."""
+        """Gradients of all examples, then Adam. What is not finite stops it before Adam, with
+        everything as it was before.
+        """
         started, options, step = time.perf_counter(), self.options, self.step + 1
-        before = self.network, self.chains  # until Adam's step only the running statistics move, and those into new tensors
+        before = (
+            self.network,
+            self.chains,
+        )  # until Adam's step only the running statistics move, and those into new tensors
         chosen = self.drawn(step)
         place = (step - 1) % options.sequence  # in the chains
         if place == 0:
             self.chains = None
-        # In a chain the row's model must also remember one of the edits before, which one goes round.
+        # In a chain the row's model must also remember one of the edits before, which one goes
+        # round.
         earlier = self.drawn(step - 1 - (step % place)) if place else ()
         self.adam.zero_grad()
         sums = {"edit_loss": 0.0, "locality_loss": 0.0, "probability_before": 0.0}
@@ -187,28 +232,59 @@ class _Learner:
             chain = (
                 None
                 if self.chains is None
-                else {name: (a[rows.start : rows.stop], b[rows.start : rows.stop]) for name, (a, b) in self.chains.items()}
+                else {
+                    name: (a[rows.start : rows.stop], b[rows.start : rows.stop])
+                    for name, (a, b) in self.chains.items()
+                }
             )
             part = [chosen[row] for row in rows]
             asked = edits(self.model, part)
-            factors, log_p_B = gradient_factors(self.model, self.network.modules, asked, earlier=chain)
+            factors, log_p_B = gradient_factors(
+                self.model, self.network.modules, asked, earlier=chain
+            )
             self.network = self.network.observed(factors)
             with torch.enable_grad():
                 updates = row_updates(self.network, factors)
-                also = [(row - start, earlier[row].paraphrase, earlier[row].request.target) for row in rows] if earlier else []
+                also = (
+                    [
+                        (row - start, earlier[row].paraphrase, earlier[row].request.target)
+                        for row in rows
+                    ]
+                    if earlier
+                    else []
+                )
                 found = losses(self.model, joined(chain, updates), part, also=also)
-                loss = options.edit_weight * found.edit_B.sum() + options.locality_weight * found.locality_B.sum()
+                loss = (
+                    options.edit_weight * found.edit_B.sum()
+                    + options.locality_weight * found.locality_B.sum()
+                )
             (loss / len(chosen)).backward()
             sums["edit_loss"] += float(found.edit_B.detach().sum())
             sums["locality_loss"] += float(found.locality_B.detach().sum())
             sums["probability_before"] += float(log_p_B.exp().sum())
             if options.sequence > 1:
-                made.append({name: (left.detach(), right.detach()) for name, (left, right) in updates.items()})
+                made.append(
+                    {
+                        name: (left.detach(), right.detach())
+                        for name, (left, right) in updates.items()
+                    }
+                )
         figures = {name: value / len(chosen) for name, value in sums.items()}
-        figures["loss"] = options.edit_weight * figures["edit_loss"] + options.locality_weight * figures["locality_loss"]
-        gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, options.clip, foreach=False))
+        figures["loss"] = (
+            options.edit_weight * figures["edit_loss"]
+            + options.locality_weight * figures["locality_loss"]
+        )
+        gradient_norm = float(
+            torch.nn.utils.clip_grad_norm_(self.parameters, options.clip, foreach=False)
+        )
         figures["gradient_norm"] = gradient_norm
-        nonfinite = "loss" if not math.isfinite(figures["loss"]) else "gradient" if not math.isfinite(gradient_norm) else None
+        nonfinite = (
+            "loss"
+            if not math.isfinite(figures["loss"])
+            else "gradient"
+            if not math.isfinite(gradient_norm)
+            else None
+        )
         if nonfinite is None:
             self.adam.step()
             self.step = step
@@ -226,9 +302,18 @@ class _Learner:
     def validate(self) -> Iterator[EvalRecord]:
         """Measures the validation edits, and keeps the network if it is the best so far."""
         count = self.options.validation // self.options.sequence * self.options.sequence
-        chosen = examples(self.job.split.validation, seed=self.job.seed, step=1, count=count, locality=self.options.locality_texts)
+        chosen = examples(
+            self.job.split.validation,
+            seed=self.job.seed,
+            step=1,
+            count=count,
+            locality=self.options.locality_texts,
+        )
         found = measure(self.model, self.network, chosen, sequence=self.options.sequence)
-        loss = self.options.edit_weight * found["edit_loss"] + self.options.locality_weight * found["locality_loss"]
+        loss = (
+            self.options.edit_weight * found["edit_loss"]
+            + self.options.locality_weight * found["locality_loss"]
+        )
         for metric in ("efficacy", "generalization", "locality"):
             yield EvalRecord(
                 step=self.step,
@@ -241,9 +326,21 @@ class _Learner:
                 protocol=PROTOCOL,
                 timing=TIMING,
             )
-        for metric, value in {"loss": loss, "edit_loss": found["edit_loss"], "locality_loss": found["locality_loss"]}.items():
+        for metric, value in {
+            "loss": loss,
+            "edit_loss": found["edit_loss"],
+            "locality_loss": found["locality_loss"],
+        }.items():
             finite = value if math.isfinite(value) else None
-            yield EvalRecord(step=self.step, view=VIEW, kind="training", metric=metric, value=finite, stderr=None, n=count)
+            yield EvalRecord(
+                step=self.step,
+                view=VIEW,
+                kind="training",
+                metric=metric,
+                value=finite,
+                stderr=None,
+                n=count,
+            )
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best = {name: copied(tensor) for name, tensor in self.network.tensors.items()}
             self.best_step, self.best_loss = self.step, loss
@@ -255,13 +352,18 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def stacked(parts: Sequence[RowUpdates]) -> RowUpdates:
-    """The rows of several batches below each other; factors are filled up with zeros, which add nothing."""
+    """The rows of several batches below each other; factors are filled up with zeros, which add
+    nothing.
+    """
     width = max(left_BRO.shape[1] for part in parts for left_BRO, _ in part.values())
 
     def filled(each_BRX: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad(each_BRX, (0, 0, 0, width - each_BRX.shape[1]))
 
     return {
-        name: (torch.cat([filled(part[name][0]) for part in parts]), torch.cat([filled(part[name][1]) for part in parts]))
+        name: (
+            torch.cat([filled(part[name][0]) for part in parts]),
+            torch.cat([filled(part[name][1]) for part in parts]),
+        )
         for name in parts[0]
     }

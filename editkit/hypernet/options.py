@@ -10,7 +10,9 @@ from editkit.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How a hypernetwork is trained: `editor.train` in the configuration. Raises ConfigError for what is out of range."""
+    """How a hypernetwork is trained: `editor.train` in the configuration. Raises ConfigError for
+    what is out of range.
+    """
 
     steps: int  # of Adam, at most
     lr: float  # of the networks
@@ -18,17 +20,31 @@ class TrainingOptions:
     edit_weight: float  # c_edit
     locality_weight: float  # c_loc
     accumulate: int  # edits a step
-    at_once: int  # of these, how many go through the model together: memory and time, and how soon running statistics see them
+    # of these, how many go through the model together: memory and time, and how soon running
+    # statistics see them
+    at_once: int
     clip: float  # of the gradient's norm
     validate_every: int  # steps
     patience: int  # steps without a better validation loss after which training ends
     validation: int  # edits that the validation loss is the mean of
     held_apart: int  # the dataset's first requests, left to runs
     locality_texts: int  # an edit
-    sequence: int  # 1: every edit on the unedited model; else chains of so many edits, one on top of the other
+    # 1: every edit on the unedited model; else chains of so many edits, one on top of the other
+    sequence: int
 
     def __post_init__(self) -> None:
-        least = {name: 1 for name in ("steps", "accumulate", "at_once", "validate_every", "patience", "validation", "locality_texts")}
+        least = {
+            name: 1
+            for name in (
+                "steps",
+                "accumulate",
+                "at_once",
+                "validate_every",
+                "patience",
+                "validation",
+                "locality_texts",
+            )
+        }
         least |= {"sequence": 1, "held_apart": 0}
         problems = [
             f"editor.train.{name}: {getattr(self, name)} was given; at least {limit}."

@@ -1,7 +1,8 @@
 """A trained hypernetwork as a file: safetensors, with what it was made for and from in the header.
 
-The header names the model by its fingerprint and says which requests were trained on, by the digest of the dataset with their ids, and by a
-digest of each prompt: a run that would edit one of them is refused, also where another file holds it under another id.
+The header names the model by its fingerprint and says which requests were trained on, by the digest
+of the dataset with their ids, and by a digest of each prompt: a run that would edit one of them is
+refused, also where another file holds it under another id.
 """
 
 from __future__ import annotations
@@ -41,9 +42,15 @@ class Header:
     facts: Mapping[str, Any]  # how it was trained and what it reached, for people
 
     def leaks(self, requests: Sequence[EditRequest], digest: str) -> list[str]:
-        """Ids of the requests that this hypernetwork has seen; `digest` is that of the dataset they come from."""
+        """Ids of the requests that this hypernetwork has seen; `digest` is that of the dataset they
+        come from.
+        """
         ids = set(self.trained) if digest == self.dataset else set()
-        return [request.id for request in requests if request.id in ids or prompt_digest(request) in self.prompts]
+        return [
+            request.id
+            for request in requests
+            if request.id in ids or prompt_digest(request) in self.prompts
+        ]
 
 
 def prompt_digest(request: EditRequest) -> str:
@@ -52,10 +59,14 @@ def prompt_digest(request: EditRequest) -> str:
 
 
 def resolve(path: str) -> Path:
-    """The file that `editor.hypernetwork` names: a file, a folder that holds one, or "asset:..." for one that comes with the package."""
+    """The file that `editor.hypernetwork` names: a file, a folder that holds one, or "asset:..."
+    for one that comes with the package.
+    """
     found = Path(path).expanduser()
     if path.startswith(ASSET):
-        found = Path(str(importlib.resources.files("editkit"))) / "assets" / path.removeprefix(ASSET)
+        found = (
+            Path(str(importlib.resources.files("editkit"))) / "assets" / path.removeprefix(ASSET)
+        )
     return found / FILE if found.is_dir() else found
 
 
@@ -90,7 +101,9 @@ def save_hypernetwork(
 
 
 def read_header(path: str) -> Header:
-    """What the file says, its weights unread. Raises ConfigError where there is no such file, or it is none of ours."""
+    """What the file says, its weights unread. Raises ConfigError where there is no such file, or it
+    is none of ours.
+    """
     file = resolve(path)
     if not file.is_file():
         raise ConfigError(
@@ -99,12 +112,17 @@ def read_header(path: str) -> Header:
     try:
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            found = json.loads(json.loads(opened.read(min(length, file.stat().st_size)))["__metadata__"]["editkit"])
+            found = json.loads(
+                json.loads(opened.read(min(length, file.stat().st_size)))["__metadata__"]["editkit"]
+            )
         assert found["format"] == FORMAT
         return Header(
             model=found["model"],
             fingerprint=found["fingerprint"],
-            modules={module: (int(rows), int(columns)) for module, (rows, columns) in found["modules"].items()},
+            modules={
+                module: (int(rows), int(columns))
+                for module, (rows, columns) in found["modules"].items()
+            },
             network=found["network"],
             dataset=found["dataset"],
             trained=tuple(found["trained"]),
@@ -112,11 +130,17 @@ def read_header(path: str) -> Header:
             facts=found["facts"],
         )
     except (ValueError, KeyError, TypeError, AssertionError, MemoryError) as error:
-        raise ConfigError(f"editor.hypernetwork: {file} is no hypernetwork of editkit's ({type(error).__name__}: {error}).") from None
+        raise ConfigError(
+            f"editor.hypernetwork: {file} is no hypernetwork of editkit's ({type(error).__name__}: {error})."
+        ) from None
 
 
-def load_hypernetwork(path: str, *, device: torch.device | str = "cpu") -> tuple[Hypernetwork, Header]:
-    """The hypernetwork and what its file says. Raises ConfigError for a file that cannot be read."""
+def load_hypernetwork(
+    path: str, *, device: torch.device | str = "cpu"
+) -> tuple[Hypernetwork, Header]:
+    """The hypernetwork and what its file says. Raises ConfigError for a file that cannot be
+    read.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -124,5 +148,9 @@ def load_hypernetwork(path: str, *, device: torch.device | str = "cpu") -> tuple
     try:
         tensors = load_file(resolve(path), device=str(device))
     except SafetensorError as error:
-        raise ConfigError(f"editor.hypernetwork: {resolve(path)} cannot be read ({error}).") from None
-    return Hypernetwork(shapes=header.modules, options=NetworkOptions(**header.network), tensors=tensors), header
+        raise ConfigError(
+            f"editor.hypernetwork: {resolve(path)} cannot be read ({error})."
+        ) from None
+    return Hypernetwork(
+        shapes=header.modules, options=NetworkOptions(**header.network), tensors=tensors
+    ), header

@@ -1,4 +1,5 @@
-"""Updates of weight matrices as values: factors where they are few, a dense matrix where they are not.
+"""Updates of weight matrices as values: factors where they are few, a dense matrix where they are
+not.
 
 Shape letters: O d_out, I d_in, R rank (number of columns of the factors), K = min(R, O, I).
 """
@@ -16,17 +17,21 @@ from editkit.linalg.spectral import largest_singular_value
 if TYPE_CHECKING:
     from typing import Any
 
-CORE_RANK = 128  # up to here sigma_max comes from an R x R eigenproblem; above, a few products with the factors are cheaper
+# up to here sigma_max comes from an R x R eigenproblem; above, a few products with the factors are
+# cheaper
+CORE_RANK = 128
 LANCZOS_STEPS = 200
 LANCZOS_TOLERANCE = 1e-10  # of sigma_max squared
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """The matrix left_OR @ right_IR.T, never multiplied out unless `dense` is called. Rank 0 is the zero matrix.
+    """The matrix left_OR @ right_IR.T, never multiplied out unless `dense` is called. Rank 0 is the
+    zero matrix.
 
     Raises:
-        ValueError: the factors are not matrices with the same number of columns, or differ in dtype or device.
+        ValueError: the factors are not matrices with the same number of columns, or differ in dtype
+        or device.
     """
 
     left_OR: torch.Tensor
@@ -35,7 +40,9 @@ class LowRank:
     def __post_init__(self) -> None:
         left, right = self.left_OR, self.right_IR
         if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1]:
-            raise ValueError(f"LowRank wants factors (O, R) and (I, R), got {tuple(left.shape)} and {tuple(right.shape)}")
+            raise ValueError(
+                f"LowRank wants factors (O, R) and (I, R), got {tuple(left.shape)} and {tuple(right.shape)}"
+            )
         if left.dtype != right.dtype or left.device != right.device:
             given = f"{left.dtype} on {left.device} and {right.dtype} on {right.device}"
             raise ValueError(f"LowRank wants factors of one dtype on one device, got {given}")
@@ -61,14 +68,23 @@ class LowRank:
         return self.left_OR.device
 
     def dense(self) -> torch.Tensor:
-        """The matrix itself, (O, I), in the factors' dtype. Costs O * I * R products and O * I memory."""
-        return self.left_OR.contiguous() @ self.right_IR.contiguous().mT  # contiguous: the same bits whatever the strides
+        """The matrix itself, (O, I), in the factors' dtype. Costs O * I * R products and O * I
+        memory.
+        """
+        return (
+            self.left_OR.contiguous() @ self.right_IR.contiguous().mT
+        )  # contiguous: the same bits whatever the strides
 
     def __add__(self, other: LowRank) -> LowRank:
         """The sum, of rank R1 + R2; the wider dtype wins."""
         if self.shape != other.shape:
-            raise ValueError(f"LowRank matrices of shapes {self.shape} and {other.shape} cannot be added")
-        return LowRank(torch.cat([self.left_OR, other.left_OR], dim=1), torch.cat([self.right_IR, other.right_IR], dim=1))
+            raise ValueError(
+                f"LowRank matrices of shapes {self.shape} and {other.shape} cannot be added"
+            )
+        return LowRank(
+            torch.cat([self.left_OR, other.left_OR], dim=1),
+            torch.cat([self.right_IR, other.right_IR], dim=1),
+        )
 
     def __neg__(self) -> LowRank:
         return LowRank(-self.left_OR, self.right_IR)
@@ -80,27 +96,43 @@ class LowRank:
     def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> LowRank:
         """The same matrix elsewhere or in another dtype."""
         device, dtype = device or self.device, dtype or self.dtype
-        return LowRank(self.left_OR.to(device=device, dtype=dtype), self.right_IR.to(device=device, dtype=dtype))
+        return LowRank(
+            self.left_OR.to(device=device, dtype=dtype),
+            self.right_IR.to(device=device, dtype=dtype),
+        )
 
     def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """u_OK, s_K (descending), v_IK in float64, so that the matrix is u diag(s) v^T: by QR of the factors and an R x R core."""
-        left, right = torch.linalg.qr(self.left_OR.double()), torch.linalg.qr(self.right_IR.double())
+        """u_OK, s_K (descending), v_IK in float64, so that the matrix is u diag(s) v^T: by QR of
+        the factors and an R x R core.
+        """
+        left, right = (
+            torch.linalg.qr(self.left_OR.double()),
+            torch.linalg.qr(self.right_IR.double()),
+        )
         u_KK, s_K, vt_KK = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
         return left.Q @ u_KK, s_K, right.Q @ vt_KK.mT
 
     def compress(self, rtol: float) -> LowRank:
-        """This matrix without the singular values at or below rtol * sigma_max, in the factors' dtype; its error is rtol * sigma_max."""
+        """This matrix without the singular values at or below rtol * sigma_max, in the factors'
+        dtype; its error is rtol * sigma_max.
+        """
         u_OK, s_K, v_IK = self.svd()
         kept = int((s_K > rtol * s_K.max()).sum()) if s_K.numel() else 0
         return LowRank((u_OK * s_K)[:, :kept].to(self.dtype), v_IK[:, :kept].to(self.dtype))
 
     def frobenius(self) -> float:
-        """|D|_F in float64 from the Grams of the factors; absolute error about 1e-8 |left| |right| where columns cancel."""
+        """|D|_F in float64 from the Grams of the factors; absolute error about 1e-8 |left| |right|
+        where columns cancel.
+        """
         left_RR, right_RR = self._grams()
-        return math.sqrt(max(float((left_RR * right_RR).sum()), 0.0)) if self.is_finite() else math.nan
+        return (
+            math.sqrt(max(float((left_RR * right_RR).sum()), 0.0)) if self.is_finite() else math.nan
+        )
 
     def sigma_max(self) -> float:
-        """The largest singular value in float64, with the same caveat as `frobenius`; nan if a factor is not finite."""
+        """The largest singular value in float64, with the same caveat as `frobenius`; nan if a
+        factor is not finite.
+        """
         if not self.is_finite():
             return math.nan
         if self.rank > CORE_RANK:
@@ -112,11 +144,15 @@ class LowRank:
         left_RR, right_RR = self._grams()
         values_R, vectors_RR = torch.linalg.eigh(left_RR)
         root_RR = vectors_RR * values_R.clamp_min(0).sqrt()  # left^T left = root root^T
-        return math.sqrt(max(float(torch.linalg.eigvalsh(root_RR.mT @ right_RR @ root_RR)[-1]), 0.0))
+        return math.sqrt(
+            max(float(torch.linalg.eigvalsh(root_RR.mT @ right_RR @ root_RR)[-1]), 0.0)
+        )
 
     def is_finite(self) -> bool:
         """Whether no factor holds a nan or an infinity."""
-        return bool(torch.isfinite(self.left_OR).all()) and bool(torch.isfinite(self.right_IR).all())
+        return bool(torch.isfinite(self.left_OR).all()) and bool(
+            torch.isfinite(self.right_IR).all()
+        )
 
     def _grams(self) -> tuple[torch.Tensor, torch.Tensor]:
         left_OR, right_IR = self.left_OR.double(), self.right_IR.double()
@@ -130,7 +166,11 @@ class LowRank:
             max_steps=LANCZOS_STEPS,
             converged=lambda value, error: error <= LANCZOS_TOLERANCE * abs(value),
         )
-        return math.sqrt(max(found.value, 0.0)) if found.error <= LANCZOS_TOLERANCE * abs(found.value) else None
+        return (
+            math.sqrt(max(found.value, 0.0))
+            if found.error <= LANCZOS_TOLERANCE * abs(found.value)
+            else None
+        )
 
 
 Update: TypeAlias = "LowRank | torch.Tensor"

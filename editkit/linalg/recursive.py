@@ -1,22 +1,26 @@
-"""Recursive least squares: a ridge regression that remembers every key it has seen, in memory that does not grow with their number.
+"""Recursive least squares: a ridge regression that remembers every key it has seen, in memory that
+does not grow with their number.
 
-With the keys so far K_1 ... K_t and a prior A_0, the memory is A_t = A_0 + sum_s K_s K_s^T. If each residual R_t is measured on the
-current matrix, W_0 + D_{t-1}, then the ridge solution over all edits at once moves by
+With the keys so far K_1 ... K_t and a prior A_0, the memory is A_t = A_0 + sum_s K_s K_s^T. If each
+residual R_t is measured on the current matrix, W_0 + D_{t-1}, then the ridge solution over all
+edits at once moves by
 
     D_t - D_{t-1} = R_t K_t^T A_t^-1 = R_t (I + K_t^T A_{t-1}^-1 K_t)^-1 K_t^T A_{t-1}^-1
 
-since D_t A_t = sum_s (R_s + D_{s-1} K_s) K_s^T = D_{t-1} A_{t-1} + D_{t-1} K_t K_t^T + R_t K_t^T = D_{t-1} A_t + R_t K_t^T. Only A_t^-1 K
-is ever needed; the sum of R K^T need not be kept.
+since D_t A_t = sum_s (R_s + D_{s-1} K_s) K_s^T = D_{t-1} A_{t-1} + D_{t-1} K_t K_t^T + R_t K_t^T =
+D_{t-1} A_t + R_t K_t^T. Only A_t^-1 K is ever needed; the sum of R K^T need not be kept.
 
 What is kept lives in the prior's own coordinates: with A_0^-1 = T^T T and keys H = T K,
 
     A_t^-1 = T^T M_t T        M_t = (I + sum_s H_s H_s^T)^-1 = B - F F^T
 
-by Woodbury (Golub & Van Loan, Matrix Computations, 4th ed., 2.1.4). B begins as the identity, which is not stored; F gains a column a key
-and is folded into B where it gets too wide. So a solve costs O(J^2) a key and no edit ever costs J^3. M's eigenvalues lie between 0 and 1
-however ill-conditioned A_0 is: that is why it, and not A_t^-1, is kept, and why float32 is enough for it.
+by Woodbury (Golub & Van Loan, Matrix Computations, 4th ed., 2.1.4). B begins as the identity, which
+is not stored; F gains a column a key and is folded into B where it gets too wide. So a solve costs
+O(J^2) a key and no edit ever costs J^3. M's eigenvalues lie between 0 and 1 however ill-conditioned
+A_0 is: that is why it, and not A_t^-1, is kept, and why float32 is enough for it.
 
-Shape letters: O d_out, I d_in, J coordinates of the prior, N keys of a batch, R columns of the factor.
+Shape letters: O d_out, I d_in, J coordinates of the prior, N keys of a batch, R columns of the
+factor.
 """
 
 from __future__ import annotations
@@ -31,15 +35,21 @@ from editkit.linalg.lowrank import LowRank
 if TYPE_CHECKING:
     from editkit.types import TensorState
 
-WIDEST_FACTOR = 0.25  # of J, while there is no matrix B; the factor is read twice a key, and so costs half of what the matrix does
-FOLDED_COLUMNS = 32  # of the factor beside B: a new B is written once in so many keys, which costs more than reading it in every solve
+# of J, while there is no matrix B; the factor is read twice a key, and so costs half of what the
+# matrix does
+WIDEST_FACTOR = 0.25
+# of the factor beside B: a new B is written once in so many keys, which costs more than reading it
+# in every solve
+FOLDED_COLUMNS = 32
 
 SolveDtype = Literal["float32", "float64"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prior:
-    """A_0 by a T with A_0^-1 = T^T T. Both functions take and give float64, whatever they compute in."""
+    """A_0 by a T with A_0^-1 = T^T T. Both functions take and give float64, whatever they compute
+    in.
+    """
 
     whiten: Callable[[torch.Tensor], torch.Tensor]  # (I, N) -> T @ it, (J, N)
     unwhiten: Callable[[torch.Tensor], torch.Tensor]  # (J, N) -> T^T @ it, (I, N)
@@ -57,15 +67,25 @@ class Memory:
         return prior.unwhiten(self._times(prior.whiten(keys_IN.double())))
 
     def plus(self, keys_IN: torch.Tensor, prior: Prior, *, dtype: SolveDtype = "float64") -> Memory:
-        """The memory with more keys in it. `dtype` is what it is kept in, the same for all calls."""
+        """The memory with more keys in it. `dtype` is what it is kept in, the same for all
+        calls.
+        """
         _, columns_JN = self._woodbury(prior.whiten(keys_IN.double()))
         columns_JN = columns_JN.to(getattr(torch, dtype))
-        factor_JR = columns_JN if self.factor_JR is None else torch.cat([self.factor_JR.to(columns_JN.device), columns_JN], dim=1)
+        factor_JR = (
+            columns_JN
+            if self.factor_JR is None
+            else torch.cat([self.factor_JR.to(columns_JN.device), columns_JN], dim=1)
+        )
         size, width = factor_JR.shape
         if width <= (WIDEST_FACTOR * size if self.base_JJ is None else FOLDED_COLUMNS):
             return Memory(factor_JR, self.base_JJ)
         if self.base_JJ is not None:
-            return Memory(base_JJ=torch.addmm(self.base_JJ.to(factor_JR.device), factor_JR, factor_JR.T, alpha=-1))
+            return Memory(
+                base_JJ=torch.addmm(
+                    self.base_JJ.to(factor_JR.device), factor_JR, factor_JR.T, alpha=-1
+                )
+            )
         base_JJ = (factor_JR @ factor_JR.T).neg_()
         base_JJ.diagonal().add_(1)
         return Memory(base_JJ=base_JJ)
@@ -78,22 +98,29 @@ class Memory:
 
     def _times(self, white_JN: torch.Tensor) -> torch.Tensor:
         """M @ it."""
-        image_JN = white_JN if self.base_JJ is None else times(self.base_JJ.to(white_JN.device), white_JN)
+        image_JN = (
+            white_JN if self.base_JJ is None else times(self.base_JJ.to(white_JN.device), white_JN)
+        )
         if self.factor_JR is None:
             return image_JN
         factor_JR = self.factor_JR.to(white_JN.device)
         return image_JN - times(factor_JR, times(factor_JR.T, white_JN))
 
     def _woodbury(self, white_JN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """L with L L^T = I + H^T M H, and M H L^-T: both sides of every product here get half of the N x N system's inverse.
+        """L with L L^T = I + H^T M H, and M H L^-T: both sides of every product here get half of
+        the N x N system's inverse.
 
-        The whole of it on one side would be as right in float64, but columns that nearly cancel lose their digits in float32 factors.
+        The whole of it on one side would be as right in float64, but columns that nearly cancel
+        lose their digits in float32 factors.
         """
         image_JN = self._times(white_JN)
         gram_NN = white_JN.T @ image_JN
-        core_NN = (gram_NN + gram_NN.T) / 2 + torch.eye(white_JN.shape[1], dtype=gram_NN.dtype, device=gram_NN.device)
+        core_NN = (gram_NN + gram_NN.T) / 2 + torch.eye(
+            white_JN.shape[1], dtype=gram_NN.dtype, device=gram_NN.device
+        )
         lower_NN, failed = torch.linalg.cholesky_ex(core_NN)
-        # It fails where a key is not finite, as a collapsed model's are: that is a result, not an error.
+        # It fails where a key is not finite, as a collapsed model's are: that is a result, not an
+        # error.
         lower_NN = torch.where(failed > 0, torch.nan, lower_NN)
         return lower_NN, torch.linalg.solve_triangular(lower_NN, image_JN.T, upper=False).T
 
@@ -109,7 +136,9 @@ def memory_of(state: TensorState, name: str) -> Memory:
 
 
 def with_memory(state: TensorState, name: str, memory: Memory) -> TensorState:
-    """The state with that memory under that name. The rest of it follows to the memory's device: a checkpoint's tensors lie on the CPU."""
+    """The state with that memory under that name. The rest of it follows to the memory's device: a
+    checkpoint's tensors lie on the CPU.
+    """
     tensors = {f"{name}.factor": memory.factor_JR, f"{name}.base": memory.base_JJ}
     found = {key: tensor for key, tensor in tensors.items() if tensor is not None}
     device = next(iter(found.values())).device

@@ -1,4 +1,5 @@
-"""What is recorded about an edited matrix after every step: the values of `modules` in `steps.jsonl`.
+"""What is recorded about an edited matrix after every step: the values of `modules` in
+`steps.jsonl`.
 
 Shape letters: O d_out, I d_in.
 """
@@ -13,13 +14,20 @@ from editkit.linalg.total import Total
 
 
 def module_record(
-    weight_OI: torch.Tensor, spectrum: Spectrum, update: Update | None, total: Total, *, rounding_error: float = 0.0
+    weight_OI: torch.Tensor,
+    spectrum: Spectrum,
+    update: Update | None,
+    total: Total,
+    *,
+    rounding_error: float = 0.0,
 ) -> dict[str, float]:
-    """The figures of one matrix as the model uses it now, in float64; nan where something is not finite.
+    """The figures of one matrix as the model uses it now, in float64; nan where something is not
+    finite.
 
-    `spectrum` is that of `weight_OI`; `update` is this step's (None at step 0), `total` the sum with it. `rounding_error` is what
-    `EditableModel.apply` returned: the part of the update that the storage dtype lost, relative. `l1_norm` is the sum of the absolute
-    entries, `l1_mean` that over their number.
+    `spectrum` is that of `weight_OI`; `update` is this step's (None at step 0), `total` the sum
+    with it. `rounding_error` is what `EditableModel.apply` returned: the part of the update that
+    the storage dtype lost, relative. `l1_norm` is the sum of the absolute entries, `l1_mean` that
+    over their number.
     """
     l1_norm = float(torch.linalg.vector_norm(weight_OI, ord=1, dtype=torch.float64))
     return {

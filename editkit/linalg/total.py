@@ -15,32 +15,45 @@ from editkit.linalg.lowrank import LowRank, Update
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Total:
-    """A sum of low-rank blocks while those are the smaller form, a float32 matrix for good after that.
+    """A sum of low-rank blocks while those are the smaller form, a float32 matrix for good after
+    that.
 
-    Floating-point sums depend on their order, so the boundaries of the blocks are kept: `dense` adds them one by one in float32, which
-    gives the bits of a matrix to which every update was added when it came. `plus` carries that sum along (the model needs it after every
-    edit); a total read from a checkpoint has none until it is added to.
+    Floating-point sums depend on their order, so the boundaries of the blocks are kept: `dense`
+    adds them one by one in float32, which gives the bits of a matrix to which every update was
+    added when it came. `plus` carries that sum along (the model needs it after every edit); a total
+    read from a checkpoint has none until it is added to.
     """
 
     shape: tuple[int, int]
     blocks: tuple[LowRank, ...] = ()  # none once the total is dense
-    matrix: torch.Tensor | None = None  # (O, I) float32, the sum so far; with blocks it may be missing
+    matrix: torch.Tensor | None = (
+        None  # (O, I) float32, the sum so far; with blocks it may be missing
+    )
 
     def plus(self, update: Update) -> Total:
-        """The total with one more update. Turns dense once the factors would take as much memory as the matrix, or if the update is dense.
+        """The total with one more update. Turns dense once the factors would take as much memory as
+        the matrix, or if the update is dense.
 
         Raises:
             ValueError: the update has another shape.
         """
         if tuple(update.shape) != self.shape:
-            raise ValueError(f"an update of shape {tuple(update.shape)} does not fit a total of shape {self.shape}")
+            raise ValueError(
+                f"an update of shape {tuple(update.shape)} does not fit a total of shape {self.shape}"
+            )
         blocks: tuple[LowRank, ...] = ()
-        if not self.is_dense and isinstance(update, LowRank) and self.rank + update.rank < self._dense_rank:
+        if (
+            not self.is_dense
+            and isinstance(update, LowRank)
+            and self.rank + update.rank < self._dense_rank
+        ):
             update = update if update.dtype == torch.float64 else update.to(dtype=torch.float32)
             blocks = (*self.blocks, update)
         matrix_OI = lowrank.dense(update).to(torch.float32)
         sum_OI = self._sum()
-        return Total(self.shape, blocks=blocks, matrix=matrix_OI + (0.0 if sum_OI is None else sum_OI))
+        return Total(
+            self.shape, blocks=blocks, matrix=matrix_OI + (0.0 if sum_OI is None else sum_OI)
+        )
 
     @property
     def is_zero(self) -> bool:
@@ -58,7 +71,9 @@ class Total:
         return min(self.shape) if self.is_dense else sum(block.rank for block in self.blocks)
 
     def dense(self) -> torch.Tensor:
-        """D as (O, I) float32, a tensor of its own on the updates' device (on the CPU if there are none)."""
+        """D as (O, I) float32, a tensor of its own on the updates' device (on the CPU if there are
+        none).
+        """
         if self.matrix is not None:
             return self.matrix.clone()
         sum_OI = self._sum()
@@ -87,10 +102,16 @@ class Total:
     def to(self, *, device: torch.device | str) -> Total:
         """The same total on another device."""
         matrix_OI = None if self.matrix is None else self.matrix.to(device)
-        return Total(self.shape, blocks=tuple(block.to(device=device) for block in self.blocks), matrix=matrix_OI)
+        return Total(
+            self.shape,
+            blocks=tuple(block.to(device=device) for block in self.blocks),
+            matrix=matrix_OI,
+        )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors for a checkpoint: all factors side by side with each block's rank and dtype, or the matrix; none while it is zero."""
+        """Tensors for a checkpoint: all factors side by side with each block's rank and dtype, or
+        the matrix; none while it is zero.
+        """
         if self.is_zero:
             return {}
         if self.is_dense:
@@ -100,7 +121,9 @@ class Total:
             "left": factors.left_OR.cpu(),
             "right": factors.right_IR.cpu(),
             "ranks": torch.tensor([block.rank for block in self.blocks], dtype=torch.int64),
-            "is_double": torch.tensor([block.dtype == torch.float64 for block in self.blocks], dtype=torch.bool),
+            "is_double": torch.tensor(
+                [block.dtype == torch.float64 for block in self.blocks], dtype=torch.bool
+            ),
         }
 
     @classmethod
@@ -111,8 +134,19 @@ class Total:
         if "matrix" in state:
             return cls(shape, matrix=state["matrix"].clone())
         ranks = state["ranks"].tolist()
-        pairs = zip(state["left"].split(ranks, dim=1), state["right"].split(ranks, dim=1), state["is_double"].tolist(), strict=True)
-        return cls(shape, blocks=tuple(_owned(left, right, torch.float64 if double else torch.float32) for left, right, double in pairs))
+        pairs = zip(
+            state["left"].split(ranks, dim=1),
+            state["right"].split(ranks, dim=1),
+            state["is_double"].tolist(),
+            strict=True,
+        )
+        return cls(
+            shape,
+            blocks=tuple(
+                _owned(left, right, torch.float64 if double else torch.float32)
+                for left, right, double in pairs
+            ),
+        )
 
     @property
     def _dense_rank(self) -> float:
@@ -125,7 +159,8 @@ class Total:
             rows, columns = self.shape
             return LowRank(torch.zeros(rows, 0), torch.zeros(columns, 0))
         return LowRank(
-            torch.cat([block.left_OR for block in self.blocks], dim=1), torch.cat([block.right_IR for block in self.blocks], dim=1)
+            torch.cat([block.left_OR for block in self.blocks], dim=1),
+            torch.cat([block.right_IR for block in self.blocks], dim=1),
         )
 
     def _update(self) -> Update:
@@ -142,6 +177,11 @@ class Total:
 
 
 def _owned(left_OR: torch.Tensor, right_IR: torch.Tensor, dtype: torch.dtype) -> LowRank:
-    """A copy in memory of its own: a slice has other strides, and a product's bits may depend on them."""
+    """A copy in memory of its own: a slice has other strides, and a product's bits may depend on
+    them.
+    """
     layout = torch.contiguous_format
-    return LowRank(left_OR.to(dtype).clone(memory_format=layout), right_IR.to(dtype).clone(memory_format=layout))
+    return LowRank(
+        left_OR.to(dtype).clone(memory_format=layout),
+        right_IR.to(dtype).clone(memory_format=layout),
+    )

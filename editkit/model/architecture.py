@@ -1,7 +1,9 @@
-"""The sizes of networks, from what their config.json says: known for the named models without a download, and without torch.
+"""The sizes of networks, from what their config.json says: known for the named models without a
+download, and without torch.
 
-`architectures.json` holds the facts of the models that `conf/model` names, in the words of their own config.json (sizes, heads,
-vocabulary; a default of transformers may be left out). Random weights, benchmarks and the estimate of memory all read them there.
+`architectures.json` holds the facts of the models that `conf/model` names, in the words of their
+own config.json (sizes, heads, vocabulary; a default of transformers may be left out). Random
+weights, benchmarks and the estimate of memory all read them there.
 """
 
 from __future__ import annotations
@@ -21,12 +23,19 @@ NAMES = {  # what the same size is called in config.json
     "num_positions": ("max_position_embeddings", "n_positions"),
     "inner": ("intermediate_size", "n_inner"),
 }
-TIED = {"gpt2", "gemma", "gemma2", "gemma3_text"}  # families whose head is the embedding unless the configuration says otherwise
+TIED = {
+    "gpt2",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+}  # families whose head is the embedding unless the configuration says otherwise
 EAGER = {"gptj"}  # attention as scores and their softmax: transformers has no other for them
 
 
 def label_of(name: str | None, model_id: str) -> str:
-    """The name that results carry: the one given, or the last part of a hub id, a folder or an asset's name."""
+    """The name that results carry: the one given, or the last part of a hub id, a folder or an
+    asset's name.
+    """
     return name or model_id.removeprefix(ASSET).rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -48,14 +57,20 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """To the parameter for the families of the table; another family is counted as a Llama, within a few percent."""
+        """To the parameter for the families of the table; another family is counted as a Llama,
+        within a few percent.
+        """
         width, inner, layers, vocabulary = self.width, self.inner, self.num_layers, self.vocabulary
         if self.kind in ("gpt2", "gptj", "gpt_neox"):
             attention = 4 * width * width + (0 if self.kind == "gptj" else 4 * width)
             norms = 2 * width if self.kind == "gptj" else 4 * width
             block = attention + norms + 2 * width * inner + inner + width
-            embeddings = vocabulary * width + (self.num_positions * width if self.kind == "gpt2" else 0)
-            head = (0 if self.is_tied else vocabulary * width) + (vocabulary if self.kind == "gptj" else 0)
+            embeddings = vocabulary * width + (
+                self.num_positions * width if self.kind == "gpt2" else 0
+            )
+            head = (0 if self.is_tied else vocabulary * width) + (
+                vocabulary if self.kind == "gptj" else 0
+            )
             return embeddings + layers * block + 2 * width + head
         queries, keys = self.num_heads * self.head_width, self.num_key_value_heads * self.head_width
         attention = 2 * width * queries + 2 * width * keys
@@ -65,7 +80,12 @@ class Architecture:
         norms += 2 * self.head_width if self.kind in ("qwen3", "gemma3_text") else 0
         biases = 2 * inner + width if self.facts.get("mlp_bias") else 0
         head = 0 if self.is_tied else vocabulary * width
-        return vocabulary * width + layers * (attention + norms + 3 * width * inner + biases) + width + head
+        return (
+            vocabulary * width
+            + layers * (attention + norms + 3 * width * inner + biases)
+            + width
+            + head
+        )
 
     @property
     def block_parameters(self) -> int:
@@ -119,8 +139,14 @@ def known_facts() -> dict[str, dict[str, Any]]:
 
 
 def facts_without_download(name: str, id: str) -> dict[str, Any] | None:
-    """The config.json of a bundled model or a folder, or what is known of a named model; None where only the hub knows."""
-    folder = Path(str(importlib.resources.files("editkit"))) / "assets" / id.removeprefix(ASSET) if id.startswith(ASSET) else Path(id)
+    """The config.json of a bundled model or a folder, or what is known of a named model; None where
+    only the hub knows.
+    """
+    folder = (
+        Path(str(importlib.resources.files("editkit"))) / "assets" / id.removeprefix(ASSET)
+        if id.startswith(ASSET)
+        else Path(id)
+    )
     path = folder.expanduser() / "config.json"
     if path.is_file():
         try:

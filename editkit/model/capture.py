@@ -1,10 +1,12 @@
-"""The only file that registers hooks: reading what goes into and out of modules, and adding to what comes out.
+"""The only file that registers hooks: reading what goes into and out of modules, and adding to what
+comes out.
 
     with torch.no_grad(), capture(model, inputs=[down_projection], outputs=[mlp]) as captured:
         model.final_hidden(batch)  # ends as soon as both are known
     captured.inputs[down_projection]  # (B, T, I)
 
-Hooks exist inside the `with` block only. Shape letters: B rows, T tokens, O the module's output width.
+Hooks exist inside the `with` block only. Shape letters: B rows, T tokens, O the module's output
+width.
 """
 
 from __future__ import annotations
@@ -37,23 +39,36 @@ class _Stop(Exception):
 
 @contextlib.contextmanager
 def capture(
-    model: EditableModel, *, inputs: Sequence[str] = (), outputs: Sequence[str] = (), stop_after_last: bool = True
+    model: EditableModel,
+    *,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    stop_after_last: bool = True,
 ) -> Iterator[Captured]:
     """Captures the first argument of the modules `inputs` and the output of the modules `outputs`.
 
-    With `stop_after_last` the forward pass ends once everything wanted is known, and with it the `with` block: what follows the call in
-    there does not run. Without, a later pass overwrites an earlier one. Raises RuntimeError for a module that no pass reached.
+    With `stop_after_last` the forward pass ends once everything wanted is known, and with it the
+    `with` block: what follows the call in there does not run. Without, a later pass overwrites an
+    earlier one. Raises RuntimeError for a module that no pass reached.
     """
     captured = Captured()
-    hooked = {name: model.module(name) for name in (*inputs, *outputs)}  # names are checked before the first hook is set
+    hooked = {
+        name: model.module(name) for name in (*inputs, *outputs)
+    }  # names are checked before the first hook is set
 
     def stop_if_complete() -> None:
-        if stop_after_last and len(captured.inputs) == len(set(inputs)) and len(captured.outputs) == len(set(outputs)):
+        if (
+            stop_after_last
+            and len(captured.inputs) == len(set(inputs))
+            and len(captured.outputs) == len(set(outputs))
+        ):
             raise _Stop(captured)
 
     def read_input(name: str) -> Any:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.inputs[name] = (args[0] if args else next(iter(kwargs.values()))).to(model.device)
+            captured.inputs[name] = (args[0] if args else next(iter(kwargs.values()))).to(
+                model.device
+            )
             stop_if_complete()
 
         return hook
@@ -67,7 +82,9 @@ def capture(
 
     with contextlib.ExitStack() as hooks:
         for name in inputs:
-            hooks.callback(hooked[name].register_forward_pre_hook(read_input(name), with_kwargs=True).remove)
+            hooks.callback(
+                hooked[name].register_forward_pre_hook(read_input(name), with_kwargs=True).remove
+            )
         for name in outputs:
             hooks.callback(hooked[name].register_forward_hook(read_output(name)).remove)
         try:
@@ -81,10 +98,14 @@ def capture(
 
 
 @contextlib.contextmanager
-def add_to_output(model: EditableModel, module: str, positions_B: torch.Tensor, delta_BO: torch.Tensor) -> Iterator[None]:
-    """Adds a vector to the module's output at one column a row; gradients reach `delta_BO`, which may also be one vector (O,) for all rows.
+def add_to_output(
+    model: EditableModel, module: str, positions_B: torch.Tensor, delta_BO: torch.Tensor
+) -> Iterator[None]:
+    """Adds a vector to the module's output at one column a row; gradients reach `delta_BO`, which
+    may also be one vector (O,) for all rows.
 
-    `positions_B` are columns of the padded batch (`PromptBatch.columns`). Other positions keep their bits.
+    `positions_B` are columns of the padded batch (`PromptBatch.columns`). Other positions keep
+    their bits.
     """
     calls = 0
 
@@ -109,7 +130,9 @@ def add_to_output(model: EditableModel, module: str, positions_B: torch.Tensor, 
 
 @contextlib.contextmanager
 def add_to_matrix(model: EditableModel, module: str, update_OI: torch.Tensor) -> Iterator[None]:
-    """Lets a linear module compute as if its matrix were W + update; gradients reach `update_OI`, the weights stay as they are."""
+    """Lets a linear module compute as if its matrix were W + update; gradients reach `update_OI`,
+    the weights stay as they are.
+    """
 
     def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return output + torch.nn.functional.linear(args[0], update_OI.to(output))
@@ -122,8 +145,11 @@ def add_to_matrix(model: EditableModel, module: str, update_OI: torch.Tensor) ->
 
 
 @contextlib.contextmanager
-def add_low_rank(model: EditableModel, module: str, left_BRO: torch.Tensor, right_BRI: torch.Tensor) -> Iterator[None]:
-    """Lets a linear module compute, for each row b of a batch, as if its matrix were W + left_b^T right_b; gradients reach the factors.
+def add_low_rank(
+    model: EditableModel, module: str, left_BRO: torch.Tensor, right_BRI: torch.Tensor
+) -> Iterator[None]:
+    """Lets a linear module compute, for each row b of a batch, as if its matrix were W + left_b^T
+    right_b; gradients reach the factors.
 
     The matrix itself is never formed. A row of zeros in either factor adds nothing.
     """
@@ -140,10 +166,12 @@ def add_low_rank(model: EditableModel, module: str, left_BRO: torch.Tensor, righ
 
 @contextlib.contextmanager
 def capture_for_gradients(model: EditableModel, modules: Sequence[str]) -> Iterator[Captured]:
-    """Captures the inputs, detached, and the outputs of linear modules; the graph begins at the first of them, and holds no weight.
+    """Captures the inputs, detached, and the outputs of linear modules; the graph begins at the
+    first of them, and holds no weight.
 
-    `torch.autograd.grad(loss, outputs)` then gives each module's output gradient: with the inputs, the gradient of its matrix in factors.
-    Enter it within `torch.enable_grad()`, and after `add_low_rank`.
+    `torch.autograd.grad(loss, outputs)` then gives each module's output gradient: with the inputs,
+    the gradient of its matrix in factors. Enter it within `torch.enable_grad()`, and after
+    `add_low_rank`.
     """
     captured = Captured()
 
@@ -162,8 +190,12 @@ def capture_for_gradients(model: EditableModel, modules: Sequence[str]) -> Itera
 
 
 @contextlib.contextmanager
-def change_outputs(model: EditableModel, changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
-    """Inside, what each of these modules gives is what the function makes of it; the function leaves what it is given as it was."""
+def change_outputs(
+    model: EditableModel, changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+) -> Iterator[None]:
+    """Inside, what each of these modules gives is what the function makes of it; the function
+    leaves what it is given as it was.
+    """
 
     def changing(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         def hook(_module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> Any:

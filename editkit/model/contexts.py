@@ -1,7 +1,9 @@
-"""The context templates of ROME and MEMIT: short sampled texts, put before a prompt so that a key does not depend on how a text begins.
+"""The context templates of ROME and MEMIT: short sampled texts, put before a prompt so that a key
+does not depend on how a text begins.
 
-Meng et al. 2022 (arXiv 2202.05262), section 3.1, step 1. Differs from the authors' code: seeded; taken on the unedited model once a run;
-special tokens are never sampled, since their text would be tokenised as text afterwards; braces are removed, since a template is filled in.
+Meng et al. 2022 (arXiv 2202.05262), section 3.1, step 1. Differs from the authors' code: seeded;
+taken on the unedited model once a run; special tokens are never sampled, since their text would be
+tokenised as text afterwards; braces are removed, since a template is filled in.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ if TYPE_CHECKING:
 TOP_K = 5  # as published
 
 
-def sample_contexts(model: EditableModel, *, lengths: Sequence[tuple[int, int]], generator: torch.Generator) -> tuple[str, ...]:
+def sample_contexts(
+    model: EditableModel, *, lengths: Sequence[tuple[int, int]], generator: torch.Generator
+) -> tuple[str, ...]:
     """The bare "{}", then for every (tokens, count) of `lengths` so many templates "TEXT. {}".
 
-    As published, `tokens` counts the start token (BOS, or EOS where there is none), so (10, 5) gives five texts of nine tokens. Raises
-    ConfigError for tokens < 2, count < 0, and a tokenizer with neither BOS nor EOS.
+    As published, `tokens` counts the start token (BOS, or EOS where there is none), so (10, 5)
+    gives five texts of nine tokens. Raises ConfigError for tokens < 2, count < 0, and a tokenizer
+    with neither BOS nor EOS.
     """
     tokenizer = model.tokenizer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -34,7 +39,9 @@ def sample_contexts(model: EditableModel, *, lengths: Sequence[tuple[int, int]],
         if tokens < 2 or count < 0
     ]
     if start is None:
-        problems.append(f"model.id: the tokenizer of {model.name} has neither BOS nor EOS, so nothing can start a context.")
+        problems.append(
+            f"model.id: the tokenizer of {model.name} has neither BOS nor EOS, so nothing can start a context."
+        )
     if problems:
         raise ConfigError(problems)
     contexts = [PLACE]
@@ -53,7 +60,9 @@ def sample_contexts(model: EditableModel, *, lengths: Sequence[tuple[int, int]],
 
 
 def clean(text: str) -> str:
-    """One line without braces, broken characters (a text may end inside one) and repeated blanks."""
+    """One line without braces, broken characters (a text may end inside one) and repeated
+    blanks.
+    """
     for unwanted in "{}\ufffd":
         text = text.replace(unwanted, "")
     return " ".join(text.split())

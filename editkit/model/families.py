@@ -1,11 +1,12 @@
-"""Where the parts of a network are: one line of names per architecture, the names that transformers 5 gives them."""
+"""Where the parts of a network are: one line of names per architecture, the names that transformers
+5 gives them.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
@@ -13,15 +14,23 @@ from editkit.lazy import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """The names of an architecture's modules. A layer is an int, everything that the methods give back is a dotted name."""
+    """The names of an architecture's modules. A layer is an int, everything that the methods give
+    back is a dotted name.
+    """
 
     base: str  # the network without its head, with the final norm
     blocks: str  # the list of transformer blocks
     final_norm: str
     mlp_in_block: str = "mlp"
-    down_projection_in_block: str = "mlp.down_proj"  # from the MLP's inner width back to the residual stream
+    down_projection_in_block: str = (
+        "mlp.down_proj"  # from the MLP's inner width back to the residual stream
+    )
     adds_mlp_output: bool = True  # to the residual stream, as it is: no norm in between
-    mlp_matrices_in_block: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # all of them, from input to output
+    mlp_matrices_in_block: tuple[str, ...] = (
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )  # all of them, from input to output
 
     def block(self, layer: int) -> str:
         return f"{self.blocks}.{layer}"
@@ -38,7 +47,9 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """A model as far as its names go, before anything of it is loaded: what an editor's choice of matrices needs of an `EditableModel`."""
+    """A model as far as its names go, before anything of it is loaded: what an editor's choice of
+    matrices needs of an `EditableModel`.
+    """
 
     name: str
     family: Family
@@ -58,7 +69,9 @@ class Outline:
 def require_layers(layers: Sequence[int], *, name: str, num_layers: int) -> None:
     """Raises ConfigError for layers that the model of that name does not have."""
     if wrong := [layer for layer in layers if not 0 <= layer < num_layers]:
-        raise ConfigError(f"editor.layers: {name} has layers 0 to {num_layers - 1} - given {', '.join(map(str, wrong))}.")
+        raise ConfigError(
+            f"editor.layers: {name} has layers 0 to {num_layers - 1} - given {', '.join(map(str, wrong))}."
+        )
 
 
 def known_families() -> dict[str, Family]:
@@ -108,62 +121,28 @@ def family_of(model_type: str) -> Family:
     return families[model_type]
 
 
-def suggestion(config: Any) -> list[str]:
-    """For an unknown architecture: the names that seem to be right, as `model.family` takes them; no sentence where they do not show."""
-    from editkit.model.load import empty_network
-
-    try:
-        found = guess(empty_network(config))
-    except (ValueError, RuntimeError, ImportError, AttributeError):  # no causal language model, or nothing that can be built here
-        return []
-    if found is None:
-        return []
-    names = ("base", "blocks", "final_norm", "mlp_in_block", "down_projection_in_block")
-    given = ",".join(f"{name}:{getattr(found, name)}" for name in names)
-    return [
-        f"model.family: its modules look like model.family={{{given}}} - check that the MLP's output is added to the residual stream as it "
-        "is (else add adds_mlp_output:false)."
-    ]
-
-
-def guess(network: torch.nn.Module) -> Family | None:
-    """The names of an unknown architecture by their shapes; None where they do not show.
-
-    The blocks are the longest list of modules; the down projection is a block's last matrix from a larger width to the residual one.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    lists = {name: module for name, module in network.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module)}
-    if not lists:
-        return None
-    blocks = max(lists, key=lambda name: (len(lists[name]), -len(name)))
-    base, block = blocks.rpartition(".")[0], lists[blocks][0]
-    width = network.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    downs = []
-    for name, module in block.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D):
-            shape = tuple(module.weight.shape)
-            outputs, inputs = shape[::-1] if isinstance(module, Conv1D) else shape
-            if outputs == width and inputs > width:
-                downs.append(name)
-    after = list(network.get_submodule(base).named_children()) if base else []
-    norms = [name for name, module in after if "norm" in type(module).__name__.lower()]
-    if not downs or not norms:
-        return None
-    down = downs[-1]
-    mlp = down.rpartition(".")[0] or down
-    return Family(base=base, blocks=blocks, final_norm=f"{base}.{norms[-1]}", mlp_in_block=mlp, down_projection_in_block=down)
-
-
 def check_family(family: Family, network: torch.nn.Module) -> int:
-    """The number of layers. Raises ConfigError where a name of the family is no module of the network, with the nearest names that are."""
+    """The number of layers. Raises ConfigError where a name of the family is no module of the
+    network, with the nearest names that are.
+    """
     names = [name for name, _ in network.named_modules() if name]
-    problems = [_missing(name, names) for name in (family.base, family.blocks, family.final_norm) if name not in names]
+    problems = [
+        _missing(name, names)
+        for name in (family.base, family.blocks, family.final_norm)
+        if name not in names
+    ]
     if problems:
         raise ConfigError(problems)
-    num_layers = sum(name.startswith(f"{family.blocks}.") and name.count(".") == family.blocks.count(".") + 1 for name in names)
+    num_layers = sum(
+        name.startswith(f"{family.blocks}.") and name.count(".") == family.blocks.count(".") + 1
+        for name in names
+    )
     for layer in range(num_layers):
-        problems += [_missing(name, names) for name in (family.mlp(layer), family.down_projection(layer)) if name not in names]
+        problems += [
+            _missing(name, names)
+            for name in (family.mlp(layer), family.down_projection(layer))
+            if name not in names
+        ]
     if not num_layers:
         problems = [f"model.family: {family.blocks!r} holds no layers."]
     if problems:
@@ -173,4 +152,6 @@ def check_family(family: Family, network: torch.nn.Module) -> int:
 
 def _missing(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return f"model.family: the network has no module {name!r}. Nearest: {', '.join(near) or 'none'}."
+    return (
+        f"model.family: the network has no module {name!r}. Nearest: {', '.join(near) or 'none'}."
+    )

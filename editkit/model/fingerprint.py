@@ -1,6 +1,7 @@
 """A digest of a loaded, unedited model: what statistics and checkpoints are keyed by.
 
-Two models with the same fingerprint have the same architecture, tokenizer and weights, wherever they were loaded from.
+Two models with the same fingerprint have the same architecture, tokenizer and weights, wherever
+they were loaded from.
 """
 
 from __future__ import annotations
@@ -15,16 +16,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 SAMPLE = 2**20  # values a tensor
-SUMMED_AT_ONCE = 2**24  # values: a sum in another dtype copies what it adds, four times a bfloat16 embedding
-NOT_CONTENT = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}  # keys of a config
+SUMMED_AT_ONCE = (
+    2**24
+)  # values: a sum in another dtype copies what it adds, four times a bfloat16 embedding
+NOT_CONTENT = {
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+}  # keys of a config
 
 
 def fingerprint(network: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> str:
     """32 hex digits over config, tokenizer and weights.
 
-    Every tensor enters with its name, shape, dtype, the bytes of an evenly strided sample of at most 2^20 values (tensors up to that size
-    are read whole) and the sum of all its values taken as integers. That sum is exact in any order, so device and thread count do not
-    matter, and it notices one changed value outside the sample; what stays unseen is a permutation outside the sample.
+    Every tensor enters with its name, shape, dtype, the bytes of an evenly strided sample of at
+    most 2^20 values (tensors up to that size are read whole) and the sum of all its values taken as
+    integers. That sum is exact in any order, so device and thread count do not matter, and it
+    notices one changed value outside the sample; what stays unseen is a permutation outside the
+    sample.
     """
     total = hashlib.sha256(_config_json(network.config).encode())  # type: ignore[arg-type]
     total.update(_tokenizer_json(tokenizer).encode())

@@ -1,7 +1,8 @@
 """Continuing prompts: greedy, or seeded sampling, batched, with a key-value cache.
 
-The loop is our own because transformers' sampling draws from one generator row by row, so that a prompt's continuation would depend on its
-neighbours in the batch. What a checkpoint's generation_config says about sampling is ignored; its end-of-sequence ids are respected.
+The loop is our own because transformers' sampling draws from one generator row by row, so that a
+prompt's continuation would depend on its neighbours in the batch. What a checkpoint's
+generation_config says about sampling is ignored; its end-of-sequence ids are respected.
 
 Shape letters: B rows, T tokens, V vocabulary, N prompts.
 """
@@ -32,24 +33,42 @@ def generate(
 ) -> list[tuple[int, ...]]:
     """The new tokens of each prompt (ids), without the one that ended it.
 
-    Greedy without a `generator` (a CPU one); with it, sampled from the `top_k` most probable tokens (None: from all). The batch size
-    changes no draw. `banned` ids are never produced; `ends` are the ids that end a row (None: `end_ids(model)`). A row also ends where its
-    text holds one of `until`, which stays in it, and where the network has no further position. Raises ValueError for an empty prompt, and
-    for one that fills all positions.
+    Greedy without a `generator` (a CPU one); with it, sampled from the `top_k` most probable tokens
+    (None: from all). The batch size changes no draw. `banned` ids are never produced; `ends` are
+    the ids that end a row (None: `end_ids(model)`). A row also ends where its text holds one of
+    `until`, which stays in it, and where the network has no further position. Raises ValueError for
+    an empty prompt, and for one that fills all positions.
     """
     if wrong := [len(ids) for ids in prompts if not 0 < len(ids) < model.max_length]:
-        raise ValueError(f"prompts of {wrong[:3]} tokens cannot be continued: {model.name} has {model.max_length} positions.")
-    # All draws are made first: a prompt's draws belong to it, whatever the device, its batch, and the moment at which other rows end.
-    draws_NT = None if generator is None else torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
-    stops = torch.tensor(sorted(end_ids(model) if ends is None else ends), dtype=torch.long, device=model.device)
+        raise ValueError(
+            f"prompts of {wrong[:3]} tokens cannot be continued: {model.name} has {model.max_length} positions."
+        )
+    # All draws are made first: a prompt's draws belong to it, whatever the device, its batch, and
+    # the moment at which other rows end.
+    draws_NT = (
+        None
+        if generator is None
+        else torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    )
+    stops = torch.tensor(
+        sorted(end_ids(model) if ends is None else ends), dtype=torch.long, device=model.device
+    )
     stop_texts = _StopTexts(model, until) if until else None
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, tuple[int, ...]] = {}
     for first in range(0, len(by_length), batch_size):
         chosen = by_length[first : first + batch_size]
-        choose = _Choice(top_k, sorted(banned), None if draws_NT is None else draws_NT[chosen].to(model.device))
+        choose = _Choice(
+            top_k, sorted(banned), None if draws_NT is None else draws_NT[chosen].to(model.device)
+        )
         batch = pad([prompts[index] for index in chosen], device=model.device, side="left")
-        found.update(zip(chosen, _continue(model, batch, max_new_tokens, choose, stops, stop_texts), strict=True))
+        found.update(
+            zip(
+                chosen,
+                _continue(model, batch, max_new_tokens, choose, stops, stop_texts),
+                strict=True,
+            )
+        )
     return [found[index] for index in range(len(prompts))]
 
 
@@ -64,27 +83,49 @@ def generate_texts(
 ) -> list[str]:
     """`generate` from text to text: each prompt's continuation alone, special tokens left out."""
     ids = encode_prompts(model.tokenizer, prompts)
-    rows = generate(model, ids, max_new_tokens=max_new_tokens, generator=generator, top_k=top_k, batch_size=batch_size)
+    rows = generate(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        generator=generator,
+        top_k=top_k,
+        batch_size=batch_size,
+    )
     return decode(model, rows)
 
 
 def decode(model: EditableModel, rows: Sequence[Sequence[int]]) -> list[str]:
     """The text of each row of ids, as it is: no special tokens, no tidying of blanks."""
-    return [str(model.tokenizer.decode(list(row), skip_special_tokens=True, clean_up_tokenization_spaces=False)) for row in rows]
+    return [
+        str(
+            model.tokenizer.decode(
+                list(row), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+        for row in rows
+    ]
 
 
 def end_ids(model: EditableModel) -> frozenset[int]:
-    """The ids that end a text: the tokenizer's, and those that the checkpoint adds (a chat model's end of turn)."""
+    """The ids that end a text: the tokenizer's, and those that the checkpoint adds (a chat model's
+    end of turn).
+    """
     settings = model.network.generation_config
     declared = getattr(settings, "eos_token_id", None)
     listed = declared if isinstance(declared, list) else [declared]
-    return frozenset(int(token) for token in (model.tokenizer.eos_token_id, *listed) if token is not None)
+    return frozenset(
+        int(token) for token in (model.tokenizer.eos_token_id, *listed) if token is not None
+    )
 
 
 class _Choice:
-    """How the next token follows from the logits: by the largest, or by each row's own draws in [0, 1)."""
+    """How the next token follows from the logits: by the largest, or by each row's own draws in [0,
+    1).
+    """
 
-    def __init__(self, top_k: int | None, banned: Sequence[int], draws_BT: torch.Tensor | None) -> None:
+    def __init__(
+        self, top_k: int | None, banned: Sequence[int], draws_BT: torch.Tensor | None
+    ) -> None:
         self.top_k, self.banned, self.draws_BT = top_k, list(banned), draws_BT
 
     def __call__(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
@@ -93,26 +134,38 @@ class _Choice:
         logits_BV[:, self.banned] = -torch.inf
         if self.draws_BT is None:
             return logits_BV.argmax(-1)
-        values_BK, ids_BK = logits_BV.topk(min(self.top_k or logits_BV.shape[-1], logits_BV.shape[-1]))
+        values_BK, ids_BK = logits_BV.topk(
+            min(self.top_k or logits_BV.shape[-1], logits_BV.shape[-1])
+        )
         reached_BK = values_BK.double().softmax(-1).cumsum(-1)
-        place_B1 = (reached_BK <= self.draws_BT[:, step, None] * reached_BK[:, -1:]).sum(-1, keepdim=True)
+        place_B1 = (reached_BK <= self.draws_BT[:, step, None] * reached_BK[:, -1:]).sum(
+            -1, keepdim=True
+        )
         return ids_BK.gather(-1, place_B1.clamp(max=ids_BK.shape[-1] - 1)).squeeze(-1)
 
 
 class _StopTexts:
-    """Says which rows hold a text that ends them. A row is decoded only when its last token could be the end of such a text."""
+    """Says which rows hold a text that ends them. A row is decoded only when its last token could
+    be the end of such a text.
+    """
 
     def __init__(self, model: EditableModel, texts: Sequence[str]) -> None:
         self.model, self.texts = model, texts
-        self.last = {text[-1] for text in texts} | {"\ufffd"}  # a part of a character may complete it
+        self.last = {text[-1] for text in texts} | {
+            "\ufffd"
+        }  # a part of a character may complete it
         self.could_end: dict[int, bool] = {}  # by token
 
     def __call__(self, steps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(B,), true where the tokens of all steps, (B,) each and -1 behind a row's end, hold one of the texts."""
+        """(B,), true where the tokens of all steps, (B,) each and -1 behind a row's end, hold one
+        of the texts.
+        """
         held = [token >= 0 and self._could_end(token) for token in steps[-1].tolist()]
         if any(held):
             rows = torch.stack(list(steps), dim=1).tolist()
-            texts = decode(self.model, [row if may else [] for row, may in zip(rows, held, strict=True)])
+            texts = decode(
+                self.model, [row if may else [] for row, may in zip(rows, held, strict=True)]
+            )
             held = [any(stop in text for stop in self.texts) for text in texts]
         return torch.tensor(held, device=steps[-1].device)
 
@@ -154,4 +207,8 @@ def _continue(
                 "position_ids": length_B.clamp(max=model.max_length - 1)[:, None],
             }
             length_B = length_B + 1
-    return [tuple(token for token in row if token >= 0) for row in torch.stack(steps, dim=1).tolist()] if steps else [()] * len(done_B)
+    return (
+        [tuple(token for token in row if token >= 0) for row in torch.stack(steps, dim=1).tolist()]
+        if steps
+        else [()] * len(done_B)
+    )

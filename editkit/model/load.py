@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.model.architecture import ASSET, NAMES, facts_without_download, known_facts, label_of
-from editkit.model.families import Family, family_of, suggestion
+from editkit.model.discover import suggestion
+from editkit.model.families import Family, family_of
 from editkit.model.hub import is_out_of_reach, quietly
+from editkit.model.network import random_network
 from editkit.model.placement import placement
 from editkit.model.tokens import require_offsets
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from editkit.model.editable import EditableModel
 
-SEED = 0  # of random weights
-BUNDLED_TOKENIZERS = {True: "asset:tiny-llama", False: "asset:tiny-gpt2"}  # for random weights, by whether the family is like Llama
+BUNDLED_TOKENIZERS = {
+    True: "asset:tiny-llama",
+    False: "asset:tiny-gpt2",
+}  # for random weights, by whether the family is like Llama
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,20 @@ class ModelConfig:
     name: str | None = None  # how results call it; None: the last part of the id
     revision: str | None = None  # of the hub repository; None: its main branch
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    family: Family | str | None = None  # None: by the checkpoint's model_type; else the name of a known one, or the module names themselves
-    weights: Literal["pretrained", "random"] = "pretrained"  # random: the real shape, seeded, without the hub
-    tokenizer: str | None = None  # a folder or hub id; None: the model's own, with random weights a bundled one
-    device_map: Literal["auto"] | None = None  # auto: over all GPUs, by accelerate; None: the whole model on runtime.device
+    family: Family | str | None = (
+        # None: by the checkpoint's model_type; else the name of a known one, or the module names
+        # themselves
+        None
+    )
+    weights: Literal["pretrained", "random"] = (
+        "pretrained"  # random: the real shape, seeded, without the hub
+    )
+    tokenizer: str | None = (
+        None  # a folder or hub id; None: the model's own, with random weights a bundled one
+    )
+    device_map: Literal["auto"] | None = (
+        None  # auto: over all GPUs, by accelerate; None: the whole model on runtime.device
+    )
 
     @property
     def label(self) -> str:
@@ -45,8 +57,9 @@ class ModelConfig:
     def load(self, device: str = "cpu") -> EditableModel:
         """Loads config and tokenizer first, then the weights.
 
-        Raises ConfigError for a model that is not there or cannot be read, an unknown architecture, a slow tokenizer, a checkpoint without
-        some of the weights, and a device that is not there. Code that comes with a checkpoint is never run.
+        Raises ConfigError for a model that is not there or cannot be read, an unknown architecture,
+        a slow tokenizer, a checkpoint without some of the weights, and a device that is not there.
+        Code that comes with a checkpoint is never run.
         """
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
@@ -60,14 +73,19 @@ class ModelConfig:
         if self.weights == "random":
             config = self.network_config()
             network = random_network(config, device=device, dtype=self.dtype)
-            return EditableModel(network, self.load_tokenizer(), name=self.label, family=self.family_of(config))
+            return EditableModel(
+                network, self.load_tokenizer(), name=self.label, family=self.family_of(config)
+            )
         source = self._source()
         try:
             config = self.network_config()
             family = self.family_of(config)
             tokenizer = self.load_tokenizer()
-            places: Any = placement(config, family, self.dtype) if self.device_map else _at_once_on(device)
-            weights: Any = AutoModelForCausalLM  # with output_loading_info it gives a pair, which its types do not say
+            places: Any = (
+                placement(config, family, self.dtype) if self.device_map else _at_once_on(device)
+            )
+            # with output_loading_info it gives a pair, which its types do not say
+            weights: Any = AutoModelForCausalLM
             with quietly():
                 network, report = weights.from_pretrained(
                     source,
@@ -80,26 +98,40 @@ class ModelConfig:
                 )
         except ConfigError:
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, gated, unreachable; damaged, of other shapes
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # missing, gated, unreachable; damaged, of other shapes
             raise self._unloadable(source, error) from error
         if absent := sorted(report["missing_keys"]):
-            raise ConfigError(f"model.id: the checkpoint {self.id!r} lacks weights that its architecture has: {', '.join(absent[:4])}.")
+            raise ConfigError(
+                f"model.id: the checkpoint {self.id!r} lacks weights that its architecture has: {', '.join(absent[:4])}."
+            )
         if not places:
             network = network.to(device)
         return EditableModel(network, tokenizer, name=self.label, family=family)
 
     def facts(self) -> dict[str, Any] | None:
-        """The config.json, as far as it is known without the hub and without torch; None where only the hub knows."""
+        """The config.json, as far as it is known without the hub and without torch; None where only
+        the hub knows.
+        """
         return facts_without_download(self.label, self.id)
 
     @property
     def positions(self) -> int | None:
-        """How many the network was made for; None where only the hub knows, or the config.json does not say it at its root."""
+        """How many the network was made for; None where only the hub knows, or the config.json does
+        not say it at its root.
+        """
         facts = self.facts() or {}
-        return next((int(facts[key]) for key in NAMES["num_positions"] if facts.get(key) is not None), None)
+        return next(
+            (int(facts[key]) for key in NAMES["num_positions"] if facts.get(key) is not None), None
+        )
 
     def network_config(self, *, is_local: bool = False) -> Any:
-        """The transformers configuration: from the checkpoint; of random weights without the hub, where the sizes are known here.
+        """The transformers configuration: from the checkpoint; of random weights without the hub,
+        where the sizes are known here.
 
         Args:
             is_local: prefer what is known here, as for random weights.
@@ -125,21 +157,28 @@ class ModelConfig:
         """
         from transformers import AutoTokenizer
 
-        source, where = self.tokenizer or self._source(), {} if self.tokenizer else dict(self._where)
+        source, where = (
+            self.tokenizer or self._source(),
+            {} if self.tokenizer else dict(self._where),
+        )
         if self.weights == "random" and self.tokenizer is None and not _has_tokenizer(source):
             kind = (self.facts() or {}).get("model_type", "")
             asset = BUNDLED_TOKENIZERS[kind not in ("gpt2", "gptj", "gpt_neox")]
             source, where = ModelConfig(id=asset)._source(), {}
         try:
             with quietly():
-                tokenizer: Any = AutoTokenizer.from_pretrained(source, **where, **_asked(source, is_local=is_local))
+                tokenizer: Any = AutoTokenizer.from_pretrained(
+                    source, **where, **_asked(source, is_local=is_local)
+                )
         except (OSError, ValueError) as error:
             raise self._unloadable(source, error) from error
         require_offsets(tokenizer)
         return tokenizer
 
     def family_of(self, config: Any) -> Family:
-        """The family of a transformers configuration. Raises ConfigError for an unknown one, with the names to give where they show."""
+        """The family of a transformers configuration. Raises ConfigError for an unknown one, with
+        the names to give where they show.
+        """
         if isinstance(self.family, Family):
             return self.family
         try:
@@ -152,12 +191,18 @@ class ModelConfig:
         return {"revision": self.revision, "trust_remote_code": False}
 
     def _unloadable(self, source: str, error: Exception) -> ConfigError:
-        return ConfigError(f"model.id: {self.id!r} cannot be loaded - looked in {self._looked_in(source)} - {_first_line(error)}")
+        return ConfigError(
+            f"model.id: {self.id!r} cannot be loaded - looked in {self._looked_in(source)} - {_first_line(error)}"
+        )
 
     def _source(self) -> str:
         """What transformers is asked for. Raises ConfigError for a folder that is not there."""
         if self.id.startswith(ASSET):
-            folder = Path(str(importlib.resources.files("editkit"))) / "assets" / self.id.removeprefix(ASSET)
+            folder = (
+                Path(str(importlib.resources.files("editkit")))
+                / "assets"
+                / self.id.removeprefix(ASSET)
+            )
             if not (folder / "config.json").is_file():
                 there = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
                 raise ConfigError(
@@ -178,27 +223,7 @@ class ModelConfig:
     def _looked_in(self, source: str) -> str:
         if Path(source).is_dir():
             return source
-        return (
-            f"{Path(source).absolute()} (no such folder) and on the hub, {'revision ' + self.revision if self.revision else 'main branch'}"
-        )
-
-
-def random_network(config: Any, *, device: str, dtype: str) -> PreTrainedModel:
-    """A network of that configuration with seeded random weights, made where it will run; the global generators stay as they were."""
-    from transformers import AutoModelForCausalLM
-
-    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.device(device):
-        torch.manual_seed(SEED)
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-
-
-def empty_network(config: Any) -> PreTrainedModel:
-    """The network without its weights, on the meta device: names and shapes."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return f"{Path(source).absolute()} (no such folder) and on the hub, {'revision ' + self.revision if self.revision else 'main branch'}"
 
 
 def _asked(source: str, *, is_local: bool = False) -> dict[str, Any]:
@@ -207,24 +232,41 @@ def _asked(source: str, *, is_local: bool = False) -> dict[str, Any]:
 
 
 def _at_once_on(device: str) -> dict[str, torch.device] | None:
-    """A `device_map` that puts each weight on a GPU as it is read, so that the host never holds all of them."""
+    """A `device_map` that puts each weight on a GPU as it is read, so that the host never holds all
+    of them.
+    """
     return {"": torch.device(device)} if device.startswith("cuda") else None
 
 
 def _has_tokenizer(source: str) -> bool:
-    return any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return any(
+        (Path(source) / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    )
 
 
 def require_device(device: str) -> None:
-    """Raises ConfigError, with the devices that are there, for one that is not or cannot be used."""
-    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *(["mps"] if torch.mps.is_available() else [])]
+    """Raises ConfigError, with the devices that are there, for one that is not or cannot be
+    used.
+    """
+    there = [
+        "cpu",
+        *(f"cuda:{index}" for index in range(torch.cuda.device_count())),
+        *(["mps"] if torch.mps.is_available() else []),
+    ]
     if (f"{device}:0" if device == "cuda" else device) not in there:
-        raise ConfigError(f"runtime.device: {device} was given; this machine has: {', '.join(there)}.")
+        raise ConfigError(
+            f"runtime.device: {device} was given; this machine has: {', '.join(there)}."
+        )
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:  # in use by somebody who does not share it, or broken
-        raise ConfigError(f"runtime.device: {device!r} cannot be used here - {_first_line(error)}") from None
+        raise ConfigError(
+            f"runtime.device: {device!r} cannot be used here - {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

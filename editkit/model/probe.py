@@ -1,4 +1,5 @@
-"""What editkit finds in a model before any weight of it is loaded: modules, shapes, orientation, and how its tokenizer behaves.
+"""What editkit finds in a model before any weight of it is loaded: modules, shapes, orientation,
+and how its tokenizer behaves.
 
 The network is built on the meta device, where tensors have shapes and no memory.
 """
@@ -11,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.model.families import Family, check_family
-from editkit.model.load import empty_network
+from editkit.model.network import empty_network
 from editkit.model.tokens import encode, encode_with_target, fill, subject_position
 
 if TYPE_CHECKING:
     from editkit.model.load import ModelConfig
 
-SAMPLE = ("The mother tongue of {} is", "Léon Blum's", "Paris")  # an accent and an apostrophe in the subject
+SAMPLE = (
+    "The mother tongue of {} is",
+    "Léon Blum's",
+    "Paris",
+)  # an accent and an apostrophe in the subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +46,9 @@ class Probed:
     is_tied: bool
     num_positions: int
     attention: str
-    tokenizer: tuple[tuple[str, str], ...]  # what is asked, what was found; empty where there is none here
+    tokenizer: tuple[
+        tuple[str, str], ...
+    ]  # what is asked, what was found; empty where there is none here
     no_tokenizer: str | None  # why
 
 
@@ -67,7 +74,9 @@ def probe(config: ModelConfig) -> Probed:
         rows, columns = module.weight.shape
         is_transposed = isinstance(module, Conv1D)
         shape = (columns, rows) if is_transposed else (rows, columns)
-        matrices.append(Matrix(name=name, type=type(module).__name__, is_transposed=is_transposed, shape=shape))
+        matrices.append(
+            Matrix(name=name, type=type(module).__name__, is_transposed=is_transposed, shape=shape)
+        )
     head: Any = network.get_output_embeddings()
     tokenizer, reason = _tokenizer(config)
     return Probed(
@@ -96,15 +105,27 @@ def behaviour(tokenizer: Any) -> tuple[tuple[str, str], ...]:
     if first > len(place.text):
         blank = "no part of the target's tokens, which begin behind it"
     else:
-        blank = "a token of its own" if after == len(place.text) + 1 else "part of the target's first token"
+        blank = (
+            "a token of its own"
+            if after == len(place.text) + 1
+            else "part of the target's first token"
+        )
     pad = tokenizer.pad_token
     return (
         ("class", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens"),
         ("BOS", f"{special[0]} before every text" if special else "none is added"),
         ("leading blank", blank),
-        ("padding side", f"{tokenizer.padding_side} (editkit pads by itself: right, and left where it goes on from a token)"),
+        (
+            "padding side",
+            f"{tokenizer.padding_side} (editkit pads by itself: right, and left where it goes on from a token)",
+        ),
         ("pad token", f"{pad}" if pad else "none (not needed)"),
-        ("sample", " ".join(f"[{piece}]" if index == position else piece for index, piece in enumerate(shown))),
+        (
+            "sample",
+            " ".join(
+                f"[{piece}]" if index == position else piece for index, piece in enumerate(shown)
+            ),
+        ),
         ("target", " ".join(tokenizer.convert_ids_to_tokens(list(sequence.target_ids)))),
     )
 
@@ -115,4 +136,9 @@ def _tokenizer(config: ModelConfig) -> tuple[Any, str | None]:
     except ConfigError as error:
         reason = error.problems[0]
     is_slow = "slow tokenizer" in reason
-    return None, reason if is_slow else "no tokenizer of it is on this machine: give model.tokenizer=<folder>, or load the model once"
+    return (
+        None,
+        reason
+        if is_slow
+        else "no tokenizer of it is on this machine: give model.tokenizer=<folder>, or load the model once",
+    )

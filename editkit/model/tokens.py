@@ -1,8 +1,9 @@
-"""From text to token ids and back to places in the text: blanks, BOS, padding and the subject's last token are settled here alone.
+"""From text to token ids and back to places in the text: blanks, BOS, padding and the subject's
+last token are settled here alone.
 
-Every text is tokenised once and whole, and places in it are found through the tokenizer's offsets. Tokenising parts and adding up their
-lengths goes wrong where a BOS is counted twice, where a metaspace belongs to the next word, and where a part's last token merges with what
-follows.
+Every text is tokenised once and whole, and places in it are found through the tokenizer's offsets.
+Tokenising parts and adding up their lengths goes wrong where a BOS is counted twice, where a
+metaspace belongs to the next word, and where a part's last token merges with what follows.
 
 Shape letters: B rows, T tokens (padded).
 """
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PLACE = "{}"
-PADDING_ID = 0  # any valid id will do, nothing reads a padded position; a tokenizer's own pad token may be missing or outside the embedding
+# any valid id will do, nothing reads a padded position; a tokenizer's own pad token may be missing
+# or outside the embedding
+PADDING_ID = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """A text's tokens, with the BOS if the tokenizer adds one, never with an EOS.
 
-    `spans` holds the characters (start, end) that each token stands for; the leading `num_special` tokens stand for none.
+    `spans` holds the characters (start, end) that each token stands for; the leading `num_special`
+    tokens stand for none.
     """
 
     ids: tuple[int, ...]
@@ -35,17 +39,23 @@ class Encoded:
     num_special: int
 
     def token_at(self, character: int) -> int:
-        """Index of the token that holds a character; of several (the bytes of one letter) the last. Raises ValueError if none does."""
+        """Index of the token that holds a character; of several (the bytes of one letter) the last.
+        Raises ValueError if none does.
+        """
         for index in range(len(self.ids) - 1, self.num_special - 1, -1):
             start, end = self.spans[index]
             if start <= character < end:
                 return index
-        raise ValueError(f"no token holds character {character} of the text: the tokenizer drops it.")
+        raise ValueError(
+            f"no token holds character {character} of the text: the tokenizer drops it."
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class TargetSequence:
-    """A prompt followed by its target, tokenised as one text; the tokens from `start` on are the target's, its leading blank included."""
+    """A prompt followed by its target, tokenised as one text; the tokens from `start` on are the
+    target's, its leading blank included.
+    """
 
     encoded: Encoded
     start: int
@@ -66,7 +76,9 @@ class TargetSequence:
 
 @dataclass(frozen=True, slots=True)
 class FilledPrompt:
-    """A prompt with its subject in place; `subject_start` and `subject_end` are its first character and the one after its last."""
+    """A prompt with its subject in place; `subject_start` and `subject_end` are its first character
+    and the one after its last.
+    """
 
     text: str
     subject_start: int
@@ -74,10 +86,12 @@ class FilledPrompt:
 
 
 def fill(prompt: str, subject: str, *, context: str = PLACE) -> FilledPrompt:
-    """Puts the subject into the prompt and the prompt into the context, and says where the subject went.
+    """Puts the subject into the prompt and the prompt into the context, and says where the subject
+    went.
 
-    The place comes from the template, not from a search: a subject that occurs twice, or inside another word, is found all the same. Braces
-    in the subject stay as they are. Raises ConfigError unless prompt and context hold exactly one "{}" each, and for a blank subject.
+    The place comes from the template, not from a search: a subject that occurs twice, or inside
+    another word, is found all the same. Braces in the subject stay as they are. Raises ConfigError
+    unless prompt and context hold exactly one "{}" each, and for a blank subject.
     """
     problems = [
         f"a {what} needs exactly one {PLACE} - given {text!r}."
@@ -105,7 +119,9 @@ def require_offsets(tokenizer: Any) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoded]:
-    """Tokenises whole texts, with the special tokens that the tokenizer puts in front. Nothing is truncated."""
+    """Tokenises whole texts, with the special tokens that the tokenizer puts in front. Nothing is
+    truncated.
+    """
     if not texts:
         return []
     batch = tokenizer(
@@ -116,32 +132,52 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Enc
         return_attention_mask=False,
         verbose=False,
     )
-    return [_without_end(*row) for row in zip(batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)]
+    return [
+        _without_end(*row)
+        for row in zip(
+            batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True
+        )
+    ]
 
 
-def _without_end(ids: Sequence[int], spans: Sequence[tuple[int, int]], special: Sequence[int]) -> Encoded:
+def _without_end(
+    ids: Sequence[int], spans: Sequence[tuple[int, int]], special: Sequence[int]
+) -> Encoded:
     """Keeps the special tokens in front of the text, drops those that end it."""
     leading = next((index for index, flag in enumerate(special) if not flag), len(special))
-    end = next((index + 1 for index in range(len(special) - 1, -1, -1) if not special[index]), leading)
+    end = next(
+        (index + 1 for index in range(len(special) - 1, -1, -1) if not special[index]), leading
+    )
     return Encoded(tuple(ids[:end]), tuple(spans[:end]), leading)
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]
+) -> list[tuple[int, ...]]:
     """The ids of each prompt. Blanks at a prompt's end are dropped: they belong to what follows."""
-    return [encoded.ids for encoded in encode(tokenizer, [prompt.rstrip(" ") for prompt in prompts])]
+    return [
+        encoded.ids for encoded in encode(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
+    ]
 
 
-def encode_with_targets(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> list[TargetSequence]:
+def encode_with_targets(
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
+) -> list[TargetSequence]:
     """Tokenises (prompt, target) pairs with exactly one blank between the two.
 
-    A token that holds the prompt's end and the blank counts as the prompt's. Raises ConfigError for a blank target, and where no token
-    precedes the target (an empty prompt, a tokenizer without BOS).
+    A token that holds the prompt's end and the blank counts as the prompt's. Raises ConfigError for
+    a blank target, and where no token precedes the target (an empty prompt, a tokenizer without
+    BOS).
     """
     cut = [(prompt.rstrip(" "), target.strip()) for prompt, target in pairs]
-    if problems := [f"the target of the prompt {prompt!r} is blank." for prompt, target in cut if not target]:
+    if problems := [
+        f"the target of the prompt {prompt!r} is blank." for prompt, target in cut if not target
+    ]:
         raise ConfigError(problems)
     found = []
-    for (prompt, target), encoded in zip(cut, encode(tokenizer, [f"{prompt} {target}" for prompt, target in cut]), strict=True):
+    for (prompt, target), encoded in zip(
+        cut, encode(tokenizer, [f"{prompt} {target}" for prompt, target in cut]), strict=True
+    ):
         blank = len(prompt)
         start = next(
             index
@@ -149,12 +185,16 @@ def encode_with_targets(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tupl
             if index >= encoded.num_special and (first >= blank or after > blank + 1)
         )
         if start == 0:
-            raise ConfigError(f"nothing precedes the target {target!r}: the prompt is empty and the tokenizer adds no BOS.")
+            raise ConfigError(
+                f"nothing precedes the target {target!r}: the prompt is empty and the tokenizer adds no BOS."
+            )
         found.append(TargetSequence(encoded, start))
     return found
 
 
-def encode_with_target(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> TargetSequence:
+def encode_with_target(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, target: str
+) -> TargetSequence:
     """`encode_with_targets` of one pair."""
     return encode_with_targets(tokenizer, [(prompt, target)])[0]
 
@@ -167,18 +207,23 @@ def target_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> 
 def subject_position(encoded: Encoded | TargetSequence, filled: FilledPrompt) -> int:
     """Index of the token that holds the subject's last character, in the unpadded sequence.
 
-    `encoded` is the filled text, alone or followed by a target. Raises ConfigError where the tokenizer drops that character.
+    `encoded` is the filled text, alone or followed by a target. Raises ConfigError where the
+    tokenizer drops that character.
     """
     tokens = encoded.encoded if isinstance(encoded, TargetSequence) else encoded
     try:
         return tokens.token_at(filled.subject_end - 1)
     except ValueError:
-        raise ConfigError(f"the tokenizer drops the last character of the subject in {filled.text!r}.") from None
+        raise ConfigError(
+            f"the tokenizer drops the last character of the subject in {filled.text!r}."
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptBatch:
-    """Sequences side by side. Padding changes no result: padded positions are masked, and positions count from each row's first token."""
+    """Sequences side by side. Padding changes no result: padded positions are masked, and positions
+    count from each row's first token.
+    """
 
     ids_BT: torch.Tensor
     mask_BT: torch.Tensor
@@ -192,10 +237,19 @@ class PromptBatch:
     @property
     def arguments(self) -> dict[str, torch.Tensor]:
         """What a network is called with."""
-        return {"input_ids": self.ids_BT, "attention_mask": self.mask_BT, "position_ids": self.position_ids_BT}
+        return {
+            "input_ids": self.ids_BT,
+            "attention_mask": self.mask_BT,
+            "position_ids": self.position_ids_BT,
+        }
 
 
-def pad(sequences: Sequence[Sequence[int]], *, device: torch.device | str = "cpu", side: Literal["left", "right"] = "right") -> PromptBatch:
+def pad(
+    sequences: Sequence[Sequence[int]],
+    *,
+    device: torch.device | str = "cpu",
+    side: Literal["left", "right"] = "right",
+) -> PromptBatch:
     """Puts sequences of ids (none of them empty) into one batch."""
     width = max(len(ids) for ids in sequences)
     padding = [width - len(ids) for ids in sequences]
@@ -205,5 +259,12 @@ def pad(sequences: Sequence[Sequence[int]], *, device: torch.device | str = "cpu
     for row, (ids, start) in enumerate(zip(sequences, first, strict=True)):
         ids_BT[row, start : start + len(ids)] = torch.tensor(ids)
         mask_BT[row, start : start + len(ids)] = 1
-    position_ids_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)  # GPT-2 alone does not derive them from the mask
-    return PromptBatch(ids_BT.to(device), mask_BT.to(device), position_ids_BT.to(device), torch.tensor(first, device=device))
+    position_ids_BT = (mask_BT.cumsum(-1) - 1).clamp(
+        min=0
+    )  # GPT-2 alone does not derive them from the mask
+    return PromptBatch(
+        ids_BT.to(device),
+        mask_BT.to(device),
+        position_ids_BT.to(device),
+        torch.tensor(first, device=device),
+    )

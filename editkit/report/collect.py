@@ -11,25 +11,40 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.errors import ConfigError
 from editkit.files import write_atomically
-from editkit.report.load import RunRecords
-from editkit.report.measured import Measured, measured
+from editkit.records.reader import RunRecords
+from editkit.report.compare.subjects import Measured, measured
 from editkit.report.tables import edits_by_step
 from editkit.types import EvalRecord
 
 if TYPE_CHECKING:
     import pandas
 
-LABELS = ("experiment", "run", "seed", "status", "model", "editor", "restraint", "options", "dataset", "subject", "view", "folder")
+LABELS = (
+    "experiment",
+    "run",
+    "seed",
+    "status",
+    "model",
+    "editor",
+    "restraint",
+    "options",
+    "dataset",
+    "subject",
+    "view",
+    "folder",
+)
 FIELDS = tuple(field.name for field in dataclasses.fields(EvalRecord) if field.name != "view")
 RENAMED = {"dataset": "dataset_digest", "requests": "requests_digest"}  # beside the label `dataset`
 COLUMNS = (*LABELS, "edits", *(RENAMED.get(name, name) for name in FIELDS))
 
 
 def collect(runs: Iterable[RunRecords], *, every_step: bool = False) -> pandas.DataFrame:
-    """The measurements of all runs, nothing averaged: columns `COLUMNS`, missing (<NA>) where a number was not finite.
+    """The measurements of all runs, nothing averaged: columns `COLUMNS`, missing (<NA>) where a
+    number was not finite.
 
-    The weights of the trajectory, which steps record, are lines of the kind "weights" with the matrix as the task, as those of restrained
-    views are: at measured steps, or at every step if asked for. `edit` lines hold the target search's figures and the seconds.
+    The weights of the trajectory, which steps record, are lines of the kind "weights" with the
+    matrix as the task, as those of restrained views are: at measured steps, or at every step if
+    asked for. `edit` lines hold the target search's figures and the seconds.
     """
     import pandas
 
@@ -39,7 +54,9 @@ def collect(runs: Iterable[RunRecords], *, every_step: bool = False) -> pandas.D
 
 
 def save(table: pandas.DataFrame, to: Path) -> None:
-    """Writes parquet or csv, after the name's ending. Raises ConfigError for another one, or where pyarrow is missing."""
+    """Writes parquet or csv, after the name's ending. Raises ConfigError for another one, or where
+    pyarrow is missing.
+    """
     if to.suffix not in (".parquet", ".csv"):
         raise ConfigError(f"--to: {to} was given; a name that ends in .parquet or .csv is needed.")
     if to.suffix == ".csv":
@@ -49,7 +66,9 @@ def save(table: pandas.DataFrame, to: Path) -> None:
     try:
         table.to_parquet(buffer, index=False)
     except ImportError:
-        raise ConfigError(f"--to: {to} needs pyarrow: pip install 'editkit[report]', or take a name that ends in .csv.") from None
+        raise ConfigError(
+            f"--to: {to} needs pyarrow: pip install 'editkit[report]', or take a name that ends in .csv."
+        ) from None
     write_atomically(to, buffer.getvalue())
 
 
@@ -66,18 +85,43 @@ def _lines(each: Measured, *, every_step: bool) -> Iterator[tuple[Any, ...]]:
     milestones = {record.step for record in evals}
     for step in run.steps:
         if every_step or step.step in milestones or not evals:
-            for name, number in {**step.target, **{f"seconds_{phase}": seconds for phase, seconds in step.seconds.items()}}.items():
-                yield (*names, edits[step.step], *_row({"step": step.step, "kind": "edit", "metric": name, "value": number, "n": 1}))
+            for name, number in {
+                **step.target,
+                **{f"seconds_{phase}": seconds for phase, seconds in step.seconds.items()},
+            }.items():
+                yield (
+                    *names,
+                    edits[step.step],
+                    *_row(
+                        {"step": step.step, "kind": "edit", "metric": name, "value": number, "n": 1}
+                    ),
+                )
             for module, figures in step.modules.items():
                 for name, number in figures.items():
-                    values = {"step": step.step, "kind": "weights", "metric": name, "task": module, "value": number, "n": 1}
+                    values = {
+                        "step": step.step,
+                        "kind": "weights",
+                        "metric": name,
+                        "task": module,
+                        "value": number,
+                        "n": 1,
+                    }
                     yield (*names, edits[step.step], *_row(values))
 
 
 def _names(each: Measured) -> tuple[Any, ...]:
     folder = each.run.folder
     experiment = each.run.config.get("experiment_name") or folder.parent.parent.name
-    values = (experiment, folder.parent.name, each.seed, each.run.status, each.model, each.editor, each.restraint, each.options)
+    values = (
+        experiment,
+        folder.parent.name,
+        each.seed,
+        each.run.status,
+        each.model,
+        each.editor,
+        each.restraint,
+        each.options,
+    )
     return (*values, each.dataset, each.subject, each.view, str(folder))
 
 

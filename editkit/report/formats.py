@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from editkit.report.beside import HEAD as BESIDE
-from editkit.report.beside import Beside, cells_of, notes_of
-from editkit.report.significance import Comparison
-from editkit.report.summary import Mean, Summary, SummaryColumn, SummaryRow, text_of
+from editkit.report.compare.against_published import HEAD as BESIDE
+from editkit.report.compare.against_published import Beside, cells_of, notes_of
+from editkit.report.compare.significance import Comparison
+from editkit.report.compare.summary import Mean, Summary, SummaryColumn, SummaryRow, text_of
 
 HEAD = ("model", "editor", "restraint", "seeds")
 _LATEX = {
@@ -26,7 +26,11 @@ _LATEX = {
 
 def caption(table: Summary) -> str:
     """What the numbers are, in a sentence."""
-    what = f"Protocol '{table.protocol}', over all edits so far" if table.is_editing and table.protocol else "Over all edits so far"
+    what = (
+        f"Protocol '{table.protocol}', over all edits so far"
+        if table.is_editing and table.protocol
+        else "Over all edits so far"
+    )
     return (
         f"{what}; mean ± standard deviation over seeds; metrics and tasks in percent; best of each model in bold; "
         "n/f: not finite; -: not measured; seeds m/n: n were run, m came so far."
@@ -35,22 +39,51 @@ def caption(table: Summary) -> str:
 
 def markdown(table: Summary) -> str:
     """A GitHub table."""
-    lines = [[*HEAD, *(column.title for column in table.columns)], [*["---"] * len(HEAD), *["---:"] * len(table.columns)]]
+    lines = [
+        [*HEAD, *(column.title for column in table.columns)],
+        [*["---"] * len(HEAD), *["---:"] * len(table.columns)],
+    ]
     for row in table.rows:
         cells = [f"**{text}**" if best else text for text, best in _cells(table, row)]
         lines.append([row.model, row.editor, row.restraint, _seeds(row), *cells])
-    return f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(table)}\n"
+    return (
+        f"### {table.title}\n\n"
+        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + f"\n\n{caption(table)}\n"
+    )
 
 
 def latex(table: Summary) -> str:
     """A table for booktabs, with its caption."""
-    lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{'l' * len(HEAD)}{'r' * len(table.columns)}}}", r"\toprule"]
-    lines.append(" & ".join(tex(title) for title in (*HEAD, *(column.title for column in table.columns))) + r" \\")
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\begin{{tabular}}{{{'l' * len(HEAD)}{'r' * len(table.columns)}}}",
+        r"\toprule",
+    ]
+    lines.append(
+        " & ".join(tex(title) for title in (*HEAD, *(column.title for column in table.columns)))
+        + r" \\"
+    )
     lines.append(r"\midrule")
     for row in table.rows:
         cells = [_tex_cell(text, best) for text, best in _cells(table, row)]
-        lines.append(" & ".join([*(tex(text) for text in (row.model, row.editor, row.restraint, _seeds(row))), *cells]) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(table.title)}. {tex(caption(table))}}}", r"\end{table}", ""]
+        lines.append(
+            " & ".join(
+                [
+                    *(tex(text) for text in (row.model, row.editor, row.restraint, _seeds(row))),
+                    *cells,
+                ]
+            )
+            + r" \\"
+        )
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{tex(table.title)}. {tex(caption(table))}}}",
+        r"\end{table}",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -60,9 +93,13 @@ def html(table: Summary) -> str:
     head += "".join(f"<th>{escape(column.title)}</th>" for column in table.columns)
     body = []
     for row in table.rows:
-        names = "".join(f"<th scope='row'>{escape(text)}</th>" for text in (row.model, row.editor, row.restraint, _seeds(row)))
+        names = "".join(
+            f"<th scope='row'>{escape(text)}</th>"
+            for text in (row.model, row.editor, row.restraint, _seeds(row))
+        )
         cells = "".join(
-            f"<td class='best'>{escape(text)}</td>" if best else f"<td>{escape(text)}</td>" for text, best in _cells(table, row)
+            f"<td class='best'>{escape(text)}</td>" if best else f"<td>{escape(text)}</td>"
+            for text, best in _cells(table, row)
         )
         body.append(f"<tr>{names}{cells}</tr>")
     return f"<table><caption>{escape(caption(table))}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
@@ -74,7 +111,11 @@ def beside_markdown(found: Sequence[Beside]) -> str:
     for preset, each in _by_preset(found).items():
         lines = [BESIDE, ["---"] * len(BESIDE), *(cells_of(row) for row in each)]
         notes = "".join(f"\n{note}\n" for note in notes_of(each))
-        parts.append(f"### {preset}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n{notes}")
+        parts.append(
+            f"### {preset}\n\n"
+            + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            + f"\n{notes}"
+        )
     return "\n".join(parts)
 
 
@@ -82,11 +123,22 @@ def beside_latex(found: Sequence[Beside]) -> str:
     """Published numbers beside measured ones, a table for booktabs for each preset."""
     lines = []
     for preset, each in _by_preset(found).items():
-        lines += [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{'l' * len(BESIDE)}}}", r"\toprule"]
+        lines += [
+            r"\begin{table}",
+            r"\centering",
+            rf"\begin{{tabular}}{{{'l' * len(BESIDE)}}}",
+            r"\toprule",
+        ]
         lines += [" & ".join(tex(text) for text in BESIDE) + r" \\", r"\midrule"]
         lines += [" & ".join(tex(text) for text in cells_of(row)) + r" \\" for row in each]
         caption = " ".join([f"{preset}: published and measured.", *notes_of(each)])
-        lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(caption)}}}", r"\end{table}", ""]
+        lines += [
+            r"\bottomrule",
+            r"\end{tabular}",
+            rf"\caption{{{tex(caption)}}}",
+            r"\end{table}",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -124,7 +176,10 @@ def tex(text: str) -> str:
 
 
 def _cells(table: Summary, row: SummaryRow) -> list[tuple[str, bool]]:
-    return [(text_of(cell, column), _is_best(cell, column)) for cell, column in zip(row.cells, table.columns, strict=True)]
+    return [
+        (text_of(cell, column), _is_best(cell, column))
+        for cell, column in zip(row.cells, table.columns, strict=True)
+    ]
 
 
 def _is_best(cell: Mean | None, column: SummaryColumn) -> bool:
@@ -138,7 +193,11 @@ def _tex_cell(text: str, best: bool) -> str:
 
 
 def _seeds(row: SummaryRow) -> str:
-    return str(len(row.seeds)) if len(row.seeds) == row.num_runs else f"{len(row.seeds)}/{row.num_runs}"
+    return (
+        str(len(row.seeds))
+        if len(row.seeds) == row.num_runs
+        else f"{len(row.seeds)}/{row.num_runs}"
+    )
 
 
 def _difference(each: Comparison) -> str:

@@ -11,7 +11,9 @@ NONE = "none"
 
 def labels(config: Mapping[str, Any]) -> Labels:
     """model, editor, restraint, dataset, suite; `?` where the configuration does not say."""
-    restraints = [restraint_label(name, node) for name, node in (config.get("restraint") or {}).items()]
+    restraints = [
+        restraint_label(name, node) for name, node in (config.get("restraint") or {}).items()
+    ]
     return {
         "model": model_label(config),
         "editor": _name(config.get("editor")),
@@ -24,11 +26,17 @@ def labels(config: Mapping[str, Any]) -> Labels:
 def model_label(config: Mapping[str, Any]) -> str:
     """The model's own name, or the last part of its id."""
     node = config.get("model") or {}
-    return str(node.get("name") or str(node.get("id", "?")).rstrip("/").rpartition("/")[2].removeprefix("asset:") or "?")
+    return str(
+        node.get("name")
+        or str(node.get("id", "?")).rstrip("/").rpartition("/")[2].removeprefix("asset:")
+        or "?"
+    )
 
 
 def restraint_label(name: str, node: Any) -> str:
-    """The restraint's name; one on the total that acts elsewhere than in what is measured says where."""
+    """The restraint's name; one on the total that acts elsewhere than in what is measured says
+    where.
+    """
     apply_at = node.get("apply_at") if isinstance(node, Mapping) else None
     if apply_at == "every":
         return f"{name} every {node.get('every')}"
@@ -42,4 +50,8 @@ def _name(node: Any) -> str:
 
 
 def _suite(node: Any) -> str:
-    return NONE if isinstance(node, Mapping) and not node.get("tasks", True) else _name(node).removesuffix("tasks") or "?"
+    return (
+        NONE
+        if isinstance(node, Mapping) and not node.get("tasks", True)
+        else _name(node).removesuffix("tasks") or "?"
+    )

@@ -1,4 +1,6 @@
-"""The page: one HTML file that holds everything that it shows, plotly's script included. Values in, text out."""
+"""The page: one HTML file that holds everything that it shows, plotly's script included. Values in,
+text out.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from editkit.report import curves, formats
-from editkit.report.beside import HEAD, Beside, cells_of, notes_of
-from editkit.report.collapse import Collapses
+from editkit.records.reader import RunRecords
+from editkit.report import formats
+from editkit.report.compare.against_published import HEAD, Beside, cells_of, notes_of
+from editkit.report.compare.collapse import Collapses
+from editkit.report.compare.significance import Comparison
+from editkit.report.compare.summary import Summary
+from editkit.report.figures import curves
 from editkit.report.labels import labels
-from editkit.report.load import RunRecords
-from editkit.report.significance import Comparison
-from editkit.report.summary import Summary
 from editkit.report.tables import edits_by_step
 
 STYLE = """
@@ -74,7 +77,10 @@ def page(content: Content) -> str:
 
 def overview(runs: Sequence[RunRecords]) -> str:
     """How many runs, and how they ended."""
-    counts = {status: sum(run.status == status for run in runs) for status in ("done", "failed", "unfinished")}
+    counts = {
+        status: sum(run.status == status for run in runs)
+        for status in ("done", "failed", "unfinished")
+    }
     ended = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     seeds = sorted({int(run.config.get("seed", 0) or 0) for run in runs})
     return f"{len(runs)} runs ({ended}), seeds {', '.join(map(str, seeds))}."
@@ -86,7 +92,12 @@ def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str
     are_numbers = [all(_is_number(row[place]) for row in rows) for place in range(len(head))]
     kind = ["" if is_number else " class='text'" for is_number in are_numbers]
     titles = "".join(f"<th{kind[place]}>{escape(each)}</th>" for place, each in enumerate(head))
-    body = "".join("<tr>" + "".join(f"<td{kind[place]}>{escape(text)}</td>" for place, text in enumerate(row)) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{kind[place]}>{escape(text)}</td>" for place, text in enumerate(row))
+        + "</tr>"
+        for row in rows
+    )
     below = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f"<div class='wide'><table>{below}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
 
@@ -96,7 +107,9 @@ def _is_number(text: str) -> bool:
 
 
 def _summaries(content: Content) -> Iterable[str]:
-    """The tables at the most edits of each dataset and protocol are open, those at fewer can be opened."""
+    """The tables at the most edits of each dataset and protocol are open, those at fewer can be
+    opened.
+    """
     most: dict[tuple[str, str | None], int] = {}
     for table in content.tables:
         kind = table.dataset, table.protocol
@@ -128,9 +141,16 @@ def _published(found: Sequence[Beside]) -> Iterable[str]:
         here = [each for each in found if each.published.preset == preset]
         rows = [cells_of(each) for each in here]
         alike = [len({row[place] for row in rows}) == 1 for place in range(len(HEAD))]
-        # What every row has in common is said once, and what none has not at all: the measured numbers shall be in sight.
-        kept = [place for place in range(len(HEAD)) if not (alike[place] and (place == 0 or rows[0][place] == "-"))]
-        table = table_of([HEAD[place] for place in kept], [[row[place] for place in kept] for row in rows])
+        # What every row has in common is said once, and what none has not at all: the measured
+        # numbers shall be in sight.
+        kept = [
+            place
+            for place in range(len(HEAD))
+            if not (alike[place] and (place == 0 or rows[0][place] == "-"))
+        ]
+        table = table_of(
+            [HEAD[place] for place in kept], [[row[place] for place in kept] for row in rows]
+        )
         yield f"<h3>{escape(f'{preset}: {rows[0][0]}' if alike[0] else preset)}</h3>{table}"
         yield from (f"<p class='note'>{escape(note)}</p>" for note in notes_of(here))
 
@@ -140,7 +160,11 @@ def _collapses(tables: Sequence[Collapses]) -> Iterable[str]:
         head = ("model", "editor", "restraint", *table.columns)
         text = "Edits until each threshold was crossed, between two milestones, seed by seed where seeds differ; -: not measured."
         yield f"<h3>Collapse points, {escape(table.dataset)}</h3>"
-        yield table_of(head, [(*label, *cells) for label, cells in zip(table.labels, table.cells, strict=True)], caption=text)
+        yield table_of(
+            head,
+            [(*label, *cells) for label, cells in zip(table.labels, table.cells, strict=True)],
+            caption=text,
+        )
 
 
 def _names(runs: Sequence[RunRecords]) -> tuple[str, dict[Path, str]]:
@@ -158,16 +182,37 @@ def _failures(runs: Sequence[RunRecords]) -> Iterable[str]:
         edits = edits_by_step(run.steps)
         if run.failure is not None:
             step = run.failure.get("step", run.failure.get("saved_step"))
-            rows.append([names[run.folder], str(run.failure.get("kind", "error")), str(step), str(run.failure.get("error", ""))[:300]])
+            rows.append(
+                [
+                    names[run.folder],
+                    str(run.failure.get("kind", "error")),
+                    str(step),
+                    str(run.failure.get("error", ""))[:300],
+                ]
+            )
         elif run.status == "unfinished":
-            rows.append([names[run.folder], "unfinished", str(run.steps[-1].step if run.steps else 0), "cut off or still running"])
+            rows.append(
+                [
+                    names[run.folder],
+                    "unfinished",
+                    str(run.steps[-1].step if run.steps else 0),
+                    "cut off or still running",
+                ]
+            )
         lost = [step for step in run.steps if step.nonfinite is not None]
         if lost and run.failure is None:
             text = f"{lost[0].nonfinite}, requests {', '.join(lost[0].requests)}; {len(lost)} such steps"
             rows.append([names[run.folder], "not finite", str(edits[lost[0].step]), text])
         unscored = sum(record.nonfinite or 0 for record in run.evals)
         if unscored:
-            rows.append([names[run.folder], "not finite", "-", f"{unscored} scores were not finite; they count as failures"])
+            rows.append(
+                [
+                    names[run.folder],
+                    "not finite",
+                    "-",
+                    f"{unscored} scores were not finite; they count as failures",
+                ]
+            )
     yield table_of(("run", "what", "step", "why"), rows) if rows else "<p>None.</p>"
 
 
@@ -194,7 +239,21 @@ def _runs(runs: Sequence[RunRecords]) -> Iterable[str]:
                 str(about.get("git", "?"))[:10],
             ]
         )
-    head = ("run", "status", "seed", "model", "editor", "restraint", "dataset", "edits", "seconds", "peak GiB", "device", "editkit", "git")
+    head = (
+        "run",
+        "status",
+        "seed",
+        "model",
+        "editor",
+        "restraint",
+        "dataset",
+        "edits",
+        "seconds",
+        "peak GiB",
+        "device",
+        "editkit",
+        "git",
+    )
     yield table_of(head, rows, caption=f"Runs below {root}")
     for run in runs:
         config = yaml.safe_dump(dict(run.config), sort_keys=False) if run.config else "not written"

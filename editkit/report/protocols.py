@@ -1,6 +1,8 @@
-"""How the same edited model looks under each protocol: a row per metric, a column per protocol, of one view at one step.
+"""How the same edited model looks under each protocol: a row per metric, a column per protocol, of
+one view at one step.
 
-Protocols never share a column. A number stands for one timing: all edits so far, or right after each edit where that was measured.
+Protocols never share a column. A number stands for one timing: all edits so far, or right after
+each edit where that was measured.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from editkit.types import EvalRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The last milestone of one view. Rows are named by metric, kind of prompts, subset and timing."""
+    """The last milestone of one view. Rows are named by metric, kind of prompts, subset and
+    timing.
+    """
 
     view: str
     edits: int
@@ -25,12 +29,19 @@ class Comparison:
     has_units: tuple[bool, ...]  # by row: a number with a unit of its own, no fraction
 
 
-def compare_protocols(evals: Sequence[EvalRecord], edits: Mapping[int, int], *, view: str | None = None) -> Comparison | None:
-    """The comparison at the last step at which edits were measured, None where there is none; `view` None: the trajectory's own.
+def compare_protocols(
+    evals: Sequence[EvalRecord], edits: Mapping[int, int], *, view: str | None = None
+) -> Comparison | None:
+    """The comparison at the last step at which edits were measured, None where there is none;
+    `view` None: the trajectory's own.
 
     Raises ConfigError if a cell would hold two numbers.
     """
-    editing = [record for record in evals if record.kind == "editing" and record.block is None and record.timing != "final"]
+    editing = [
+        record
+        for record in evals
+        if record.kind == "editing" and record.block is None and record.timing != "final"
+    ]
     view = view if view is not None or not editing else editing[0].view
     editing = [record for record in editing if record.view == view]
     if view is None or not editing:
@@ -42,7 +53,9 @@ def compare_protocols(evals: Sequence[EvalRecord], edits: Mapping[int, int], *, 
     for record in chosen:
         place = (_name(record), record.protocol or "")
         if place in cells:
-            raise ConfigError(f"'{place[0]}' was measured twice by the protocol '{place[1]}' for view '{view}' at step {step}.")
+            raise ConfigError(
+                f"'{place[0]}' was measured twice by the protocol '{place[1]}' for view '{view}' at step {step}."
+            )
         cells[place] = Cell(value=record.value, stderr=record.stderr, n=record.n)
     rows = tuple(dict.fromkeys(_name(record) for record in sorted(chosen, key=_place)))
     units = {_name(record): record.metric.endswith(UNITS) for record in chosen}
@@ -59,13 +72,22 @@ def compare_protocols(evals: Sequence[EvalRecord], edits: Mapping[int, int], *, 
 def texts(comparison: Comparison, *, stderr: bool = False) -> list[list[str]]:
     """The numbers as text: fractions in percent, with their standard errors if asked for."""
     rows = zip(comparison.cells, comparison.has_units, strict=True)
-    return [[_text(cell, has_unit=has_unit, stderr=stderr) for cell in cells] for cells, has_unit in rows]
+    return [
+        [_text(cell, has_unit=has_unit, stderr=stderr) for cell in cells]
+        for cells, has_unit in rows
+    ]
 
 
 def markdown(comparison: Comparison) -> str:
     """A GitHub table."""
-    lines = [[f"after {comparison.edits} edits, {comparison.view}", *comparison.protocols], ["---", *["---:"] * len(comparison.protocols)]]
-    lines += [[row, *cells] for row, cells in zip(comparison.rows, texts(comparison, stderr=True), strict=True)]
+    lines = [
+        [f"after {comparison.edits} edits, {comparison.view}", *comparison.protocols],
+        ["---", *["---:"] * len(comparison.protocols)],
+    ]
+    lines += [
+        [row, *cells]
+        for row, cells in zip(comparison.rows, texts(comparison, stderr=True), strict=True)
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -87,8 +109,17 @@ def _name(record: EvalRecord) -> str:
 
 
 def _place(record: EvalRecord) -> tuple[int, str, bool, bool, bool, str]:
-    """Headlines first, each followed by its kinds, parts and timings; then what goes beyond them."""
-    family = next((name for name in EDITING_ORDER if record.metric == name or record.metric.startswith(f"{name}_")), "")
+    """Headlines first, each followed by its kinds, parts and timings; then what goes beyond
+    them.
+    """
+    family = next(
+        (
+            name
+            for name in EDITING_ORDER
+            if record.metric == name or record.metric.startswith(f"{name}_")
+        ),
+        "",
+    )
     order = EDITING_ORDER.index(family) if family else len(EDITING_ORDER)
     return (
         order,

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
-from editkit.report.collapse import collapse_points, thresholds_of
-from editkit.report.load import RunRecords, load_run
+from editkit.records.reader import RunRecords, load_run
+from editkit.report.compare.collapse import collapse_points, thresholds_of
 from editkit.report.protocols import Comparison, compare_protocols, texts
-from editkit.report.tables import Table, caption, default_protocol, editing_protocols, edits_by_step, formatted, summarise
+from editkit.report.tables import (
+    Table,
+    caption,
+    default_protocol,
+    editing_protocols,
+    edits_by_step,
+    formatted,
+    summarise,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -25,11 +33,14 @@ GAP = 2  # blanks between two columns
 
 
 def show(folder: Path, *, protocol: str | None = None) -> Summary:
-    """The final table of a run, from its files, to be printed by a rich console, and where it collapsed.
+    """The final table of a run, from its files, to be printed by a rich console, and where it
+    collapsed.
 
-    `protocol` None: `probability` where it was measured; "all": beside it, how the last milestone looks under each.
+    `protocol` None: `probability` where it was measured; "all": beside it, how the last milestone
+    looks under each.
 
-    Raises ConfigError for a folder that holds no run, malformed files, or a protocol that was not measured.
+    Raises ConfigError for a folder that holds no run, malformed files, or a protocol that was not
+    measured.
     """
     run = load_run(folder)
     measured = editing_protocols(run.evals)
@@ -52,19 +63,28 @@ def show(folder: Path, *, protocol: str | None = None) -> Summary:
 
 def run_table(run: RunRecords, *, protocol: str | None = None) -> Table:
     """The summary of a run as a value; `tables.markdown` makes of it what a README wants."""
-    return summarise(run.steps, run.evals, edits=edits_by_step(run.steps), protocol=protocol or default_protocol(run.evals))
+    return summarise(
+        run.steps,
+        run.evals,
+        edits=edits_by_step(run.steps),
+        protocol=protocol or default_protocol(run.evals),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A table that fits itself to the terminal: a group of rows for each view; columns without room go on below, no number is cut."""
+    """A table that fits itself to the terminal: a group of rows for each view; columns without room
+    go on below, no number is cut.
+    """
 
     title: str
     table: Table
     comparisons: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
+    def __rich_console__(
+        self, console: RichConsole, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
         from rich.text import Text
 
         if not self.table.rows:
@@ -86,7 +106,10 @@ def _beside(comparison: Comparison) -> RichTable:
     from rich.text import Text
 
     drawn = RichTable(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{comparison.view}, after {comparison.edits} edits, %", title_justify="left"
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{comparison.view}, after {comparison.edits} edits, %",
+        title_justify="left",
     )
     drawn.add_column("", min_width=20)
     for protocol in comparison.protocols:
@@ -98,7 +121,12 @@ def _beside(comparison: Comparison) -> RichTable:
 
 def _bands(table: Table, texts: Sequence[Sequence[str]], *, width: int) -> list[list[int]]:
     """The columns, in as few bands as fit."""
-    left = max(4, *(len(row.view) for row in table.rows)) + max(5, *(len(str(row.edits)) for row in table.rows)) + GAP + 2
+    left = (
+        max(4, *(len(row.view) for row in table.rows))
+        + max(5, *(len(str(row.edits)) for row in table.rows))
+        + GAP
+        + 2
+    )
     bands: list[list[int]] = [[]]
     room = width - left
     for place, column in enumerate(table.columns):
@@ -118,7 +146,9 @@ def _band(table: Table, texts: Sequence[Sequence[str]], places: Sequence[int]) -
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP // 2), collapse_padding=True)
+    drawn = RichTable(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP // 2), collapse_padding=True
+    )
     drawn.add_column("view", no_wrap=True)
     drawn.add_column("edits", justify="right", no_wrap=True)
     for place in places:
@@ -127,6 +157,10 @@ def _band(table: Table, texts: Sequence[Sequence[str]], places: Sequence[int]) -
         drawn.add_column(Text(table.columns[place].title), justify="right", min_width=width)
     for view, group in groupby(zip(table.rows, texts, strict=True), key=lambda pair: pair[0].view):
         for place, (row, text) in enumerate(group):
-            drawn.add_row(Text(view if place == 0 else ""), str(row.edits), *(text[column] for column in places))
+            drawn.add_row(
+                Text(view if place == 0 else ""),
+                str(row.edits),
+                *(text[column] for column in places),
+            )
         drawn.add_section()
     return drawn

@@ -1,7 +1,7 @@
 """From records to the summary of a run: a row per view and milestone, a column per metric.
 
-A column holds numbers of one protocol, one timing and one version of a task; records that differ there are refused, not averaged or
-overwritten (DESIGN section 6). Pure: records in, values out.
+A column holds numbers of one protocol, one timing and one version of a task; records that differ
+there are refused, not averaged or overwritten (DESIGN section 6). Pure: records in, values out.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import pandas
 
 EDITING_ORDER = ("efficacy", "generalization", "locality", "portability", "score")
-# The timings that a milestone's row may hold: "before" is step 0, on the edits to come; "rollback" each batch alone on the unedited model
-# (of edits all batches so far; of tasks and perplexity the last).
+# The timings that a milestone's row may hold: "before" is step 0, on the edits to come; "rollback"
+# each batch alone on the unedited model (of edits all batches so far; of tasks and perplexity the
+# last).
 ALL_EDITS_SO_FAR = ("before", "milestone", "rollback", None)
 UNITS = ("_bits", "_nats", "_per_token")  # how the name of a metric that is no fraction ends
 WEIGHT_COLUMNS = {"condition_number": "condition number", "l1_norm": "L1 norm"}  # title by metric
@@ -27,7 +28,9 @@ WEIGHT_COLUMNS = {"condition_number": "condition number", "l1_norm": "L1 norm"} 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One number of a table. Fractions stay in [0, 1] here; `value` is None where it was not finite."""
+    """One number of a table. Fractions stay in [0, 1] here; `value` is None where it was not
+    finite.
+    """
 
     value: float | None
     stderr: float | None = None
@@ -58,14 +61,24 @@ class Table:
 
 
 def is_summarised(record: EvalRecord) -> bool:
-    """Whether a milestone's summary shows it: the state of all edits so far, as fractions; no part of them, no difference, no distance."""
-    if record.timing not in ALL_EDITS_SO_FAR or record.kind in ("weights", "comparison") or record.is_part:
+    """Whether a milestone's summary shows it: the state of all edits so far, as fractions; no part
+    of them, no difference, no distance.
+    """
+    if (
+        record.timing not in ALL_EDITS_SO_FAR
+        or record.kind in ("weights", "comparison")
+        or record.is_part
+    ):
         return False
-    return record.kind != "editing" or not record.metric.endswith(("_magnitude", "_forgetting", *UNITS))
+    return record.kind != "editing" or not record.metric.endswith(
+        ("_magnitude", "_forgetting", *UNITS)
+    )
 
 
 def edits_by_step(steps: Iterable[StepRecord]) -> dict[int, int]:
-    """How many edits are in the model after each step; the steps must be complete from the first on."""
+    """How many edits are in the model after each step; the steps must be complete from the first
+    on.
+    """
     edits, total = {0: 0}, 0
     for record in sorted(steps, key=lambda record: record.step):
         total += len(record.requests)
@@ -75,32 +88,61 @@ def edits_by_step(steps: Iterable[StepRecord]) -> dict[int, int]:
 
 def editing_protocols(evals: Iterable[EvalRecord]) -> tuple[str | None, ...]:
     """The protocols of the editing metrics, in the order in which they were written."""
-    return tuple(dict.fromkeys(record.protocol for record in evals if record.kind == "editing" and is_summarised(record)))
+    return tuple(
+        dict.fromkeys(
+            record.protocol
+            for record in evals
+            if record.kind == "editing" and is_summarised(record)
+        )
+    )
 
 
 def default_protocol(evals: Sequence[EvalRecord]) -> str | None:
-    """`probability` (that of the PRUNE paper) where it was measured, otherwise the first one that was."""
+    """`probability` (that of the PRUNE paper) where it was measured, otherwise the first one that
+    was.
+    """
     found = editing_protocols(evals)
     return "probability" if "probability" in found or not found else found[0]
 
 
-def summarise(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, edits: Mapping[int, int], protocol: str | None) -> Table:
+def summarise(
+    steps: Sequence[StepRecord],
+    evals: Sequence[EvalRecord],
+    *,
+    edits: Mapping[int, int],
+    protocol: str | None,
+) -> Table:
     """The table of a run.
 
-    `edits` is the number of edits at each measured step (see `edits_by_step`); `protocol` is that of the editing metrics, None to take
-    whatever is there if it is one.
+    `edits` is the number of edits at each measured step (see `edits_by_step`); `protocol` is that
+    of the editing metrics, None to take whatever is there if it is one.
 
-    Of a task's metrics the first that it writes stands for it. The weights' columns are over all edited matrices: the largest condition
-    number, the sum of the L1 norms.
-    Raises ConfigError if a column would mix protocols, timings or task versions, or holds two numbers for one view and step.
+    Of a task's metrics the first that it writes stands for it. The weights' columns are over all
+    edited matrices: the largest condition number, the sum of the L1 norms. Raises ConfigError if a
+    column would mix protocols, timings or task versions, or holds two numbers for one view and
+    step.
     """
-    chosen = [record for record in evals if is_summarised(record) and (record.kind != "editing" or protocol in (None, record.protocol))]
-    keys = _headlines(sorted(dict.fromkeys(_key(record) for record in chosen), key=_place))  # sorted is stable: tasks keep the file's order
+    chosen = [
+        record
+        for record in evals
+        if is_summarised(record)
+        and (record.kind != "editing" or protocol in (None, record.protocol))
+    ]
+    keys = _headlines(
+        sorted(dict.fromkeys(_key(record) for record in chosen), key=_place)
+    )  # sorted is stable: tasks keep the file's order
     by_key = {key: [record for record in chosen if _key(record) == key] for key in keys}
     for key, records in by_key.items():
         _check_unmixed(" ".join(part for part in key if part), records)
-    columns = tuple(Column(title=_title(key, keys), is_fraction=key[0] not in ("language", "training")) for key in keys)
-    cells = {(key, record.view, record.step): _cell(record) for key, records in by_key.items() for record in records}
+    columns = tuple(
+        Column(title=_title(key, keys), is_fraction=key[0] not in ("language", "training"))
+        for key in keys
+    )
+    cells = {
+        (key, record.view, record.step): _cell(record)
+        for key, records in by_key.items()
+        for record in records
+    }
     weights = weight_cells(steps, evals)
     places = sorted({(record.view, record.step) for record in chosen}, key=lambda place: place[1])
     rows = tuple(
@@ -117,55 +159,91 @@ def summarise(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, edits
         if view == current
     )
     columns += tuple(Column(title=title, is_fraction=False) for title in WEIGHT_COLUMNS.values())
-    return Table(columns=columns, rows=rows, protocol=protocol, has_rollback=any(record.timing == "rollback" for record in chosen))
+    return Table(
+        columns=columns,
+        rows=rows,
+        protocol=protocol,
+        has_rollback=any(record.timing == "rollback" for record in chosen),
+    )
 
 
-def weight_cells(steps: Iterable[StepRecord], evals: Sequence[EvalRecord]) -> dict[tuple[str, int], dict[str, Cell]]:
+def weight_cells(
+    steps: Iterable[StepRecord], evals: Sequence[EvalRecord]
+) -> dict[tuple[str, int], dict[str, Cell]]:
     """Condition number and L1 norm by (view, step).
 
-    The trajectory's own come from the steps; those of a restrained view, whose weights exist only while it is measured, from evaluations of
-    the kind "weights" (metric `condition_number` or `l1_norm`, task = the matrix).
+    The trajectory's own come from the steps; those of a restrained view, whose weights exist only
+    while it is measured, from evaluations of the kind "weights" (metric `condition_number` or
+    `l1_norm`, task = the matrix).
     """
-    trajectory = evals[0].view if evals else ""  # the runner measures the trajectory's own view first
+    trajectory = (
+        evals[0].view if evals else ""
+    )  # the runner measures the trajectory's own view first
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
     for step in steps:
         for figures in step.modules.values():
             for metric in WEIGHT_COLUMNS:
                 if metric in figures:
-                    found.setdefault((trajectory, step.step), {}).setdefault(metric, []).append(figures[metric])
+                    found.setdefault((trajectory, step.step), {}).setdefault(metric, []).append(
+                        figures[metric]
+                    )
     for record in evals:
-        if record.kind == "weights" and record.metric in WEIGHT_COLUMNS and record.view != trajectory:
+        if (
+            record.kind == "weights"
+            and record.metric in WEIGHT_COLUMNS
+            and record.view != trajectory
+        ):
             value = math.nan if record.value is None else record.value
-            found.setdefault((record.view, record.step), {}).setdefault(record.metric, []).append(value)
+            found.setdefault((record.view, record.step), {}).setdefault(record.metric, []).append(
+                value
+            )
     return {
         place: {
-            metric: _finite_cell(_largest(values) if metric == "condition_number" else sum(values)) for metric, values in metrics.items()
+            metric: _finite_cell(_largest(values) if metric == "condition_number" else sum(values))
+            for metric, values in metrics.items()
         }
         for place, metrics in found.items()
     }
 
 
 def frame(table: Table) -> pandas.DataFrame:
-    """The values as a DataFrame indexed by (view, edits); fractions in [0, 1], nan where nothing finite was measured."""
+    """The values as a DataFrame indexed by (view, edits); fractions in [0, 1], nan where nothing
+    finite was measured.
+    """
     import pandas
 
-    index = pandas.MultiIndex.from_tuples([(row.view, row.edits) for row in table.rows], names=["view", "edits"])
-    values = [[math.nan if cell is None or cell.value is None else cell.value for cell in row.cells] for row in table.rows]
-    return pandas.DataFrame(values, index=index, columns=[column.title for column in table.columns], dtype=float)
+    index = pandas.MultiIndex.from_tuples(
+        [(row.view, row.edits) for row in table.rows], names=["view", "edits"]
+    )
+    values = [
+        [math.nan if cell is None or cell.value is None else cell.value for cell in row.cells]
+        for row in table.rows
+    ]
+    return pandas.DataFrame(
+        values, index=index, columns=[column.title for column in table.columns], dtype=float
+    )
 
 
 def markdown(table: Table, *, stderr: bool = False) -> str:
     """A GitHub table, fractions in percent, with the standard errors if asked for."""
     titles = ["view", "edits", *(column.title for column in table.columns)]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
-    lines += [[row.view, str(row.edits), *formatted(table, row, stderr=stderr)] for row in table.rows]
+    lines += [
+        [row.view, str(row.edits), *formatted(table, row, stderr=stderr)] for row in table.rows
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(table)}\n"
 
 
 def caption(table: Table) -> str:
     """What the numbers are, in one line."""
-    over = "each batch alone on the unedited model" if table.has_rollback else "over all edits so far"
-    protocol = f"Editing metrics by the protocol '{table.protocol}', {over}" if table.protocol else over.capitalize()
+    over = (
+        "each batch alone on the unedited model" if table.has_rollback else "over all edits so far"
+    )
+    protocol = (
+        f"Editing metrics by the protocol '{table.protocol}', {over}"
+        if table.protocol
+        else over.capitalize()
+    )
     if table.has_rollback:
         protocol += "; tasks, perplexity and weights with a row's last batch alone"
     return f"{protocol} (row 0: the unedited model on the edits to come); metrics and tasks in percent; n/f: not finite; -: not measured."
@@ -173,7 +251,10 @@ def caption(table: Table) -> str:
 
 def formatted(table: Table, row: Row, *, stderr: bool = False) -> list[str]:
     """A row's numbers as text."""
-    return [_text(cell, column, stderr=stderr) for cell, column in zip(row.cells, table.columns, strict=True)]
+    return [
+        _text(cell, column, stderr=stderr)
+        for cell, column in zip(row.cells, table.columns, strict=True)
+    ]
 
 
 def number(value: float) -> str:
@@ -182,7 +263,13 @@ def number(value: float) -> str:
         return "n/f"
     if value != 0 and not 1e-2 <= abs(value) < 1e6:
         return f"{value:.1e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.1f}"
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 1000
+        else f"{value:.3g}"
+        if abs(value) < 1
+        else f"{value:.1f}"
+    )
 
 
 def _text(cell: Cell | None, column: Column, *, stderr: bool) -> str:
@@ -200,7 +287,9 @@ def _cell(record: EvalRecord) -> Cell:
     return Cell(value=record.value, stderr=record.stderr, n=record.n)
 
 
-_Key = tuple[Literal["editing", "downstream", "language"] | str, str, str, str]  # kind, suite, task, metric
+_Key = tuple[
+    Literal["editing", "downstream", "language"] | str, str, str, str
+]  # kind, suite, task, metric
 
 
 def _key(record: EvalRecord) -> _Key:
@@ -221,20 +310,37 @@ def _headlines(keys: Sequence[_Key]) -> list[_Key]:
 
 
 def _title(key: _Key, keys: Sequence[_Key]) -> str:
-    """The shortest name that tells this column from the others: the task, with its metric or suite where it must."""
+    """The shortest name that tells this column from the others: the task, with its metric or suite
+    where it must.
+    """
     kind, suite, task, metric = key
     if not task:
         return metric
     alike = [other for other in keys if other[2] == task]
     named_suite = f"{suite}/{task}" if suite and len({other[1] for other in alike}) > 1 else task
-    return f"{named_suite} {metric}" if kind == "editing" or len({other[3] for other in alike}) > 1 else named_suite
+    return (
+        f"{named_suite} {metric}"
+        if kind == "editing" or len({other[3] for other in alike}) > 1
+        else named_suite
+    )
 
 
 def _check_unmixed(name: str, records: Sequence[EvalRecord]) -> None:
-    for field in ("protocol", "task_version", "shots", "aggregation", "context", "max_new_tokens", "max_tokens", "dataset"):
+    for field in (
+        "protocol",
+        "task_version",
+        "shots",
+        "aggregation",
+        "context",
+        "max_new_tokens",
+        "max_tokens",
+        "dataset",
+    ):
         values = list(dict.fromkeys(getattr(record, field) for record in records))
         if field == "shots":
-            values = [value for value in values if value is not None]  # records from before it was recorded, and of groups
+            values = [
+                value for value in values if value is not None
+            ]  # records from before it was recorded, and of groups
         if len(values) > 1:
             given = ", ".join(str(value) for value in values)
             raise ConfigError(

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from editkit.files import write_atomically
-from editkit.report import curves, formats, heatmaps, plates, scatter
-from editkit.report.beside import beside
-from editkit.report.collapse import collapses
-from editkit.report.find import load_runs
-from editkit.report.measured import measured, pairs
+from editkit.records.find import load_runs
+from editkit.report import formats
+from editkit.report.compare.against_published import beside
+from editkit.report.compare.collapse import collapses
+from editkit.report.compare.published import load_published
+from editkit.report.compare.significance import compare
+from editkit.report.compare.subjects import measured, pairs
+from editkit.report.compare.summary import summaries
+from editkit.report.figures import curves, heatmaps, scatter
+from editkit.report.figures import print_sheets as plates
+from editkit.report.figures.panels import sheets
 from editkit.report.page import Content, page
-from editkit.report.panels import sheets
-from editkit.report.published import load_published
-from editkit.report.significance import compare
-from editkit.report.summary import summaries
 
 PAGE = "report.html"
 
@@ -30,14 +32,21 @@ class Written:
     tables: tuple[Path, ...]
 
 
-def report(folders: Iterable[Path], to: Path, *, title: str | None = None, published: Iterable[Path] | None = None) -> Written:
+def report(
+    folders: Iterable[Path],
+    to: Path,
+    *,
+    title: str | None = None,
+    published: Iterable[Path] | None = None,
+) -> Written:
     """Writes `report.html`, `figures/*.png|pdf` and `tables/*.md|tex` into the folder `to`.
 
     Args:
         folders: runs, or folders of runs.
         published: files like `experiments/*/published.csv`, which are taken otherwise.
 
-    Raises ConfigError where there is no run, a file is malformed, protocols or task versions would be mixed, or a library is missing.
+    Raises ConfigError where there is no run, a file is malformed, protocols or task versions would
+    be mixed, or a library is missing.
     """
     curves.require_plotly()
     folders = tuple(folders)
@@ -63,8 +72,14 @@ def report(folders: Iterable[Path], to: Path, *, title: str | None = None, publi
         collapses=tuple(collapses(subjects)),
     )
     plotted = {sheet.name: plates.draw(sheet) for sheet in found}
-    plotted |= {each.name: heatmaps.draw(each) for each in blocks} | {each.name: scatter.draw(each) for each in clouds}
-    figures = [path for name, figure in plotted.items() for path in plates.save(figure, to / "figures", name)]
+    plotted |= {each.name: heatmaps.draw(each) for each in blocks} | {
+        each.name: scatter.draw(each) for each in clouds
+    }
+    figures = [
+        path
+        for name, figure in plotted.items()
+        for path in plates.save(figure, to / "figures", name)
+    ]
     texts: dict[str, Callable[[], str]] = {
         "summary.md": lambda: "\n".join(formats.markdown(table) for table in tables),
         "summary.tex": lambda: "\n".join(formats.latex(table) for table in tables),

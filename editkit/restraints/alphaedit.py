@@ -1,26 +1,30 @@
-"""AlphaEdit: updates that lie in the null space of the keys of common text, and that spare the keys of earlier edits.
+"""AlphaEdit: updates that lie in the null space of the keys of common text, and that spare the keys
+of earlier edits.
 
-Fang et al. 2024, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models" (arXiv 2410.02355), the closed form of its
-section 3.3. With U_0 the eigenvectors of C = E[k k^T] whose eigenvalues lie below a threshold, P = U_0 U_0^T and G = sum of K K^T over
-earlier edits,
+Fang et al. 2024, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models" (arXiv
+2410.02355), the closed form of its section 3.3. With U_0 the eigenvectors of C = E[k k^T] whose
+eigenvalues lie below a threshold, P = U_0 U_0^T and G = sum of K K^T over earlier edits,
 
     D = R K^T P ((G + K K^T) P + l2 I)^-1 = R (I + K^T A^-1 K)^-1 K^T A^-1      A^-1 = P (P G P + l2 I)^-1 P
 
-The right-hand side needs no I x I system: A^-1 begins as P / l2 and gains K by K, as in `editkit.linalg.recursive`, in the coordinates of
-the null space where its basis is what is kept.
+The right-hand side needs no I x I system: A^-1 begins as P / l2 and gains K by K, as in
+`editkit.linalg.recursive`, in the coordinates of the null space where its basis is what is kept.
 
-The authors' code measures the keys for G again after each batch. They are those that were solved for: what enters a matrix depends on the
-matrices below it alone, and MEMIT writes from below, each layer's keys being measured after the layers under it were written. So nothing is
-measured twice here. The editor's weight on C has no part in this.
+The authors' code measures the keys for G again after each batch. They are those that were solved
+for: what enters a matrix depends on the matrices below it alone, and MEMIT writes from below, each
+layer's keys being measured after the layers under it were written. So nothing is measured twice
+here. The editor's weight on C has no part in this.
 
-Differs from the authors' code: float64 by default (they solve a system that is not symmetric in float32), the eigenvectors come from the
-second moments that belong to the model at hand, and the history is a run's own, not a process's.
+Differs from the authors' code: float64 by default (they solve a system that is not symmetric in
+float32), the eigenvectors come from the second moments that belong to the model at hand, and the
+history is a run's own, not a process's.
 
-Memory: at most I x I / 2 x 8 bytes a matrix for the null space or its complement, and the history as for D4S, with R for I where the
-null space is the smaller of the two; half of it all with `solve.dtype=float32`. Before the first edit one eigendecomposition a matrix, in
-float64.
+Memory: at most I x I / 2 x 8 bytes a matrix for the null space or its complement, and the history
+as for D4S, with R for I where the null space is the smaller of the two; half of it all with
+`solve.dtype=float32`. Before the first edit one eigendecomposition a matrix, in float64.
 
-Shape letters: I d_in, N edits of a batch, R dimensions of the null space or its complement, whichever has fewer.
+Shape letters: I d_in, N edits of a batch, R dimensions of the null space or its complement,
+whichever has fewer.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from typing import TYPE_CHECKING, Literal
 from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.linalg.recursive import Prior, memory_of, times, with_memory
-from editkit.restraints.base import AbstractSolveRestraint, LeastSquares
+from editkit.restraints.base import AbstractSolveRestraint
+from editkit.stats.least_squares import LeastSquares
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import LowRank
@@ -50,7 +55,9 @@ class AlphaEdit(AbstractSolveRestraint):
     """
 
     threshold: float  # eigenvalues of C below it span the null space
-    threshold_unit: Literal["absolute", "relative"]  # relative: times the mean eigenvalue, which follows the activations' scale
+    threshold_unit: Literal[
+        "absolute", "relative"
+    ]  # relative: times the mean eigenvalue, which follows the activations' scale
     l2: float  # weight of |D|_F^2
 
     def __post_init__(self) -> None:
@@ -63,7 +70,9 @@ class AlphaEdit(AbstractSolveRestraint):
             raise ConfigError(problems)
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
-        """The null space of each matrix's keys, as a basis of it or of its complement. Raises ConfigError where there is none."""
+        """The null space of each matrix's keys, as a basis of it or of its complement. Raises
+        ConfigError where there is none.
+        """
         state: dict[str, torch.Tensor] = {}
         for module in moments.by_module:
             state |= self._null_space(module, moments)
@@ -72,16 +81,22 @@ class AlphaEdit(AbstractSolveRestraint):
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:
         """The update, given in the residuals' dtype. `problem.weight` is not used."""
         memory = memory_of(state, problem.module)
-        return memory.solve(problem.keys_IN, problem.residuals_ON, self._prior(problem, state)).to(dtype=problem.residuals_ON.dtype)
+        return memory.solve(problem.keys_IN, problem.residuals_ON, self._prior(problem, state)).to(
+            dtype=problem.residuals_ON.dtype
+        )
 
     def observe(self, problem: LeastSquares, state: TensorState, moments: Moments) -> TensorState:
         """The keys that were solved for join the history."""
-        memory = memory_of(state, problem.module).plus(problem.keys_IN, self._prior(problem, state), dtype=moments.dtype)
+        memory = memory_of(state, problem.module).plus(
+            problem.keys_IN, self._prior(problem, state), dtype=moments.dtype
+        )
         return with_memory(state, problem.module, memory)
 
     def _null_space(self, module: str, moments: Moments) -> TensorState:
         values_I, vectors_II = torch.linalg.eigh(moments.second_moment(module))  # ascending
-        limit = self.threshold * (float(values_I.mean()) if self.threshold_unit == "relative" else 1.0)
+        limit = self.threshold * (
+            float(values_I.mean()) if self.threshold_unit == "relative" else 1.0
+        )
         size, inside = len(values_I), int((values_I < limit).sum())
         if inside == 0:
             raise ConfigError(
@@ -92,7 +107,11 @@ class AlphaEdit(AbstractSolveRestraint):
             name, basis_IR = "null_space", vectors_II[:, :inside]
         else:
             name, basis_IR = "complement", vectors_II[:, inside:]
-        return {f"{module}.{name}": basis_IR.to(getattr(torch, moments.dtype), memory_format=torch.contiguous_format, copy=True)}
+        return {
+            f"{module}.{name}": basis_IR.to(
+                getattr(torch, moments.dtype), memory_format=torch.contiguous_format, copy=True
+            )
+        }
 
     def _prior(self, problem: LeastSquares, state: TensorState) -> Prior:
         """P / l2: T is U_0^T / sqrt(l2) by the basis, or P / sqrt(l2) by the complement's."""

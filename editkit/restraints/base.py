@@ -1,4 +1,5 @@
-"""The four kinds of restraint, one for each place at which a method can protect a sequentially edited model (DESIGN section 2).
+"""The four kinds of restraint, one for each place at which a method can protect a sequentially
+edited model (DESIGN section 2).
 
     objective  the optimisation that finds the target vector          (EAC)
     solve      the least squares that turns keys and residuals into an update   (D4S, AlphaEdit)
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
+from editkit.records.views import trajectory_view
 from editkit.types import TensorState
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from editkit.linalg.lowrank import LowRank, Update
     from editkit.linalg.total import Total
     from editkit.model.editable import EditableModel
+    from editkit.stats.least_squares import LeastSquares
     from editkit.stats.store import Moments
     from editkit.targets.descent import Descent, TargetProblem
 
@@ -30,7 +33,9 @@ PLACES: tuple[Place, ...] = get_args(Place)
 
 
 class AbstractRestraint(abc.ABC):
-    """Any restraint. Concrete ones are frozen dataclasses and subclass one of the four kinds below."""
+    """Any restraint. Concrete ones are frozen dataclasses and subclass one of the four kinds
+    below.
+    """
 
     @property
     @abc.abstractmethod
@@ -46,22 +51,16 @@ class AbstractObjectiveRestraint(AbstractRestraint):
         return "objective"
 
     @abc.abstractmethod
-    def search(self, problem: TargetProblem, *, request_ids: Sequence[str], site: Literal["mlp", "block"]) -> Descent:
-        """The descent whose deltas are the answer; with nothing to restrain, `problem.descend(updates=problem.settings.steps - 1)`.
+    def search(
+        self, problem: TargetProblem, *, request_ids: Sequence[str], site: Literal["mlp", "block"]
+    ) -> Descent:
+        """The descent whose deltas are the answer; with nothing to restrain,
+        `problem.descend(updates=problem.settings.steps - 1)`.
 
-        The problem is that of all these requests together, each for itself: a request must not depend on who else is in its batch.
-        `site` says whose output delta is added to: an MLP's, as ROME wants it, or a whole block's, as MEMIT does.
+        The problem is that of all these requests together, each for itself: a request must not
+        depend on who else is in its batch. `site` says whose output delta is added to: an MLP's, as
+        ROME wants it, or a whole block's, as MEMIT does.
         """
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeastSquares:
-    """min_D ||D K - R||^2 + weight * tr(D C D^T): what an editor asks the solve for, at one module."""
-
-    module: str
-    keys_IN: torch.Tensor
-    residuals_ON: torch.Tensor
-    weight: float
 
 
 class AbstractSolveRestraint(AbstractRestraint):
@@ -81,7 +80,9 @@ class AbstractSolveRestraint(AbstractRestraint):
 
     @abc.abstractmethod
     def observe(self, problem: LeastSquares, state: TensorState, moments: Moments) -> TensorState:
-        """The state after the whole batch has been applied; called for each of its problems in turn."""
+        """The state after the whole batch has been applied; called for each of its problems in
+        turn.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,9 @@ class AbstractUpdateRestraint(AbstractRestraint):
 
     @abc.abstractmethod
     def restrain(self, update: Update, weight_OI: torch.Tensor, base: Norms) -> Update:
-        """The update to apply instead; `weight_OI` is the matrix before it (not modified), `base` are the norms of W_0."""
+        """The update to apply instead; `weight_OI` is the matrix before it (not modified), `base`
+        are the norms of W_0.
+        """
 
 
 class AbstractTotalRestraint(AbstractRestraint):
@@ -116,7 +119,9 @@ class AbstractTotalRestraint(AbstractRestraint):
 
     @abc.abstractmethod
     def check(self, base_sigma_max: Mapping[str, float]) -> list[str]:
-        """What forbids this restraint on matrices with these sigma_max(W_0), by module; empty if nothing does."""
+        """What forbids this restraint on matrices with these sigma_max(W_0), by module; empty if
+        nothing does.
+        """
 
     @abc.abstractmethod
     def correction(self, total: Total, base_sigma_max: float) -> LowRank | None:
@@ -125,9 +130,18 @@ class AbstractTotalRestraint(AbstractRestraint):
 
 @dataclass(frozen=True, kw_only=True)
 class Restraints:
-    """The restraints of a run, each at its place. Updates and totals stack in their order; an objective and a solve have room for one."""
+    """The restraints of a run, each at its place. Updates and totals stack in their order; an
+    objective and a solve have room for one.
+    """
 
     objective: AbstractObjectiveRestraint | None = None
     solve: AbstractSolveRestraint | None = None
     updates: tuple[AbstractUpdateRestraint, ...] = ()
     totals: Mapping[str, AbstractTotalRestraint] = field(default_factory=dict)
+
+    @property
+    def trajectory_view(self) -> str:
+        """What the model as the edits left it is called in records."""
+        return trajectory_view(
+            {name: restraint.apply_at for name, restraint in self.totals.items()}
+        )

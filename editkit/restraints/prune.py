@@ -1,17 +1,21 @@
-"""PRUNE: the singular values of the sum of updates, held back where they exceed the largest one of the unedited matrix.
+"""PRUNE: the singular values of the sum of updates, held back where they exceed the largest one of
+the unedited matrix.
 
-Ma et al. 2024, "Perturbation-Restrained Sequential Model Editing" (arXiv 2405.16821). With D = W_N - W_0 = U S V^T and
-s = sigma_max(W_0), every S_i >= s becomes F(S_i) and the model that is evaluated has W_0 + U F(S) V^T:
+Ma et al. 2024, "Perturbation-Restrained Sequential Model Editing" (arXiv 2405.16821). With D = W_N
+- W_0 = U S V^T and s = sigma_max(W_0), every S_i >= s becomes F(S_i) and the model that is
+evaluated has W_0 + U F(S) V^T:
 
     log      F(S) = log_alpha(S) + s - log_alpha(s)
     linear   F(S) = S / 2 + s / 2
 
-Both are continuous at s; the authors' code offers both, and alpha in {e, 2, 1.5, 1.2}. Only triplets above s change, so the correction
-sum_i (F(S_i) - S_i) u_i v_i^T has their number as its rank and comes from the factors of D; the authors take four full singular value
-decompositions a matrix.
+Both are continuous at s; the authors' code offers both, and alpha in {e, 2, 1.5, 1.2}. Only
+triplets above s change, so the correction sum_i (F(S_i) - S_i) u_i v_i^T has their number as its
+rank and comes from the factors of D; the authors take four full singular value decompositions a
+matrix.
 
-Differs from the authors' code (edit_load.py): F has slope 1 / (s ln alpha) at s, so for s < 1 / ln alpha it enlarges what it should
-restrain; there in silence, here an error unless `allow_amplify`. And D keeps the singular values that theirs drops as numerically zero.
+Differs from the authors' code (edit_load.py): F has slope 1 / (s ln alpha) at s, so for s < 1 / ln
+alpha it enlarges what it should restrain; there in silence, here an error unless `allow_amplify`.
+And D keeps the singular values that theirs drops as numerically zero.
 
 Shape letters: O d_out, I d_in, K number of singular triplets.
 """
@@ -35,7 +39,8 @@ ApplyAt = Literal["evaluation", "end", "every"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(AbstractTotalRestraint):
-    """Restrains the total of each matrix by itself. `alpha` is the base of the logarithm; `linear` does not use it.
+    """Restrains the total of each matrix by itself. `alpha` is the base of the logarithm; `linear`
+    does not use it.
 
     Raises:
         OptionError: an option is out of range.
@@ -50,35 +55,57 @@ class Prune(AbstractTotalRestraint):
     def __post_init__(self) -> None:
         problems = []
         if self.function not in get_args(Function):
-            problems.append(f"function: no such function - given {self.function!r} - allowed: {', '.join(get_args(Function))}")
+            problems.append(
+                f"function: no such function - given {self.function!r} - allowed: {', '.join(get_args(Function))}"
+            )
         if not (math.isfinite(self.alpha) and self.alpha > 1):
-            problems.append(f"alpha: a base of the logarithm must exceed 1 - given {self.alpha} - the paper's: 1.2, 1.5, 2, e")
+            problems.append(
+                f"alpha: a base of the logarithm must exceed 1 - given {self.alpha} - the paper's: 1.2, 1.5, 2, e"
+            )
         if self.apply_at not in get_args(ApplyAt):
-            problems.append(f"apply_at: no such time - given {self.apply_at!r} - allowed: {', '.join(get_args(ApplyAt))}")
+            problems.append(
+                f"apply_at: no such time - given {self.apply_at!r} - allowed: {', '.join(get_args(ApplyAt))}"
+            )
         if self.apply_at == "every" and (self.every is None or self.every < 1):
-            problems.append(f"every: apply_at=every wants a number of steps - given {self.every} - allowed: 1 or more")
+            problems.append(
+                f"every: apply_at=every wants a number of steps - given {self.every} - allowed: 1 or more"
+            )
         if self.apply_at != "every" and self.every is not None:
-            problems.append(f"every: has no effect with apply_at={self.apply_at} - given {self.every} - set every=null or apply_at=every")
+            problems.append(
+                f"every: has no effect with apply_at={self.apply_at} - given {self.every} - set every=null or apply_at=every"
+            )
         if problems:
             raise OptionError(problems)
 
     def check(self, base_sigma_max: Mapping[str, float]) -> list[str]:
-        """The matrices on which F would enlarge singular values (or has no value), with what to do."""
-        return [problem for module, sigma in base_sigma_max.items() if (problem := self._problem(module, sigma)) is not None]
+        """The matrices on which F would enlarge singular values (or has no value), with what to
+        do.
+        """
+        return [
+            problem
+            for module, sigma in base_sigma_max.items()
+            if (problem := self._problem(module, sigma)) is not None
+        ]
 
     def correction(self, total: Total, base_sigma_max: float) -> LowRank | None:
-        """What to add to the total D so that it becomes F(D), in float64; None where no singular value exceeds sigma_max(W_0).
+        """What to add to the total D so that it becomes F(D), in float64; None where no singular
+        value exceeds sigma_max(W_0).
 
         A total that is not finite has no singular values and is left as it is.
         """
         if total.is_zero or not total.is_finite():
             return None
         u_OK, s_K, v_IK = total.svd()
-        exceeding = int((s_K > base_sigma_max).sum())  # descending; F(s) = s, so equality needs no correction
+        exceeding = int(
+            (s_K > base_sigma_max).sum()
+        )  # descending; F(s) = s, so equality needs no correction
         if exceeding == 0:
             return None
         values_K = s_K[:exceeding]
-        return LowRank(u_OK[:, :exceeding] * (self.restrained(values_K, base_sigma_max) - values_K), v_IK[:, :exceeding].contiguous())
+        return LowRank(
+            u_OK[:, :exceeding] * (self.restrained(values_K, base_sigma_max) - values_K),
+            v_IK[:, :exceeding].contiguous(),
+        )
 
     def restrained(self, values_K: torch.Tensor, base_sigma_max: float) -> torch.Tensor:
         """F of singular values that are at least sigma_max(W_0)."""

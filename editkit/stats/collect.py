@@ -1,15 +1,20 @@
-"""Second moments of the keys of several matrices, in one pass over the texts, which stops above the last of them.
+"""Second moments of the keys of several matrices, in one pass over the texts, which stops above the
+last of them.
 
-Products are taken in float32 or bfloat16 and summed in float64: the published code sums 1e7 and more outer products in float32. The matrix
-is the C of Meng et al. 2022 (arXiv 2202.05262), Eq. 2. Every token counts, a tokenizer's own BOS included, as its key takes part in editing
-prompts too; padding does not. A document is a sequence of its own and counts with its first `context_length` tokens, as in the published
-code: documents are neither cut into several sequences nor joined to fill one.
+Products are taken in float32 or bfloat16 and summed in float64: the published code sums 1e7 and
+more outer products in float32. The matrix is the C of Meng et al. 2022 (arXiv 2202.05262), Eq. 2.
+Every token counts, a tokenizer's own BOS included, as its key takes part in editing prompts too;
+padding does not. A document is a sequence of its own and counts with its first `context_length`
+tokens, as in the published code: documents are neither cut into several sequences nor joined to
+fill one.
 
-The texts are cut into blocks of `BLOCK` documents, and the blocks are dealt out to `PARTS` parts. A part's sum grows block by block, the
-total part by part, always in this order: whoever computes which part, and wherever the work was interrupted, the bits are the same (on the
-same kind of machine with as many threads: a product's own rounding is the library's).
+The texts are cut into blocks of `BLOCK` documents, and the blocks are dealt out to `PARTS` parts. A
+part's sum grows block by block, the total part by part, always in this order: whoever computes
+which part, and wherever the work was interrupted, the bits are the same (on the same kind of
+machine with as many threads: a product's own rounding is the library's).
 
-Shape letters: B sequences, T tokens of the longest, M tokens that are no padding, I d_in, R rows of a block of the triangle, L columns.
+Shape letters: B sequences, T tokens of the longest, M tokens that are no padding, I d_in, R rows of
+a block of the triangle, L columns.
 """
 
 from __future__ import annotations
@@ -27,17 +32,25 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 PARTS = 8  # more processes than that cannot share the work
-BLOCK = 256  # documents that are sorted by length together: enough to waste little padding, few enough to save often
-PRODUCT_TOKENS = 8192  # keys that wait for one product: adding it in float64 costs as much as multiplying 400 of them
+# documents that are sorted by length together: enough to waste little padding, few enough to save
+# often
+BLOCK = 256
+# keys that wait for one product: adding it in float64 costs as much as multiplying 400 of them
+PRODUCT_TOKENS = 8192
 SMALL_BATCH = 512  # tokens of a pass that uses a processor well
 MOST_PADDING = 1 / 16  # of a pass that is not small
-ROW_BLOCKS, LEAST_ROWS = 16, 256  # of the triangle: 53 % of the products are taken, in pieces large enough to be quick
+ROW_BLOCKS, LEAST_ROWS = (
+    16,
+    256,
+)  # of the triangle: 53 % of the products are taken, in pieces large enough to be quick
 
 Products = Literal["float32", "bfloat16"]
 
 
 class TriangleSum:
-    """sum over tokens of k k^T in float64, of which only the blocks on and below the diagonal are computed and kept."""
+    """sum over tokens of k k^T in float64, of which only the blocks on and below the diagonal are
+    computed and kept.
+    """
 
     def __init__(self, blocks: Sequence[torch.Tensor]) -> None:
         self.blocks = tuple(blocks)  # (R, L) each, L being the column behind the diagonal
@@ -46,7 +59,12 @@ class TriangleSum:
     def zeros(size: int, device: torch.device | str = "cpu") -> TriangleSum:
         rows = max(LEAST_ROWS, -(-size // ROW_BLOCKS))
         borders = [(first, min(first + rows, size)) for first in range(0, size, rows)]
-        return TriangleSum([torch.zeros(last - first, last, dtype=torch.float64, device=device) for first, last in borders])
+        return TriangleSum(
+            [
+                torch.zeros(last - first, last, dtype=torch.float64, device=device)
+                for first, last in borders
+            ]
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -55,7 +73,11 @@ class TriangleSum:
     def add_products(self, keys_MI: torch.Tensor, products: Products) -> None:
         """Adds keys^T keys."""
         # Only there is a bfloat16 product summed and given in float32, and not before torch 2.8.
-        is_mixed = products == "bfloat16" and keys_MI.device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads()
+        is_mixed = (
+            products == "bfloat16"
+            and keys_MI.device.type == "cuda"
+            and "dtype" in torch.ops.aten.mm.overloads()
+        )
         wide = torch.promote_types(keys_MI.dtype, torch.float32)
         if products == "bfloat16":
             keys_MI = keys_MI.to(torch.bfloat16)
@@ -64,7 +86,11 @@ class TriangleSum:
         for block_RL in self.blocks:
             last = block_RL.shape[1]
             rows_MR, columns_ML = keys_MI[:, last - block_RL.shape[0] : last], keys_MI[:, :last]
-            block_RL.add_(torch.mm(rows_MR.T, columns_ML, out_dtype=torch.float32) if is_mixed else rows_MR.T @ columns_ML)
+            block_RL.add_(
+                torch.mm(rows_MR.T, columns_ML, out_dtype=torch.float32)
+                if is_mixed
+                else rows_MR.T @ columns_ML
+            )
 
     def add(self, other: TriangleSum) -> None:
         for mine_RL, others_RL in zip(self.blocks, other.blocks, strict=True):
@@ -105,16 +131,34 @@ class Collector:
     """Runs texts through a model and adds up the keys that reach some of its matrices."""
 
     def __init__(
-        self, model: EditableModel, modules: Sequence[str], *, context_length: int, batch_tokens: int, products: Products = "float32"
+        self,
+        model: EditableModel,
+        modules: Sequence[str],
+        *,
+        context_length: int,
+        batch_tokens: int,
+        products: Products = "float32",
     ) -> None:
         """`batch_tokens` bounds a pass, padding included; it changes no result beyond rounding."""
         self.model, self.modules = model, tuple(modules)
-        self._context_length, self._batch_tokens, self._products = context_length, batch_tokens, products
+        self._context_length, self._batch_tokens, self._products = (
+            context_length,
+            batch_tokens,
+            products,
+        )
         rows = keys_at_once(context_length, batch_tokens)
-        self._keys_MI = {module: torch.empty(rows, self._size(module), dtype=model.dtype, device=model.device) for module in self.modules}
+        self._keys_MI = {
+            module: torch.empty(rows, self._size(module), dtype=model.dtype, device=model.device)
+            for module in self.modules
+        }
 
     def nothing(self) -> PartSum:
-        return PartSum({module: TriangleSum.zeros(self._size(module), self.model.device) for module in self.modules})
+        return PartSum(
+            {
+                module: TriangleSum.zeros(self._size(module), self.model.device)
+                for module in self.modules
+            }
+        )
 
     def add_block(self, total: PartSum, texts: Sequence[str]) -> None:
         """Adds the keys of a block's texts. The result depends on them and on `total` alone."""
@@ -129,7 +173,9 @@ class Collector:
                 with capture(self.model, inputs=self.modules) as captured:
                     self.model.final_hidden(prompts)
                 for module in self.modules:
-                    self._keys_MI[module][held : held + num_tokens] = captured.inputs[module][is_token_BT]
+                    self._keys_MI[module][held : held + num_tokens] = captured.inputs[module][
+                        is_token_BT
+                    ]
                 held += num_tokens
             self._multiply(total, held)
         total.num_blocks += 1
@@ -142,13 +188,19 @@ class Collector:
         return 0
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[list[int]]]:
-        """Token ids in batches of similar length, each at most `batch_tokens` wide times high (or one text)."""
-        encoded = self.model.tokenizer(list(texts), truncation=True, max_length=self._context_length)["input_ids"]
+        """Token ids in batches of similar length, each at most `batch_tokens` wide times high (or
+        one text).
+        """
+        encoded = self.model.tokenizer(
+            list(texts), truncation=True, max_length=self._context_length
+        )["input_ids"]
         batch: list[list[int]] = []
         num_tokens = 0
         for ids in sorted(filter(None, encoded), key=len):
             area = len(ids) * (len(batch) + 1)
-            is_padded = num_tokens >= SMALL_BATCH and area - num_tokens - len(ids) > MOST_PADDING * area
+            is_padded = (
+                num_tokens >= SMALL_BATCH and area - num_tokens - len(ids) > MOST_PADDING * area
+            )
             if batch and (area > self._batch_tokens or is_padded):
                 yield batch
                 batch, num_tokens = [], 0
@@ -182,11 +234,15 @@ def collect(
     products: Products = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, MomentSum]:
-    """Sums of k k^T at the inputs of `modules`, in this process and in memory; `stats.parts` does the same with interruptions.
+    """Sums of k k^T at the inputs of `modules`, in this process and in memory; `stats.parts` does
+    the same with interruptions.
 
-    `progress` is told how many documents are done, and of how many. Raises ConfigError where the texts hold no token.
+    `progress` is told how many documents are done, and of how many. Raises ConfigError where the
+    texts hold no token.
     """
-    collector = Collector(model, modules, context_length=context_length, batch_tokens=batch_tokens, products=products)
+    collector = Collector(
+        model, modules, context_length=context_length, batch_tokens=batch_tokens, products=products
+    )
     total, done = collector.nothing(), 0
     for part in range(PARTS):
         blocks = blocks_of(part, len(texts))
@@ -206,4 +262,6 @@ def collect(
 
 def require_tokens(num_tokens: int) -> None:
     if not num_tokens:
-        raise ConfigError("stats: the texts hold no token - raise stats.num_documents or choose another source.")
+        raise ConfigError(
+            "stats: the texts hold no token - raise stats.num_documents or choose another source."
+        )

@@ -1,8 +1,10 @@
-"""How good a minimal second moment is: against the full one, matrix by matrix, and in what an edit would write with each.
+"""How good a minimal second moment is: against the full one, matrix by matrix, and in what an edit
+would write with each.
 
-For a key k and whatever residual r, ROME writes r a^T with a = C^-1 k / (k^T C^-1 k) (Meng et al. 2022, arXiv 2202.05262, Eq. 2), and
-MEMIT R X with X = K^T (lambda C + K K^T)^-1 (Meng et al. 2023, arXiv 2210.07229, Eq. 14). So the relative difference of two updates that
-differ in C alone is that of a, whatever r is; for a batch it is taken of X, as if the residuals were orthonormal.
+For a key k and whatever residual r, ROME writes r a^T with a = C^-1 k / (k^T C^-1 k) (Meng et al.
+2022, arXiv 2202.05262, Eq. 2), and MEMIT R X with X = K^T (lambda C + K K^T)^-1 (Meng et al. 2023,
+arXiv 2210.07229, Eq. 14). So the relative difference of two updates that differ in C alone is that
+of a, whatever r is; for a batch it is taken of X, as if the residuals were orthonormal.
 
 Shape letters: I d_in, N keys.
 """
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Of one module, each relative to the full preset. `memit` where a covariance weight is given: one key at a time, then all at once."""
+    """Of one module, each relative to the full preset. `memit` where a covariance weight is given:
+    one key at a time, then all at once.
+    """
 
     module: str
     size: int  # d_in
@@ -82,7 +86,8 @@ def compare_presets(
     announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Builds what is missing of both presets and compares them at the requests' keys. `weight` is MEMIT's lambda.
+    """Builds what is missing of both presets and compares them at the requests' keys. `weight` is
+    MEMIT's lambda.
 
     Raises ConfigError as `stats.build.build` does, and where a second moment cannot be inverted.
     """
@@ -104,22 +109,40 @@ def compare_presets(
         covariance_weight=weight,
         full=_preset(full, full_moments, full_s),
         minimal=_preset(few, few_moments, few_s),
-        modules=tuple(compare(full_moments, few_moments, module, keys[module], weight=weight) for module in modules),
+        modules=tuple(
+            compare(full_moments, few_moments, module, keys[module], weight=weight)
+            for module in modules
+        ),
     )
 
 
-def compare(full: Moments, minimal: Moments, module: str, keys_IN: torch.Tensor, *, weight: float | None) -> Difference:
+def compare(
+    full: Moments, minimal: Moments, module: str, keys_IN: torch.Tensor, *, weight: float | None
+) -> Difference:
     """The differences at one module, for edits at these keys."""
     full_II, minimal_II = full.second_moment(module), minimal.second_moment(module)
-    rome = column_differences(rome_directions(full, module, keys_IN), rome_directions(minimal, module, keys_IN))
+    rome = column_differences(
+        rome_directions(full, module, keys_IN), rome_directions(minimal, module, keys_IN)
+    )
     memit_N, batch = None, None
     if weight is not None:
         singles = [
-            torch.cat([memit_directions(moments, module, key_I1, weight=weight) for key_I1 in keys_IN.split(1, dim=1)], dim=1)
+            torch.cat(
+                [
+                    memit_directions(moments, module, key_I1, weight=weight)
+                    for key_I1 in keys_IN.split(1, dim=1)
+                ],
+                dim=1,
+            )
             for moments in (full, minimal)
         ]
         memit_N = column_differences(*singles)
-        batch = relative(*(memit_directions(moments, module, keys_IN, weight=weight) for moments in (full, minimal)))
+        batch = relative(
+            *(
+                memit_directions(moments, module, keys_IN, weight=weight)
+                for moments in (full, minimal)
+            )
+        )
     return Difference(
         module=module,
         size=full_II.shape[0],
@@ -140,16 +163,23 @@ def rome_directions(moments: Moments, module: str, keys_IN: torch.Tensor) -> tor
     return solved_IN / (keys_IN * solved_IN).sum(dim=0)
 
 
-def memit_directions(moments: Moments, module: str, keys_IN: torch.Tensor, *, weight: float) -> torch.Tensor:
+def memit_directions(
+    moments: Moments, module: str, keys_IN: torch.Tensor, *, weight: float
+) -> torch.Tensor:
     """(I, N): X^T of the keys as one batch, by Woodbury."""
     solved_IN = moments.inverse_times(module, keys_IN) / weight
-    core_NN = torch.eye(keys_IN.shape[1], dtype=keys_IN.dtype, device=keys_IN.device) + keys_IN.T @ solved_IN
+    core_NN = (
+        torch.eye(keys_IN.shape[1], dtype=keys_IN.dtype, device=keys_IN.device)
+        + keys_IN.T @ solved_IN
+    )
     return torch.linalg.solve(core_NN, solved_IN, left=False)
 
 
 def column_differences(full_IN: torch.Tensor, minimal_IN: torch.Tensor) -> torch.Tensor:
     """(N,): |minimal - full| / |full| of every column."""
-    return torch.linalg.vector_norm(minimal_IN - full_IN, dim=0) / torch.linalg.vector_norm(full_IN, dim=0)
+    return torch.linalg.vector_norm(minimal_IN - full_IN, dim=0) / torch.linalg.vector_norm(
+        full_IN, dim=0
+    )
 
 
 def relative(full: torch.Tensor, minimal: torch.Tensor) -> float:
@@ -157,12 +187,19 @@ def relative(full: torch.Tensor, minimal: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(minimal - full) / torch.linalg.vector_norm(full))
 
 
-def sample_keys(model: EditableModel, modules: Sequence[str], requests: Sequence[EditRequest]) -> dict[str, torch.Tensor]:
-    """(I, N) float64 by module: the keys at the subject's last token of the requests' own prompts, from one pass."""
+def sample_keys(
+    model: EditableModel, modules: Sequence[str], requests: Sequence[EditRequest]
+) -> dict[str, torch.Tensor]:
+    """(I, N) float64 by module: the keys at the subject's last token of the requests' own prompts,
+    from one pass.
+    """
     filled = [fill(request.prompt, request.subject) for request in requests]
     encoded = encode(model.tokenizer, [prompt.text for prompt in filled])
     # Nothing behind the subject can reach it: the network is causal.
-    texts = [each.ids[: subject_position(each, prompt) + 1] for each, prompt in zip(encoded, filled, strict=True)]
+    texts = [
+        each.ids[: subject_position(each, prompt) + 1]
+        for each, prompt in zip(encoded, filled, strict=True)
+    ]
     batch = pad(texts, device=model.device)
     with torch.no_grad(), capture(model, inputs=modules) as captured:
         model.final_hidden(batch)
@@ -179,18 +216,39 @@ def table(report: Report) -> Table:
     """A line for each module."""
     from rich.table import Table
 
-    full, few = (f"{each.documents} documents{_took(each.seconds)}" for each in (report.full, report.minimal))
+    full, few = (
+        f"{each.documents} documents{_took(each.seconds)}" for each in (report.full, report.minimal)
+    )
     title = f"{report.model}, stats={report.stats}: minimal ({few}) against full ({full}), relative differences at {report.keys} keys"
     columns = ["module", "vectors", "minimal", "a dimension", "C", "ROME update", "worst"]
     has_memit = report.covariance_weight is not None
-    found = Table(*columns, *(["MEMIT update", "worst", "batch"] if has_memit else []), box=None, pad_edge=False, title=title)
+    found = Table(
+        *columns,
+        *(["MEMIT update", "worst", "batch"] if has_memit else []),
+        box=None,
+        pad_edge=False,
+        title=title,
+    )
     found.title_justify = "left"
     for column in found.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for each in report.modules:
-        differences = [each.matrix, each.rome_mean, each.rome_max, each.memit_mean, each.memit_max, each.memit_batch]
+        differences = [
+            each.matrix,
+            each.rome_mean,
+            each.rome_max,
+            each.memit_mean,
+            each.memit_max,
+            each.memit_batch,
+        ]
         shown = [f"{value:.1%}" for value in differences if value is not None]
-        found.add_row(each.module, str(each.full_vectors), str(each.minimal_vectors), f"{each.minimal_vectors / each.size:.1f}", *shown)
+        found.add_row(
+            each.module,
+            str(each.full_vectors),
+            str(each.minimal_vectors),
+            f"{each.minimal_vectors / each.size:.1f}",
+            *shown,
+        )
     return found
 
 
@@ -200,4 +258,6 @@ def _took(seconds: float | None) -> str:
 
 def _preset(wanted: Statistics, moments: Moments, seconds: float | None) -> Preset:
     corpus = next(iter(wanted.keys.values())).corpus
-    return Preset(documents=wanted.num_documents, corpus=corpus, seconds=seconds, digests=moments.digests)
+    return Preset(
+        documents=wanted.num_documents, corpus=corpus, seconds=seconds, digests=moments.digests
+    )

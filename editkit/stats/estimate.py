@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 GB = 1e9
-PASS_BUFFERS = (8, 4)  # tensors of the residual stream's width, and of the MLP's, that a pass holds at its peak; measured, GPT-2
+PASS_BUFFERS = (
+    8,
+    4,
+    # tensors of the residual stream's width, and of the MLP's, that a pass holds at its peak;
+    # measured, GPT-2
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +44,12 @@ class Estimate:
         return self.sums_bytes + self.keys_bytes + self.pass_bytes
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights_bytes, "sums": self.sums_bytes, "keys": self.keys_bytes, "a pass": self.pass_bytes}
+        parts = {
+            "weights": self.weights_bytes,
+            "sums": self.sums_bytes,
+            "keys": self.keys_bytes,
+            "a pass": self.pass_bytes,
+        }
         text = (
             f"{self.num_modules} second moments of up to {self.size} x {self.size} over {self.num_documents} documents; memory: about "
             f"{sum(parts.values()) / GB:.2g} GB ({', '.join(f'{name} {count / GB:.2g}' for name, count in parts.items())}); "
@@ -50,7 +60,9 @@ class Estimate:
         return text
 
 
-def estimate(model: EditableModel, modules: Sequence[str], config: StatsConfig, *, num_documents: int) -> Estimate:
+def estimate(
+    model: EditableModel, modules: Sequence[str], config: StatsConfig, *, num_documents: int
+) -> Estimate:
     """Sums and keys to the byte; a pass roughly."""
     network = model.network.config
     sizes = [model.weight(module).shape[1] for module in modules]
@@ -84,5 +96,8 @@ def free_memory(device: torch.device) -> int | None:
             lines = Path("/proc/meminfo").read_text().splitlines()
         except OSError:
             return None
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+        return next(
+            (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")),
+            None,
+        )
     return None

@@ -1,8 +1,10 @@
-"""Sums that survive an interruption, and that several processes can share: a file for each part, until all parts are there.
+"""Sums that survive an interruption, and that several processes can share: a file for each part,
+until all parts are there.
 
-The files lie in a folder of their own below the store's, named after everything that the sums depend on. A file is replaced whole after a
-block, so a killed process loses what it did since the last one. Which process does which part is no matter of the result (see
-`stats.collect`), nor is the number of processes: work that was begun by four can be ended by one.
+The files lie in a folder of their own below the store's, named after everything that the sums
+depend on. A file is replaced whole after a block, so a killed process loses what it did since the
+last one. Which process does which part is no matter of the result (see `stats.collect`), nor is the
+number of processes: work that was begun by four can be ended by one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from pathlib import Path
 from editkit.errors import ConfigError
 from editkit.files import written_atomically
 from editkit.lazy import torch
-from editkit.stats.collect import PARTS, Collector, MomentSum, PartSum, TriangleSum, blocks_of, require_tokens
+from editkit.stats.collect import (
+    PARTS,
+    Collector,
+    MomentSum,
+    PartSum,
+    TriangleSum,
+    blocks_of,
+    require_tokens,
+)
 from editkit.stats.shards import Shard
 
 SAVING_SHARE = 0.05  # of the time at most
@@ -38,7 +48,11 @@ class Parts:
         return [part for part in range(PARTS) if blocks_of(part, self.num_documents)]
 
     def missing(self) -> list[int]:
-        return [part for part in self.wanted if self.blocks_done(part) < len(blocks_of(part, self.num_documents))]
+        return [
+            part
+            for part in self.wanted
+            if self.blocks_done(part) < len(blocks_of(part, self.num_documents))
+        ]
 
     def blocks_done(self, part: int) -> int:
         """How many of a part's blocks its file holds."""
@@ -59,17 +73,27 @@ class Parts:
     def save(self, part: int, found: PartSum) -> None:
         from safetensors.torch import save_file
 
-        tensors = {_name(module, row): block.cpu() for module, sums in found.sums.items() for row, block in enumerate(sums.blocks)}
+        tensors = {
+            _name(module, row): block.cpu()
+            for module, sums in found.sums.items()
+            for row, block in enumerate(sums.blocks)
+        }
         facts = {"num_blocks": str(found.num_blocks), "num_tokens": str(found.num_tokens)}
         checksums = {
-            module: _checksum(facts, [tensors[_name(module, row)] for row in range(len(sums.blocks))])
+            module: _checksum(
+                facts, [tensors[_name(module, row)] for row in range(len(sums.blocks))]
+            )
             for module, sums in found.sums.items()
         }
         with written_atomically(self.path(part)) as temporary:
             save_file(tensors, temporary, metadata=facts | checksums)
 
-    def load(self, part: int, modules: Sequence[str], *, device: torch.device | str = "cpu") -> PartSum:
-        """Some modules' sums of a part as they were saved. Raises ConfigError where the file is damaged."""
+    def load(
+        self, part: int, modules: Sequence[str], *, device: torch.device | str = "cpu"
+    ) -> PartSum:
+        """Some modules' sums of a part as they were saved. Raises ConfigError where the file is
+        damaged.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = self.path(part)
@@ -79,16 +103,23 @@ class Parts:
                 facts, names = opened.metadata() or {}, set(opened.keys())
                 counts = {name: facts[name] for name in ("num_blocks", "num_tokens")}
                 for module in modules:
-                    rows = [opened.get_tensor(_name(module, row)) for row in range(sum(name.startswith(f"{module}/") for name in names))]
+                    rows = [
+                        opened.get_tensor(_name(module, row))
+                        for row in range(sum(name.startswith(f"{module}/") for name in names))
+                    ]
                     if facts[module] != _checksum(counts, rows):
                         raise ValueError("it does not match its checksum")
                     sums[module] = TriangleSum([row.to(device) for row in rows])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise _corrupt(path, error) from None
-        return PartSum(sums, num_blocks=int(counts["num_blocks"]), num_tokens=int(counts["num_tokens"]))
+        return PartSum(
+            sums, num_blocks=int(counts["num_blocks"]), num_tokens=int(counts["num_tokens"])
+        )
 
     def merged(self, modules: Sequence[str]) -> Iterator[tuple[str, MomentSum]]:
-        """Every module's sum over all parts, in the parts' order; one module in memory at a time."""
+        """Every module's sum over all parts, in the parts' order; one module in memory at a
+        time.
+        """
         for module in modules:
             total, num_tokens = None, 0
             for part in self.wanted:
@@ -116,15 +147,18 @@ def compute(
 ) -> None:
     """Brings this process's parts to their end; those that another process works on are waited for.
 
-    `is_stored` says whether somebody has finished it all, and removed the parts. `progress` is told how many documents of this process's
-    share are done, and of how many; it may raise to stop the work, which is saved first.
+    `is_stored` says whether somebody has finished it all, and removed the parts. `progress` is told
+    how many documents of this process's share are done, and of how many; it may raise to stop the
+    work, which is saved first.
     """
     mine = [part for part in parts.wanted if part % shard.of == shard.rank]
     of = {part: [len(block) for block in blocks_of(part, len(texts))] for part in mine}
     done = {part: sum(of[part][: parts.blocks_done(part)]) for part in mine}
     total = sum(map(sum, of.values()))
     if any(done.values()):
-        announce(f"going on where an earlier process stopped: {sum(done.values())} of {total} documents are done")
+        announce(
+            f"going on where an earlier process stopped: {sum(done.values())} of {total} documents are done"
+        )
     progress(sum(done.values()), total)
     for may_wait in (False, True):  # first what nobody works on
         for part in mine:
@@ -134,19 +168,29 @@ def compute(
                 announce(f"waiting for another process that works on part {part + 1} of {PARTS}")
             with locked(parts.folder / f"part-{part}.lock", may_wait=may_wait) as is_mine:
                 if is_mine and not is_stored():
-                    with contextlib.closing(_finish(parts, part, collector, texts, save_every_s=save_every_s)) as steps:
+                    with contextlib.closing(
+                        _finish(parts, part, collector, texts, save_every_s=save_every_s)
+                    ) as steps:
                         for num_documents in steps:
                             done[part] = num_documents
                             progress(sum(done.values()), total)
 
 
-def _finish(parts: Parts, part: int, collector: Collector, texts: Sequence[str], *, save_every_s: float) -> Generator[int]:
-    """Takes a part's remaining blocks; yields how many documents are done, after each. Saves when it is closed early."""
+def _finish(
+    parts: Parts, part: int, collector: Collector, texts: Sequence[str], *, save_every_s: float
+) -> Generator[int]:
+    """Takes a part's remaining blocks; yields how many documents are done, after each. Saves when
+    it is closed early.
+    """
     blocks = blocks_of(part, len(texts))
     done = parts.blocks_done(part)
     if done == len(blocks):  # another process did it in the meantime
         return
-    found = parts.load(part, collector.modules, device=collector.model.device) if done else collector.nothing()
+    found = (
+        parts.load(part, collector.modules, device=collector.model.device)
+        if done
+        else collector.nothing()
+    )
     saved, cost = time.monotonic(), 0.0
     for block in blocks[found.num_blocks :]:
         collector.add_block(found, [texts[index] for index in block])
@@ -164,7 +208,8 @@ def _finish(parts: Parts, part: int, collector: Collector, texts: Sequence[str],
 
 @contextlib.contextmanager
 def locked(path: Path, *, may_wait: bool) -> Iterator[bool]:
-    """Whether this process has the lock, which goes with the process. A file system without locks is no error.
+    """Whether this process has the lock, which goes with the process. A file system without locks
+    is no error.
 
     Two processes that do the same work write the same bits: the lock saves time, nothing else.
     """
@@ -185,7 +230,9 @@ def _name(module: str, row: int) -> str:
 
 
 def _corrupt(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"corrupt statistics: the unfinished sums {path} cannot be used ({error}). Delete the file: its part is taken anew.")
+    return ConfigError(
+        f"corrupt statistics: the unfinished sums {path} cannot be used ({error}). Delete the file: its part is taken anew."
+    )
 
 
 def _checksum(facts: dict[str, str], tensors: Sequence[torch.Tensor]) -> str:

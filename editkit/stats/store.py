@@ -1,7 +1,9 @@
-"""Second moments of keys on disk: computed once for a model and a corpus, found again by content, never trusted unchecked.
+"""Second moments of keys on disk: computed once for a model and a corpus, found again by content,
+never trusted unchecked.
 
-A file's name is a digest of everything that its content depends on (`MomentKey`). The same key lies inside the file beside a checksum, so
-that a damaged, renamed or foreign file is an error and not a wrong result.
+A file's name is a digest of everything that its content depends on (`MomentKey`). The same key lies
+inside the file beside a checksum, so that a damaged, renamed or foreign file is an error and not a
+wrong result.
 
 Shape letters: I d_in, N keys.
 """
@@ -59,11 +61,14 @@ class SecondMoment:
     num_tokens: int
     checksum: str = ""  # of the stored file
     dtype: SolveDtype = "float64"  # of the factor
-    keep: Callable[[torch.Tensor], torch.Tensor] | None = None  # puts the factor where it shall lie; None: beside the matrix
+    keep: Callable[[torch.Tensor], torch.Tensor] | None = (
+        None  # puts the factor where it shall lie; None: beside the matrix
+    )
 
     @cached_property
     def factor_II(self) -> torch.Tensor:
-        """Lower triangular; computed in float64 at the first use (I^3 / 3 operations), kept in `dtype`.
+        """Lower triangular; computed in float64 at the first use (I^3 / 3 operations), kept in
+        `dtype`.
 
         Raises ConfigError where the matrix is singular.
         """
@@ -75,7 +80,9 @@ class SecondMoment:
                 f"stats: the second moment of {self.module} cannot be inverted - it holds {self.num_tokens} keys of length {size} - "
                 "raise stats.num_documents, or do without it (ROME: editor.covariance=null)."
             )
-        factor_II = factor_II.to(getattr(torch, self.dtype))  # float32 could not factorise what is ill-conditioned
+        factor_II = factor_II.to(
+            getattr(torch, self.dtype)
+        )  # float32 could not factorise what is ill-conditioned
         return factor_II if self.keep is None else self.keep(factor_II)
 
 
@@ -84,25 +91,36 @@ class Moments:
     """The second moments that an editor asked for, by module; empty where it asked for none."""
 
     by_module: Mapping[str, SecondMoment] = field(default_factory=dict)
-    dtype: SolveDtype = "float64"  # `solve.dtype`: of the I x I matrices that solves are made from; the second moments stay float64
+    # `solve.dtype`: of the I x I matrices that solves are made from; the second moments stay
+    # float64
+    dtype: SolveDtype = "float64"
 
     def solved_in(self, dtype: SolveDtype) -> Moments:
         """The same, for least squares in another dtype."""
-        return Moments({module: replace(moment, dtype=dtype) for module, moment in self.by_module.items()}, dtype)
+        return Moments(
+            {module: replace(moment, dtype=dtype) for module, moment in self.by_module.items()},
+            dtype,
+        )
 
     def second_moment(self, module: str) -> torch.Tensor:
         """E[k k^T], (I, I) float64; not to be modified."""
         return self._of(module).matrix_II
 
     def inverse_times(self, module: str, keys_IN: torch.Tensor) -> torch.Tensor:
-        """E[k k^T]^-1 @ keys, float64, on the keys' device: two triangular solves in `dtype`, the factorisation is done once."""
+        """E[k k^T]^-1 @ keys, float64, on the keys' device: two triangular solves in `dtype`, the
+        factorisation is done once.
+        """
         return self.unwhiten(module, self.whiten(module, keys_IN))
 
     def whiten(self, module: str, keys_IN: torch.Tensor) -> torch.Tensor:
-        """L^-1 @ keys with E[k k^T] = L L^T, float64, on the keys' device: what common text's keys become white by."""
+        """L^-1 @ keys with E[k k^T] = L L^T, float64, on the keys' device: what common text's keys
+        become white by.
+        """
         factor_II = self._of(module).factor_II
         # Not `cholesky_solve`: it copies the factor, which for one column takes 25 times as long.
-        return torch.linalg.solve_triangular(factor_II, keys_IN.to(factor_II), upper=False).to(device=keys_IN.device, dtype=torch.float64)
+        return torch.linalg.solve_triangular(factor_II, keys_IN.to(factor_II), upper=False).to(
+            device=keys_IN.device, dtype=torch.float64
+        )
 
     def unwhiten(self, module: str, white_IN: torch.Tensor) -> torch.Tensor:
         """L^-T @ it, as `whiten`."""
@@ -112,7 +130,9 @@ class Moments:
         )
 
     def factorise(self, module: str) -> None:
-        """Does now what `inverse_times` would do at its first use. Raises ConfigError where the matrix is singular."""
+        """Does now what `inverse_times` would do at its first use. Raises ConfigError where the
+        matrix is singular.
+        """
         _ = self._of(module).factor_II
 
     @property
@@ -121,12 +141,15 @@ class Moments:
         return {module: moment.checksum for module, moment in self.by_module.items()}
 
     def _of(self, module: str) -> SecondMoment:
-        assert module in self.by_module, f"no second moment of {module}: the editor's moment_modules did not ask for it"
+        assert module in self.by_module, (
+            f"no second moment of {module}: the editor's moment_modules did not ask for it"
+        )
         return self.by_module[module]
 
 
 def mapped_into(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that moves a tensor into a file below the folder, which is mapped into memory and goes with the process.
+    """A function that moves a tensor into a file below the folder, which is mapped into memory and
+    goes with the process.
 
     The system may drop its pages whenever memory is short, and reads them again when they are used.
     """
@@ -146,10 +169,15 @@ def write(folder: Path, key: MomentKey, moment_sum: MomentSum) -> Path:
     """Stores one second moment under its key."""
     from safetensors.torch import save_file
 
-    tensors = {"sum_II": moment_sum.sum_II.cpu().contiguous(), "num_tokens": torch.tensor(moment_sum.num_tokens)}
+    tensors = {
+        "sum_II": moment_sum.sum_II.cpu().contiguous(),
+        "num_tokens": torch.tensor(moment_sum.num_tokens),
+    }
     path = folder / key.file_name
     with written_atomically(path) as temporary:
-        save_file(tensors, temporary, metadata={"key": key.as_json(), "checksum": _checksum(key, tensors)})
+        save_file(
+            tensors, temporary, metadata={"key": key.as_json(), "checksum": _checksum(key, tensors)}
+        )
     return path
 
 
@@ -166,11 +194,21 @@ def read(
     """
     stored, tensors, checksum = _load(path)
     if key is not None and stored != key:
-        differing = ", ".join(name for name, value in asdict(key).items() if value != getattr(stored, name))
-        raise ConfigError(f"corrupt statistics: {path} holds the second moment of something else ({differing} differ). {REMEDY}")
+        differing = ", ".join(
+            name for name, value in asdict(key).items() if value != getattr(stored, name)
+        )
+        raise ConfigError(
+            f"corrupt statistics: {path} holds the second moment of something else ({differing} differ). {REMEDY}"
+        )
     num_tokens = int(tensors["num_tokens"])
     matrix_II = tensors.pop("sum_II").to(device) / num_tokens
-    return SecondMoment(stored.module, matrix_II if keep is None else keep(matrix_II), num_tokens, checksum, keep=keep)
+    return SecondMoment(
+        stored.module,
+        matrix_II if keep is None else keep(matrix_II),
+        num_tokens,
+        checksum,
+        keep=keep,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,15 +229,29 @@ def verify(folder: str | Path) -> list[StoredMoment]:
         num_bytes = path.stat().st_size
         try:
             key, tensors, _ = _load(path)
-            problem = None if path.name == key.file_name else f"corrupt statistics: {path} is not named after its key. {REMEDY}"
-            found.append(StoredMoment(path=path, num_bytes=num_bytes, key=key, num_tokens=int(tensors["num_tokens"]), problem=problem))
+            problem = (
+                None
+                if path.name == key.file_name
+                else f"corrupt statistics: {path} is not named after its key. {REMEDY}"
+            )
+            found.append(
+                StoredMoment(
+                    path=path,
+                    num_bytes=num_bytes,
+                    key=key,
+                    num_tokens=int(tensors["num_tokens"]),
+                    problem=problem,
+                )
+            )
         except ConfigError as error:
             found.append(StoredMoment(path=path, num_bytes=num_bytes, problem=str(error)))
     return found
 
 
 def list_stored(folder: str | Path) -> list[StoredMoment]:
-    """What the store holds, by the files' headers alone: quick, and blind to damage in the numbers."""
+    """What the store holds, by the files' headers alone: quick, and blind to damage in the
+    numbers.
+    """
     from safetensors import safe_open
 
     found = []
@@ -208,10 +260,16 @@ def list_stored(folder: str | Path) -> list[StoredMoment]:
         try:
             with safe_open(path, framework="pt") as opened:
                 key, num_tokens = _key(opened.metadata()), int(opened.get_tensor("num_tokens"))
-            found.append(StoredMoment(path=path, num_bytes=num_bytes, key=key, num_tokens=num_tokens))
+            found.append(
+                StoredMoment(path=path, num_bytes=num_bytes, key=key, num_tokens=num_tokens)
+            )
         except Exception as error:  # whatever a damaged header raises, the listing goes on
             found.append(
-                StoredMoment(path=path, num_bytes=num_bytes, problem=f"corrupt statistics: {path} cannot be read ({error}). {REMEDY}")
+                StoredMoment(
+                    path=path,
+                    num_bytes=num_bytes,
+                    problem=f"corrupt statistics: {path} cannot be read ({error}). {REMEDY}",
+                )
             )
     return found
 
@@ -226,7 +284,9 @@ def _load(path: Path) -> tuple[MomentKey, dict[str, torch.Tensor], str]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
         key, checksum = _key(metadata), metadata["checksum"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"corrupt statistics: {path} cannot be read ({error}). {REMEDY}") from None
+        raise ConfigError(
+            f"corrupt statistics: {path} cannot be read ({error}). {REMEDY}"
+        ) from None
     if checksum != _checksum(key, tensors):
         raise ConfigError(f"corrupt statistics: {path} does not match its checksum. {REMEDY}")
     return key, tensors, checksum
@@ -235,7 +295,9 @@ def _load(path: Path) -> tuple[MomentKey, dict[str, torch.Tensor], str]:
 def _key(metadata: Mapping[str, str]) -> MomentKey:
     fields: dict[str, Any] = json.loads(metadata["key"])
     if fields["format"] != FORMAT:
-        raise ValueError(f"it has format {fields['format']}, of another version of editkit; this one writes {FORMAT}")
+        raise ValueError(
+            f"it has format {fields['format']}, of another version of editkit; this one writes {FORMAT}"
+        )
     return MomentKey(**fields)
 
 

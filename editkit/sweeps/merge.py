@@ -1,7 +1,8 @@
 """Which cells are views of one trajectory, and the one run that measures all of them.
 
-A restraint on the total that acts at evaluation changes what is measured, not the edits: a run measures its trajectory's own view and each
-restrained one. Cells that differ in such restraints alone therefore share a run.
+A restraint on the total that acts at evaluation changes what is measured, not the edits: a run
+measures its trajectory's own view and each restrained one. Cells that differ in such restraints
+alone therefore share a run.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from editkit.build import Place
-from editkit.views import UNRESTRAINED
+from editkit.config.build import Place
+from editkit.records.views import UNRESTRAINED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +48,28 @@ def trajectories(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
 
 
 def _trajectory(cell: Candidate) -> str:
-    """Everything about a cell but its views; the order of the restraints that act on the edits counts."""
+    """Everything about a cell but its views; the order of the restraints that act on the edits
+    counts.
+    """
     config = dict(cell.place.config)
-    acting = [(name, node) for name, node in config.pop("restraint").items() if name not in cell.place.totals]
-    return json.dumps([{**config, "name": cell.place.settings.name}, acting], sort_keys=True, default=str)
+    acting = [
+        (name, node)
+        for name, node in config.pop("restraint").items()
+        if name not in cell.place.totals
+    ]
+    return json.dumps(
+        [{**config, "name": cell.place.settings.name}, acting], sort_keys=True, default=str
+    )
 
 
 def merge(cells: Sequence[Candidate]) -> Merged:
-    """The run that measures the views of all these cells; the same for the same cells in any order."""
-    first = min(cells, key=lambda cell: (-len(cell.nodes), json.dumps(cell.nodes, sort_keys=True), cell.overrides))
+    """The run that measures the views of all these cells; the same for the same cells in any
+    order.
+    """
+    first = min(
+        cells,
+        key=lambda cell: (-len(cell.nodes), json.dumps(cell.nodes, sort_keys=True), cell.overrides),
+    )
     nodes = dict(first.nodes)
     names: dict[int, tuple[str, ...]] = {}
     for cell in sorted(cells, key=lambda each: json.dumps(each.nodes, sort_keys=True)):
@@ -67,15 +81,27 @@ def merge(cells: Sequence[Candidate]) -> Merged:
                 nodes[same] = node
             found.append(same)
         names[cell.number] = tuple(found) or (UNRESTRAINED,)
-    added = (f"+restraint.{name}={literal(node)}" for name, node in sorted(nodes.items()) if name not in first.nodes)
+    added = (
+        f"+restraint.{name}={literal(node)}"
+        for name, node in sorted(nodes.items())
+        if name not in first.nodes
+    )
     return Merged(overrides=(*first.overrides, *added), views=names)
 
 
-def _telling_name(name: str, node: Mapping[str, Any], taken: Mapping[str, Mapping[str, Any]]) -> str:
-    """A name for a second restraint of a kind: the values in which it differs from the first (prune-alpha1_5)."""
+def _telling_name(
+    name: str, node: Mapping[str, Any], taken: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """A name for a second restraint of a kind: the values in which it differs from the first
+    (prune-alpha1_5).
+    """
     differing = [f"{key}{value}" for key, value in node.items() if taken[name].get(key) != value]
     wanted = re.sub(r"[^\w-]+", "_", "-".join([name, *differing]))
-    return next(each for each in (wanted, *(f"{wanted}-{count}" for count in range(2, len(taken) + 3))) if each not in taken)
+    return next(
+        each
+        for each in (wanted, *(f"{wanted}-{count}" for count in range(2, len(taken) + 3)))
+        if each not in taken
+    )
 
 
 def literal(value: Any) -> str:
@@ -88,5 +114,7 @@ def literal(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):
         return repr(value)
-    quoted = re.sub(r'(\\*)"', r'\1\1\\"', str(value))  # only a quote, and the backslashes before it, need one
+    quoted = re.sub(
+        r'(\\*)"', r'\1\1\\"', str(value)
+    )  # only a quote, and the backslashes before it, need one
     return '"' + re.sub(r"(\\+)$", r"\1\1", quoted) + '"'

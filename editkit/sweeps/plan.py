@@ -1,7 +1,8 @@
 """What a sweep is: cells, the runs that hold their results, and both as a file.
 
-A *cell* is one combination of the grid's values. A *run* makes one trajectory of edits and measures views of it, so several cells can share
-one run. The plan is `cells.json` in the sweep's folder; beside it `jobs/<number>.json` say how each job that was launched ended.
+A *cell* is one combination of the grid's values. A *run* makes one trajectory of edits and measures
+views of it, so several cells can share one run. The plan is `cells.json` in the sweep's folder;
+beside it `jobs/<number>.json` say how each job that was launched ended.
 """
 
 from __future__ import annotations
@@ -57,13 +58,20 @@ class Plan:
         return tuple(cell for cell in self.cells if cell.run == run)
 
     def launched(self, jobs: Mapping[int, int]) -> Plan:
-        """The plan after these runs were launched once more; `jobs` says as which number, by the run's place."""
-        runs = (replace(run, jobs=(*run.jobs, jobs[place])) if place in jobs else run for place, run in enumerate(self.runs))
+        """The plan after these runs were launched once more; `jobs` says as which number, by the
+        run's place.
+        """
+        runs = (
+            replace(run, jobs=(*run.jobs, jobs[place])) if place in jobs else run
+            for place, run in enumerate(self.runs)
+        )
         return replace(self, runs=tuple(runs))
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
-    """Writes `cells.json`; folders are relative to the sweep's, so that a whole outputs folder can be moved."""
+    """Writes `cells.json`; folders are relative to the sweep's, so that a whole outputs folder can
+    be moved.
+    """
 
     def relative(path: Path | None) -> str | None:
         return None if path is None else os.path.relpath(path, folder)
@@ -78,7 +86,10 @@ def save_plan(plan: Plan, folder: Path) -> None:
         | {"edits": each.edits, "batch_size": each.batch_size, "jobs": each.jobs}
         for each in plan.runs
     ]
-    write_atomically(folder / CELLS, json.dumps({"version": VERSION, "cells": cells, "runs": runs}, indent=1).encode())
+    write_atomically(
+        folder / CELLS,
+        json.dumps({"version": VERSION, "cells": cells, "runs": runs}, indent=1).encode(),
+    )
 
 
 def load_plan(folder: Path) -> Plan:
@@ -93,11 +104,25 @@ def load_plan(folder: Path) -> Plan:
             return None if text is None else Path(os.path.normpath(folder / text))
 
         cells = tuple(
-            Cell(**each | {"overrides": tuple(each["overrides"]), "views": tuple(each["views"]), "own": absolute(each["own"])})
+            Cell(
+                **each
+                | {
+                    "overrides": tuple(each["overrides"]),
+                    "views": tuple(each["views"]),
+                    "own": absolute(each["own"]),
+                }
+            )
             for each in found["cells"]
         )
         runs = tuple(
-            Run(**each | {"overrides": tuple(each["overrides"]), "jobs": tuple(each["jobs"]), "folder": absolute(each["folder"])})
+            Run(
+                **each
+                | {
+                    "overrides": tuple(each["overrides"]),
+                    "jobs": tuple(each["jobs"]),
+                    "folder": absolute(each["folder"]),
+                }
+            )
             for each in found["runs"]
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -111,7 +136,9 @@ def shares_its_run(folder: Path, job: int) -> bool:
         plan = load_plan(folder)
     except ConfigError:
         return False
-    return any(job in run.jobs and len(plan.cells_of(place)) > 1 for place, run in enumerate(plan.runs))
+    return any(
+        job in run.jobs and len(plan.cells_of(place)) > 1 for place, run in enumerate(plan.runs)
+    )
 
 
 def save_outcome(folder: Path, job: int, outcome: Mapping[str, Any]) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from editkit.errors import ConfigError
-from editkit.lock import describe_holder, is_locked
-from editkit.provenance import PROVENANCE
-from editkit.session import DONE, FAILED
-from editkit.state import read_pointer
-from editkit.trackers.files import STEPS
+from editkit.records.writer import STEPS
+from editkit.runner.checkpoint import read_pointer
+from editkit.runner.lock import describe_holder, is_locked
+from editkit.runner.provenance import PROVENANCE
+from editkit.runner.session import DONE, FAILED
 
-# done: all edits made. running: a living process holds the lock. failed: it ended with an error, or collapsed. cut off: it was stopped or
-# killed, and goes on from its checkpoint. missing: nothing was recorded.
+# done: all edits made. running: a living process holds the lock. failed: it ended with an error, or
+# collapsed. cut off: it was stopped or killed, and goes on from its checkpoint. missing: nothing
+# was recorded.
 State = Literal["done", "running", "failed", "cut off", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "cut off", "missing")
 
@@ -38,7 +39,14 @@ def look(folder: Path) -> RunStatus:
     again = _number(folder / PROVENANCE, "steps_made_again")
 
     def status(state: State, error: str | None = None, holder: str | None = None) -> RunStatus:
-        return RunStatus(state=state, step=step, saved_step=saved, error=error, holder=holder, steps_made_again=again)
+        return RunStatus(
+            state=state,
+            step=step,
+            saved_step=saved,
+            error=error,
+            holder=holder,
+            steps_made_again=again,
+        )
 
     if (folder / DONE).exists():
         return status("done")

@@ -1,11 +1,13 @@
-"""The two ways of the network's part in a target search: the whole network in every step, or what can change alone.
+"""The two ways of the network's part in a target search: the whole network in every step, or what
+can change alone.
 
-delta changes the site's output at the subject's last token, and the site feeds the residual stream right after its block. So the blocks up
-to that one, and all earlier tokens, are run once; each step of the search runs the tokens from the subject's last one on through the blocks
-above. Both take any number of requests together: a row of the batch is a request in a context.
+delta changes the site's output at the subject's last token, and the site feeds the residual stream
+right after its block. So the blocks up to that one, and all earlier tokens, are run once; each step
+of the search runs the tokens from the subject's last one on through the blocks above. Both take any
+number of requests together: a row of the batch is a request in a context.
 
-Shape letters: N requests, B sequences, S tokens from the subject's last one on, T all tokens, D width of the network, O width of the site's
-output, M pairs whose logits are wanted, V vocabulary.
+Shape letters: N requests, B sequences, S tokens from the subject's last one on, T all tokens, D
+width of the network, O width of the site's output, M pairs whose logits are wanted, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from editkit.lazy import torch
-from editkit.model import continuation
+from editkit.model import cached_suffix as continuation
 from editkit.model.capture import add_to_output, capture
-from editkit.model.head import read, read_sliced
+from editkit.model.logits import read, read_sliced
 from editkit.model.tokens import PromptBatch, pad
 from editkit.targets.descent import Seen
 from editkit.targets.sequences import Sequences, Wanted, wanted
@@ -44,18 +46,28 @@ class PlainForward:
         with add_to_output(self.model, self.site, self.sites_B, delta_NO[self.owner_B]):
             hidden_BTD = self.model.final_hidden(self.batch)
         columns_M = self.batch.first_B[self.wanted.rows_M] + self.wanted.positions_M
-        found = read(self.model, hidden_BTD[self.wanted.rows_M, columns_M], self.wanted.ids_K, before_NV)
+        found = read(
+            self.model, hidden_BTD[self.wanted.rows_M, columns_M], self.wanted.ids_K, before_NV
+        )
         return Seen(self.wanted.means(found.log_p_K), found.kl_N, found.log_p_NV)
 
     def only(self, kept: Sequence[int]) -> PlainForward:
-        return plain_forward(self.model, self.site, [self.requests[index] for index in kept], side=self.side)
+        return plain_forward(
+            self.model, self.site, [self.requests[index] for index in kept], side=self.side
+        )
 
 
 def plain_forward(
-    model: EditableModel, site: str, requests: Sequence[Sequences], *, side: Literal["left", "right"] = "right"
+    model: EditableModel,
+    site: str,
+    requests: Sequence[Sequences],
+    *,
+    side: Literal["left", "right"] = "right",
 ) -> PlainForward:
     """The function of delta that a search minimises, run the plain way."""
-    batch = pad([ids for sequences in requests for ids in sequences.ids], device=model.device, side=side)
+    batch = pad(
+        [ids for sequences in requests for ids in sequences.ids], device=model.device, side=side
+    )
     return PlainForward(
         model=model,
         site=site,
@@ -93,21 +105,28 @@ class ContinuedForward:
 
 
 def continued_layer(model: EditableModel, site: str, sequences: Sequences) -> int | None:
-    """The layer that can be gone on from when `site` is changed; None where only the whole network will do.
+    """The layer that can be gone on from when `site` is changed; None where only the whole network
+    will do.
 
-    That is so where the site is neither a block nor an MLP whose output is added to the residual stream as it is, and where a sliding
-    window is shorter than the sequences.
+    That is so where the site is neither a block nor an MLP whose output is added to the residual
+    stream as it is, and where a sliding window is shorter than the sequences.
     """
     if not continuation.can_continue(model, max(map(len, sequences.ids))):
         return None
     for layer in range(model.num_layers):
-        if site == model.family.block(layer) or (site == model.family.mlp(layer) and model.family.adds_mlp_output):
+        if site == model.family.block(layer) or (
+            site == model.family.mlp(layer) and model.family.adds_mlp_output
+        ):
             return layer
     return None
 
 
-def continued_forward(model: EditableModel, site: str, layer: int, requests: Sequence[Sequences]) -> tuple[ContinuedForward, torch.Tensor]:
-    """The function of delta, and what the site gives for the clean prompts: (N, O), at least float32. The lower blocks run here, once."""
+def continued_forward(
+    model: EditableModel, site: str, layer: int, requests: Sequence[Sequences]
+) -> tuple[ContinuedForward, torch.Tensor]:
+    """The function of delta, and what the site gives for the clean prompts: (N, O), at least
+    float32. The lower blocks run here, once.
+    """
     prepared = continuation.prepare(
         model,
         layer,
@@ -115,17 +134,27 @@ def continued_forward(model: EditableModel, site: str, layer: int, requests: Seq
         [position for sequences in requests for position in sequences.sites],
         reads=[positions for sequences in requests for positions in sequences.reads],
         at_start=[site],
-        groups=[row for sequences in requests for row in range(len(sequences.ids))],  # a context each
+        groups=[
+            row for sequences in requests for row in range(len(sequences.ids))
+        ],  # a context each
     )
-    clean_N = torch.tensor([0, *accumulate(len(sequences.ids) for sequences in requests)][:-1], device=model.device)
+    clean_N = torch.tensor(
+        [0, *accumulate(len(sequences.ids) for sequences in requests)][:-1], device=model.device
+    )
     # Only what the steps need is kept.
-    return _continued(requests, replace(prepared, at_start={})), at_least_float32(prepared.at_start[site][clean_N])
+    return _continued(requests, replace(prepared, at_start={})), at_least_float32(
+        prepared.at_start[site][clean_N]
+    )
 
 
-def _continued(requests: Sequence[Sequences], prepared: continuation.Continuation) -> ContinuedForward:
+def _continued(
+    requests: Sequence[Sequences], prepared: continuation.Continuation
+) -> ContinuedForward:
     device = prepared.model.device
     found = wanted(requests, device=device)
-    sites_B = torch.tensor([position for sequences in requests for position in sequences.sites], device=device)
+    sites_B = torch.tensor(
+        [position for sequences in requests for position in sequences.sites], device=device
+    )
     return ContinuedForward(
         requests=tuple(requests),
         continuation=prepared,
@@ -136,12 +165,16 @@ def _continued(requests: Sequence[Sequences], prepared: continuation.Continuatio
 
 
 def site_outputs(model: EditableModel, site: str, requests: Sequence[Sequences]) -> torch.Tensor:
-    """v, (N, O), at least float32: what the site gives at the subject's last token of the clean prompts; the pass stops there."""
+    """v, (N, O), at least float32: what the site gives at the subject's last token of the clean
+    prompts; the pass stops there.
+    """
     batch = pad([sequences.ids[0] for sequences in requests], device=model.device)
     with torch.no_grad(), capture(model, outputs=[site]) as captured:
         model.final_hidden(batch)
     columns_N = batch.columns([sequences.sites[0] for sequences in requests])
-    return at_least_float32(captured.outputs[site][torch.arange(len(requests), device=model.device), columns_N])
+    return at_least_float32(
+        captured.outputs[site][torch.arange(len(requests), device=model.device), columns_N]
+    )
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:
@@ -150,4 +183,6 @@ def at_least_float32(values: torch.Tensor) -> torch.Tensor:
 
 def _owners(requests: Sequence[Sequences], device: torch.device) -> torch.Tensor:
     """(B,): the request of each row."""
-    return torch.tensor([owner for owner, sequences in enumerate(requests) for _ in sequences.ids], device=device)
+    return torch.tensor(
+        [owner for owner, sequences in enumerate(requests) for _ in sequences.ids], device=device
+    )

@@ -1,14 +1,17 @@
-"""The search for target vectors: what a module should give at the subject's last token, so that the model says the target.
+"""The search for target vectors: what a module should give at the subject's last token, so that the
+model says the target.
 
-Meng et al. 2022 (ROME, arXiv 2202.05262), Eq. 4, as published code has it, with the differences named where they are. One implementation
-for every locate-then-edit method: it knows a site (any module whose output is (B, T, O)) and nothing about what is done with its answer.
+Meng et al. 2022 (ROME, arXiv 2202.05262), Eq. 4, as published code has it, with the differences
+named where they are. One implementation for every locate-then-edit method: it knows a site (any
+module whose output is (B, T, O)) and nothing about what is done with its answer.
 
     loss(delta) = mean over contexts of -log p(target) per token                  the request itself
                 + kl_factor * KL(p with delta || p without) after "{subject} is a"   the subject keeps its essence
                 + weight_decay * |delta| / |v|^2                                   v: what the module gives for the clean prompt
 
-`descent` minimises it for all requests of a batch together, over either of `forwards`: the plain one runs the whole network each step, the
-continued one what can change. A plain search is one descent; a restraint on the objective may make it of several.
+`descent` minimises it for all requests of a batch together, over either of `forwards`: the plain
+one runs the whole network each step, the continued one what can change. A plain search is one
+descent; a restraint on the objective may make it of several.
 
 Shape letters: N requests, O width of the site's output.
 """
@@ -18,52 +21,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from editkit.errors import ConfigError
 from editkit.lazy import torch
+from editkit.resources.stopwatch import measured
 from editkit.targets.descent import Descent, Forward, TargetProblem
 from editkit.targets.forwards import continued_forward, continued_layer, plain_forward, site_outputs
 from editkit.targets.sequences import Sequences, prepare
-from editkit.timing import measured
 from editkit.types import EditRequest
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
-    from editkit.restraints.base import AbstractObjectiveRestraint
+    from editkit.targets.objective import Objective
+    from editkit.targets.settings import TargetSettings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetSettings:
-    """The numbers of the search; a recipe knows them."""
-
-    steps: int  # how often the loss is taken; Adam moves in between, so `steps - 1` times, as with the published v_num_grad_steps
-    lr: float
-    lr_unit: Literal["absolute", "relative"]  # relative: times |v| / sqrt(O), so that one step of Adam moves delta by about lr * |v|
-    weight_decay: float
-    clamp: float  # |delta| <= clamp * |v|
-    kl_factor: float
-    kl_position: Literal["subject_last", "prompt_end"]
-    stop_loss: float  # the search ends below it
-    exact: bool  # true: the whole network in every step; false: what lies before delta is computed once, the same to rounding
-    tokens_at_once: int = 8192  # requests are searched together up to so many (contexts and padding count); memory, no result but rounding
-
-    def __post_init__(self) -> None:
-        positive = [name for name in ("steps", "lr", "clamp", "tokens_at_once") if not getattr(self, name) > 0]
-        negative = [name for name in ("weight_decay", "kl_factor") if not getattr(self, name) >= 0]
-        problems = [f"editor.target.{name} must be positive - got {getattr(self, name)}." for name in positive]
-        problems += [f"editor.target.{name} must not be negative - got {getattr(self, name)}." for name in negative]
-        if problems:
-            raise ConfigError(problems)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Target:
     """What the search found for a request; the target vector v* is `initial_O + delta_O`.
 
-    The probabilities are the target's after the clean prompt, as the geometric mean over its tokens, in [0, 1].
+    The probabilities are the target's after the clean prompt, as the geometric mean over its
+    tokens, in [0, 1].
     """
 
     initial_O: torch.Tensor  # v, at least float32
@@ -72,7 +52,9 @@ class Target:
     updates: int  # how often Adam moved
     probability_before: float
     probability_after: float
-    nonfinite: bool = False  # the loss at delta_O is not a number, or infinite; the search ended there
+    nonfinite: bool = (
+        False  # the loss at delta_O is not a number, or infinite; the search ended there
+    )
 
     @property
     def vector_O(self) -> torch.Tensor:
@@ -86,17 +68,21 @@ def search_targets(
     site: str,
     contexts: Sequence[str],
     settings: TargetSettings,
-    objective: AbstractObjectiveRestraint | None = None,
+    objective: Objective | None = None,
 ) -> tuple[Target, ...]:
-    """The target of each request, on the weights as they are now: delta is added to the output of the module `site` at the subject's last
-    token of every sequence.
+    """The target of each request, on the weights as they are now: delta is added to the output of
+    the module `site` at the subject's last token of every sequence.
 
-    They are searched together, in batches of at most `settings.tokens_at_once`; each finds what it would find alone, to rounding.
-    `contexts` are templates with one "{}" for the prompt, the first of them the bare "{}". The model is read only. A loss that is not
-    finite ends a request's search and is told in its result. Raises ConfigError for a request that cannot be tokenised.
+    They are searched together, in batches of at most `settings.tokens_at_once`; each finds what it
+    would find alone, to rounding. `contexts` are templates with one "{}" for the prompt, the first
+    of them the bare "{}". The model is read only. A loss that is not finite ends a request's search
+    and is told in its result. Raises ConfigError for a request that cannot be tokenised.
     """
     with measured("texts"):
-        sequences = [prepare(model, request, contexts, kl_position=settings.kl_position) for request in requests]
+        sequences = [
+            prepare(model, request, contexts, kl_position=settings.kl_position)
+            for request in requests
+        ]
     layers = [None if settings.exact else continued_layer(model, site, each) for each in sequences]
     if not settings.exact and None in layers:
         log.warning(
@@ -107,15 +93,23 @@ def search_targets(
     at_block = site in map(model.family.block, range(model.num_layers))
     found: dict[int, Target] = {}
     for layer in dict.fromkeys(layers):
-        for places in _batches(sequences, [place for place, each in enumerate(layers) if each == layer], settings.tokens_at_once):
+        for places in _batches(
+            sequences,
+            [place for place, each in enumerate(layers) if each == layer],
+            settings.tokens_at_once,
+        ):
             with measured("prefix"):
-                problem = _problem(model, site, layer, [sequences[place] for place in places], settings)
+                problem = _problem(
+                    model, site, layer, [sequences[place] for place in places], settings
+                )
             with measured("search"):
                 if objective is None:
                     descent = problem.descend(updates=settings.steps - 1)
                 else:
                     ids = [requests[place].id for place in places]
-                    descent = objective.search(problem, request_ids=ids, site="block" if at_block else "mlp")
+                    descent = objective.search(
+                        problem, request_ids=ids, site="block" if at_block else "mlp"
+                    )
                 found |= zip(places, targets_of(problem, descent), strict=True)
     return tuple(found[place] for place in range(len(requests)))
 
@@ -127,10 +121,12 @@ def search_target(
     site: str,
     contexts: Sequence[str],
     settings: TargetSettings,
-    objective: AbstractObjectiveRestraint | None = None,
+    objective: Objective | None = None,
 ) -> Target:
     """`search_targets` of one request."""
-    return search_targets(model, [request], site=site, contexts=contexts, settings=settings, objective=objective)[0]
+    return search_targets(
+        model, [request], site=site, contexts=contexts, settings=settings, objective=objective
+    )[0]
 
 
 def targets_of(problem: TargetProblem, found: Descent) -> Iterator[Target]:
@@ -142,7 +138,9 @@ def targets_of(problem: TargetProblem, found: Descent) -> Iterator[Target]:
         found.log_p_NC[:, 0].exp(),
         ~found.is_finite_N,
     )
-    for place, (loss, updates, before, after, nonfinite) in enumerate(zip(*(column_N.tolist() for column_N in columns), strict=True)):
+    for place, (loss, updates, before, after, nonfinite) in enumerate(
+        zip(*(column_N.tolist() for column_N in columns), strict=True)
+    ):
         yield Target(
             initial_O=problem.initial_NO[place],
             delta_O=found.delta_NO[place],
@@ -154,17 +152,35 @@ def targets_of(problem: TargetProblem, found: Descent) -> Iterator[Target]:
         )
 
 
-def _problem(model: EditableModel, site: str, layer: int | None, sequences: Sequence[Sequences], settings: TargetSettings) -> TargetProblem:
+def _problem(
+    model: EditableModel,
+    site: str,
+    layer: int | None,
+    sequences: Sequence[Sequences],
+    settings: TargetSettings,
+) -> TargetProblem:
     forward: Forward
     if layer is None:
-        forward, initial_NO = plain_forward(model, site, sequences), site_outputs(model, site, sequences)
+        forward, initial_NO = (
+            plain_forward(model, site, sequences),
+            site_outputs(model, site, sequences),
+        )
     else:
         forward, initial_NO = continued_forward(model, site, layer, sequences)
-    return TargetProblem(forward=forward, initial_NO=initial_NO, settings=settings, is_late=model.device.type == "cuda")
+    return TargetProblem(
+        forward=forward,
+        initial_NO=initial_NO,
+        settings=settings,
+        is_late=model.device.type == "cuda",
+    )
 
 
-def _batches(sequences: Sequence[Sequences], places: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
-    """Divides requests into batches whose rectangle of rows and longest row is within the bound; a request alone may exceed it."""
+def _batches(
+    sequences: Sequence[Sequences], places: Sequence[int], tokens_at_once: int
+) -> Iterator[list[int]]:
+    """Divides requests into batches whose rectangle of rows and longest row is within the bound; a
+    request alone may exceed it.
+    """
     batch: list[int] = []
     rows = longest = 0
     for place in places:

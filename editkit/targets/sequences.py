@@ -1,7 +1,9 @@
-"""The texts of a target search as token ids: every request in its contexts, and the prompt at which its essence is kept.
+"""The texts of a target search as token ids: every request in its contexts, and the prompt at which
+its essence is kept.
 
-Shape letters: B sequences (by request: the contexts, then the KL prompt), N requests, C contexts, L longest target, K tokens of targets, M
-(sequence, position) pairs whose logits are wanted (M = K + N).
+Shape letters: B sequences (by request: the contexts, then the KL prompt), N requests, C contexts, L
+longest target, K tokens of targets, M (sequence, position) pairs whose logits are wanted (M = K +
+N).
 """
 
 from __future__ import annotations
@@ -11,7 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from editkit.lazy import torch
-from editkit.model.tokens import PLACE, TargetSequence, encode, encode_with_targets, fill, subject_position
+from editkit.model.tokens import (
+    PLACE,
+    TargetSequence,
+    encode,
+    encode_with_targets,
+    fill,
+    subject_position,
+)
 from editkit.types import EditRequest
 
 if TYPE_CHECKING:
@@ -22,7 +31,9 @@ ESSENCE = "{} is a"  # the KL prompt of the published code
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sequences:
-    """The sequences of one request, tokenised: each context with the target but for its last token, then the KL prompt."""
+    """The sequences of one request, tokenised: each context with the target but for its last token,
+    then the KL prompt.
+    """
 
     ids: tuple[tuple[int, ...], ...]  # by row
     sites: tuple[int, ...]  # by row: position of the subject's last token
@@ -37,7 +48,11 @@ class Sequences:
 
 
 def prepare(
-    model: EditableModel, request: EditRequest, contexts: Sequence[str], *, kl_position: Literal["subject_last", "prompt_end"]
+    model: EditableModel,
+    request: EditRequest,
+    contexts: Sequence[str],
+    *,
+    kl_position: Literal["subject_last", "prompt_end"],
 ) -> Sequences:
     """Tokenises a request in its contexts. Raises ConfigError where that cannot be done."""
     assert contexts and contexts[0] == PLACE, "the first context is the bare prompt"
@@ -48,31 +63,46 @@ def prepare(
     return Sequences(
         ids=(*(sequence.ids[:-1] for sequence in encoded), essence_encoded.ids),
         sites=(*sites, essence_site),
-        predicting=tuple(range(sequence.predicting.start, sequence.predicting.stop) for sequence in encoded),
+        predicting=tuple(
+            range(sequence.predicting.start, sequence.predicting.stop) for sequence in encoded
+        ),
         targets=tuple(sequence.target_ids for sequence in encoded),
-        # Differs from the paper: published code measures the KL at the subject's last token, the paper writes p(x | "{subject} is a").
+        # Differs from the paper: published code measures the KL at the subject's last token, the
+        # paper writes p(x | "{subject} is a").
         kl_position=essence_site if kl_position == "subject_last" else len(essence_encoded.ids) - 1,
     )
 
 
-def locate(model: EditableModel, request: EditRequest, contexts: Sequence[str]) -> tuple[list[TargetSequence], list[int]]:
-    """Each context with prompt and target, tokenised as one text, and where in it the subject's last token is."""
+def locate(
+    model: EditableModel, request: EditRequest, contexts: Sequence[str]
+) -> tuple[list[TargetSequence], list[int]]:
+    """Each context with prompt and target, tokenised as one text, and where in it the subject's
+    last token is.
+    """
     filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
-    encoded = encode_with_targets(model.tokenizer, [(prompt.text, request.target) for prompt in filled])
-    return encoded, [subject_position(sequence, prompt) for sequence, prompt in zip(encoded, filled, strict=True)]
+    encoded = encode_with_targets(
+        model.tokenizer, [(prompt.text, request.target) for prompt in filled]
+    )
+    return encoded, [
+        subject_position(sequence, prompt) for sequence, prompt in zip(encoded, filled, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Wanted:
-    """Where the logits of several requests are read, and how a loss comes of them; on the device, so that no step copies indices there.
+    """Where the logits of several requests are read, and how a loss comes of them; on the device,
+    so that no step copies indices there.
 
-    The pairs are the targets' of every request and context in order, then each request's KL position.
+    The pairs are the targets' of every request and context in order, then each request's KL
+    position.
     """
 
     rows_M: torch.Tensor
     positions_M: torch.Tensor  # in the unpadded sequences
     ids_K: torch.Tensor  # the targets' tokens: of all pairs but the last N
-    pairs_NCL: torch.Tensor  # which pairs belong to a request's context; where it has fewer than L, its first stands in
+    pairs_NCL: (
+        torch.Tensor
+    )  # which pairs belong to a request's context; where it has fewer than L, its first stands in
     is_pair_NCL: torch.Tensor
 
     def means(self, log_p_K: torch.Tensor) -> torch.Tensor:
@@ -90,13 +120,18 @@ def wanted(requests: Sequence[Sequences], *, device: torch.device) -> Wanted:
     first_row, pairs_NCL, is_pair_NCL = 0, [], []
     for sequences in requests:
         starts, lengths = [], [len(target) for target in sequences.targets]
-        for row, (positions, target) in enumerate(zip(sequences.predicting, sequences.targets, strict=True), first_row):
+        for row, (positions, target) in enumerate(
+            zip(sequences.predicting, sequences.targets, strict=True), first_row
+        ):
             starts.append(len(pairs))
             pairs += [(row, position) for position in positions]
             token_ids += target
         is_pair_NCL.append([[step < length for step in range(longest)] for length in lengths])
         pairs_NCL.append(
-            [[start + step * is_pair for step, is_pair in enumerate(row)] for start, row in zip(starts, is_pair_NCL[-1], strict=True)]
+            [
+                [start + step * is_pair for step, is_pair in enumerate(row)]
+                for start, row in zip(starts, is_pair_NCL[-1], strict=True)
+            ]
         )
         first_row += len(sequences.ids)
         kl_pairs.append((first_row - 1, sequences.kl_position))

@@ -1,4 +1,6 @@
-"""The computation of second moments on the screen: what it will take, how far it is, how long it still takes."""
+"""The computation of second moments on the screen: what it will take, how far it is, how long it
+still takes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class Collecting:
 
     def __init__(self, console: Console, bar: Progress) -> None:
         self._console, self._bar = console, bar
-        self._start: tuple[float, int] | None = None  # when this process began, and how many documents were done before
+        self._start: tuple[float, int] | None = (
+            None  # when this process began, and how many documents were done before
+        )
         self._said = 0.0
 
     def announce(self, sentence: str) -> None:
@@ -43,13 +47,22 @@ class Collecting:
 
 @contextlib.contextmanager
 def collecting() -> Iterator[Collecting]:
-    """A bar on a terminal, a line now and then elsewhere; nothing where nothing has to be computed."""
+    """A bar on a terminal, a line now and then elsewhere; nothing where nothing has to be
+    computed.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         yield Collecting(console, bar)
 
 
@@ -59,4 +72,10 @@ def left_text(seconds: float, *, done: int, remaining: int) -> str:
         return ""
     left = seconds / done * remaining
     hours, minutes = divmod(round(left / 60), 60)
-    return f"{left:.0f} s left" if left < 90 else f"{minutes} min left" if not hours else f"{hours} h {minutes} min left"
+    return (
+        f"{left:.0f} s left"
+        if left < 90
+        else f"{minutes} min left"
+        if not hours
+        else f"{hours} h {minutes} min left"
+    )

@@ -1,6 +1,7 @@
 """What a person sees of a run: progress, warnings, and the final table.
 
-A line at every milestone, and on a terminal a progress bar below. rich is imported when it is needed: naming this tracker costs nothing.
+A line at every milestone, and on a terminal a progress bar below. rich is imported when it is
+needed: naming this tracker costs nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from editkit.errors import ConfigError
-from editkit.trackers.base import AbstractTracker, RunInfo, Status
+from editkit.records.tracker import AbstractTracker, RunInfo, Status
 from editkit.trackers.display import Display, say_warning
 from editkit.trackers.watch import Watch
 from editkit.types import EvalRecord, StepRecord
@@ -25,15 +26,25 @@ class Console(AbstractTracker):
     _open: list[Display] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        given = {"condition_ratio": self.condition_ratio, "loss_ratio": self.loss_ratio, "loss_window": self.loss_window}
+        given = {
+            "condition_ratio": self.condition_ratio,
+            "loss_ratio": self.loss_ratio,
+            "loss_window": self.loss_window,
+        }
         if wrong := [
-            f"tracker.{name}: {value} was given; a number of at least 1 is needed." for name, value in given.items() if not value >= 1
+            f"tracker.{name}: {value} was given; a number of at least 1 is needed."
+            for name, value in given.items()
+            if not value >= 1
         ]:
             raise ConfigError(wrong)
 
     def open(self, run: RunInfo) -> None:
         assert not self._open, "a tracker watches one run at a time"
-        watch = Watch(condition_ratio=self.condition_ratio, loss_ratio=self.loss_ratio, loss_window=self.loss_window)
+        watch = Watch(
+            condition_ratio=self.condition_ratio,
+            loss_ratio=self.loss_ratio,
+            loss_window=self.loss_window,
+        )
         self._open.append(Display(run, watch))
 
     def step(self, record: StepRecord) -> None:

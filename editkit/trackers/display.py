@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
+from editkit.records.tracker import RunInfo, Status
 from editkit.report.tables import Table, default_protocol, formatted, number, summarise
-from editkit.trackers.base import RunInfo, Status
 from editkit.trackers.watch import Watch
 from editkit.types import EvalRecord, StepRecord
 
@@ -29,11 +29,15 @@ def say_warning(text: str, *, out: Console | None = None) -> None:
     """Shows a warning, above the progress bar where there is one."""
     from rich.console import Console
 
-    (out or Console(highlight=False)).print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+    (out or Console(highlight=False)).print(
+        f"warning: {text}", style="yellow", markup=False, soft_wrap=True
+    )
 
 
 class Display:
-    """Follows one run's records. Holds those of the milestones only: a run of 10,000 edits must not fill the memory."""
+    """Follows one run's records. Holds those of the milestones only: a run of 10,000 edits must not
+    fill the memory.
+    """
 
     def __init__(self, info: RunInfo, watch: Watch) -> None:
         from rich.console import Console
@@ -51,9 +55,13 @@ class Display:
             self._recall()
         past = f", going on after step {info.resumed_at}" if info.resumed_at else ""
         self._say(f"{info.name}: {info.edits} {info.unit}; views: {', '.join(info.views)}{past}")
-        self._bar: Progress | None = _progress(self._out, info.unit) if self._out.is_terminal else None
+        self._bar: Progress | None = (
+            _progress(self._out, info.unit) if self._out.is_terminal else None
+        )
         if self._bar is not None:
-            self._bar.add_task("", total=info.edits, completed=self._edits_at(info.resumed_at), figures="")
+            self._bar.add_task(
+                "", total=info.edits, completed=self._edits_at(info.resumed_at), figures=""
+            )
             self._bar.start()
 
     def step(self, record: StepRecord) -> None:
@@ -61,7 +69,10 @@ class Display:
         self._last = record
         for text in self._watch.look(record):
             self.warn(text)
-        self._condition = max((figures.get("condition_number", math.nan) for figures in record.modules.values()), default=self._condition)
+        self._condition = max(
+            (figures.get("condition_number", math.nan) for figures in record.modules.values()),
+            default=self._condition,
+        )
         if record.step == 0:
             self._steps[0] = record
         self._edits += len(record.requests)
@@ -70,7 +81,9 @@ class Display:
             self._bar.update(
                 self._bar.task_ids[0],
                 completed=self._edits_at(record.step),
-                figures=", ".join([*self._figures(), f"condition number {number(self._condition)}"]),
+                figures=", ".join(
+                    [*self._figures(), f"condition number {number(self._condition)}"]
+                ),
             )
 
     def evaluation(self, record: EvalRecord) -> None:
@@ -98,15 +111,21 @@ class Display:
         self._say(f"records, state and figures: {self._info.folder}")
 
     def _recall(self) -> None:
-        """What came before this session, from the run's files: the final table and the thresholds are those of the whole run."""
-        from editkit.report.load import load_run
+        """What came before this session, from the run's files: the final table and the thresholds
+        are those of the whole run.
+        """
+        from editkit.records.reader import load_run
 
         try:
             past = load_run(self._info.folder)
         except ConfigError as error:
             self.warn(f"the table will begin after step {self._info.resumed_at}: {error}")
             return
-        self._evals = {_identity(record): record for record in past.evals if record.step <= self._info.resumed_at}
+        self._evals = {
+            _identity(record): record
+            for record in past.evals
+            if record.step <= self._info.resumed_at
+        }
         measured = {0} | {record.step for record in self._evals.values()}
         for record in past.steps:
             if record.step <= self._info.resumed_at:
@@ -118,7 +137,9 @@ class Display:
         self._out.print(text, markup=False, soft_wrap=True)
 
     def _say_milestone(self) -> None:
-        """A line when a milestone's measurements are complete, which is known when something else comes."""
+        """A line when a milestone's measurements are complete, which is known when something else
+        comes.
+        """
         if self._last is None:
             return
         evals = [record for record in self._evals.values() if record.step == self._last.step]
@@ -129,10 +150,18 @@ class Display:
         except ConfigError as error:
             self.warn(str(error))
             return
-        parts = [f"{self._edits_at(self._last.step)}/{self._info.edits} {self._info.unit}", *self._figures()]
+        parts = [
+            f"{self._edits_at(self._last.step)}/{self._info.edits} {self._info.unit}",
+            *self._figures(),
+        ]
         for row in table.rows:
             measured = zip(table.columns, formatted(table, row), row.cells, strict=True)
-            parts.append(f"{row.view}: " + ", ".join(f"{column.title} {text}" for column, text, cell in measured if cell is not None))
+            parts.append(
+                f"{row.view}: "
+                + ", ".join(
+                    f"{column.title} {text}" for column, text, cell in measured if cell is not None
+                )
+            )
         self._say(" | ".join(parts))
 
     def _table(self, evals: list[EvalRecord]) -> Table:
@@ -148,7 +177,8 @@ class Display:
         figures = []
         if self._edits and self._last is not None:
             remaining = self._info.edits - self._edits_at(self._last.step)
-            # The wall time, measuring included: later milestones measure more edits, so this is a little too hopeful.
+            # The wall time, measuring included: later milestones measure more edits, so this is a
+            # little too hopeful.
             left_s = (time.monotonic() - self._started) / self._edits * remaining
             figures.append(f"{self._seconds / self._edits:.2f} s/edit")
             if remaining:
@@ -161,7 +191,17 @@ class Display:
 def _identity(record: EvalRecord) -> tuple[object, ...]:
     """What one measurement is of: a run that goes on may repeat the last milestone."""
     part = (record.block, record.subset)
-    return (record.step, record.view, record.kind, record.suite, record.task, record.metric, record.protocol, record.timing, part)
+    return (
+        record.step,
+        record.view,
+        record.kind,
+        record.suite,
+        record.task,
+        record.metric,
+        record.protocol,
+        record.timing,
+        part,
+    )
 
 
 def _progress(out: Console, unit: str) -> Progress:

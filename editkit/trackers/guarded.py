@@ -1,11 +1,13 @@
-"""A tracker that fails is left out from then on, and the run goes on: nothing that only watches may cost a run."""
+"""A tracker that fails is left out from then on, and the run goes on: nothing that only watches may
+cost a run.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 
-from editkit.trackers.base import AbstractTracker, RunInfo, Status
+from editkit.records.tracker import AbstractTracker, RunInfo, Status
 from editkit.types import EvalRecord, SampleRecord, StepRecord
 
 log = logging.getLogger(__name__)
@@ -17,13 +19,17 @@ def attempt(what: str, action: Callable[[], object], complain: Callable[[str], o
         action()
     except Exception as error:
         reason = " ".join(str(error).split())
-        complain(f"{what} failed and is left out from now on; the run and its files go on ({type(error).__name__}: {reason})")
+        complain(
+            f"{what} failed and is left out from now on; the run and its files go on ({type(error).__name__}: {reason})"
+        )
         return False
     return True
 
 
 class Guarded(AbstractTracker):
-    """Passes everything on to one tracker until that fails. Stops a run only where a person stops it."""
+    """Passes everything on to one tracker until that fails. Stops a run only where a person stops
+    it.
+    """
 
     def __init__(self, tracker: AbstractTracker) -> None:
         self._tracker = tracker

@@ -1,4 +1,6 @@
-"""What the package's own loggers warn of while a run goes on is shown by the run's tracker, each sentence once."""
+"""What the package's own loggers warn of while a run goes on is shown by the run's tracker, each
+sentence once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from editkit.trackers.base import AbstractTracker
+    from editkit.records.tracker import AbstractTracker
 
 WATCHED = "editkit.targets"  # not all of `editkit`: a tracker may log what it is told
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from editkit.trackers.base import AbstractTracker, RunInfo, Status
+from editkit.records.tracker import AbstractTracker, RunInfo, Status
 from editkit.types import EvalRecord, StepRecord
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,6 @@
-"""Signs that a run is going wrong: a condition number or a loss that runs away. Values in, sentences out."""
+"""Signs that a run is going wrong: a condition number or a loss that runs away. Values in,
+sentences out.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ REPEAT = 10.0  # having warned of a value, be silent until it is this many times
 class Watch:
     """Looks at one run's steps in order.
 
-    Warns of a matrix whose condition number passes `condition_ratio` times that of step 0, and of a loss above `loss_ratio` times the
-    median of the last `loss_window` losses; again only when it is ten times worse, so that a run of thousands of edits does not drown in
-    warnings. Of numbers that are not finite it warns at the 1st, 10th, 100th... step that has them.
+    Warns of a matrix whose condition number passes `condition_ratio` times that of step 0, and of a
+    loss above `loss_ratio` times the median of the last `loss_window` losses; again only when it is
+    ten times worse, so that a run of thousands of edits does not drown in warnings. Of numbers that
+    are not finite it warns at the 1st, 10th, 100th... step that has them.
     """
 
     def __init__(self, *, condition_ratio: float, loss_ratio: float, loss_window: int) -> None:
@@ -33,12 +36,17 @@ class Watch:
         """What a person should know of this step."""
         if record.step == 0:
             self._unedited = {
-                module: figures["condition_number"] for module, figures in record.modules.items() if "condition_number" in figures
+                module: figures["condition_number"]
+                for module, figures in record.modules.items()
+                if "condition_number" in figures
             }
             return
         yield from self._nonfinite(record)
         for module, figures in record.modules.items():
-            before, now = self._unedited.get(module, math.nan), figures.get("condition_number", math.nan)
+            before, now = (
+                self._unedited.get(module, math.nan),
+                figures.get("condition_number", math.nan),
+            )
             if self._is_news(f"condition of {module}", now, self._condition_ratio * before):
                 yield f"step {record.step}: condition number of {module} {now:.3g}, {now / before:.3g} times the unedited {before:.3g}"
         loss = record.target.get("loss", math.nan)
@@ -50,7 +58,11 @@ class Watch:
             self._losses.append(loss)
 
     def _nonfinite(self, record: StepRecord) -> Iterator[str]:
-        lost = [module for module, figures in record.modules.items() if not math.isfinite(figures.get("condition_number", 0.0))]
+        lost = [
+            module
+            for module, figures in record.modules.items()
+            if not math.isfinite(figures.get("condition_number", 0.0))
+        ]
         where = record.nonfinite
         if where is None and not math.isfinite(record.target.get("loss", 0.0)):
             where = "loss"
@@ -63,7 +75,11 @@ class Watch:
                 yield f"step {record.step}: {where} is not finite{again}; requests {', '.join(record.requests)}"
 
     def _is_news(self, name: str, value: float, limit: float) -> bool:
-        if not (math.isfinite(value) and value > max(limit, self._silent_until.get(name, 0.0)) and limit > 0):
+        if not (
+            math.isfinite(value)
+            and value > max(limit, self._silent_until.get(name, 0.0))
+            and limit > 0
+        ):
             return False
         self._silent_until[name] = REPEAT * value
         return True

@@ -1,1 +1,3 @@
-"""`editkit train`: an editor that has to learn first. The learning itself is `editkit.hypernet.learner`; here are its files."""
+"""`editkit train`: an editor that has to learn first. The learning itself is
+`editkit.hypernet.learner`; here are its files.
+"""

@@ -7,17 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.build import Parts, folder_name
-from editkit.compose import plain
+from editkit.config.build import Parts, folder_name
+from editkit.config.compose import plain
+from editkit.config.experiment import Runtime, Settings
+from editkit.config.identity import config_hash
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.editors.base import AbstractEditor
 from editkit.editors.mend import Mend
-from editkit.experiment import Runtime, Settings, config_hash
 from editkit.hypernet.examples import Split, split
 from editkit.model.load import ModelConfig
-from editkit.trackers.base import AbstractTracker
+from editkit.records.tracker import AbstractTracker
 
-KEPT = ("model", "editor", "dataset", "tracker", "runtime", "recipe", *Settings.__dataclass_fields__)  # of the configuration
+KEPT = (
+    "model",
+    "editor",
+    "dataset",
+    "tracker",
+    "runtime",
+    "recipe",
+    *Settings.__dataclass_fields__,
+)  # of the configuration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +46,24 @@ class Training:
 
 
 def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> Training:
-    """The training that a configuration describes; its suite, restraints and edits play no part. Raises ConfigError with all problems."""
+    """The training that a configuration describes; its suite, restraints and edits play no part.
+    Raises ConfigError with all problems.
+    """
     parts = Parts({"restraint": {}} | plain(config), choices or {})
-    settings, model, editor = parts.settings(), parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
+    settings, model, editor = (
+        parts.settings(),
+        parts.one("model", ModelConfig),
+        parts.one("editor", AbstractEditor),
+    )
     dataset, tracker, runtime = (
         parts.one("dataset", AbstractDataset),
         parts.one("tracker", AbstractTracker),
         parts.one("runtime", Runtime),
     )
     if editor is not None and not isinstance(editor, Mend):
-        parts.problems.add(f"editor={parts.name_of('editor')} has nothing to train; editor=mend has.")
+        parts.problems.add(
+            f"editor={parts.name_of('editor')} has nothing to train; editor=mend has."
+        )
     if settings is not None:
         parts.check_together(settings, editor, None)
         # How many edits a run makes is no matter here.
@@ -57,12 +74,22 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
     assert settings and model and isinstance(editor, Mend) and data and tracker and runtime
     options = editor.train
     divided = split(
-        data.requests, held_apart=options.held_apart, validation=options.validation, least=options.accumulate, seed=settings.seed
+        data.requests,
+        held_apart=options.held_apart,
+        validation=options.validation,
+        least=options.accumulate,
+        seed=settings.seed,
     )
     name = settings.name or folder_name(f"{model.label}-{parts.name_of('editor')}-training")
     kept = {key: value for key, value in parts.config.items() if key in KEPT} | {"name": name}
-    trained = {key: value for key, value in parts.config["editor"].items() if key not in ("hypernetwork", "step_scale")}
-    digits = config_hash({"model": parts.config["model"], "dataset": parts.config["dataset"], "training": trained})
+    trained = {
+        key: value
+        for key, value in parts.config["editor"].items()
+        if key not in ("hypernetwork", "step_scale")
+    }
+    digits = config_hash(
+        {"model": parts.config["model"], "dataset": parts.config["dataset"], "training": trained}
+    )
     return Training(
         model=model,
         editor=editor,
@@ -72,7 +99,10 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
         runtime=runtime,
         settings=settings,
         name=name,
-        folder=Path(settings.paths.outputs).expanduser() / settings.experiment_name / f"{name}-{digits}" / f"seed{settings.seed}",
+        folder=Path(settings.paths.outputs).expanduser()
+        / settings.experiment_name
+        / f"{name}-{digits}"
+        / f"seed{settings.seed}",
         config=kept,
     )
 

@@ -1,4 +1,5 @@
-"""A training and its files: those of a run (config, provenance, steps, evals, state, DONE or FAILED), and the hypernetwork.
+"""A training and its files: those of a run (config, provenance, steps, evals, state, DONE or
+FAILED), and the hypernetwork.
 
 Cut off, the same command goes on from the last checkpoint to the same bits.
 """
@@ -16,18 +17,34 @@ from editkit.files import write_atomically
 from editkit.hypernet.learner import Diverged, Learning, LearningState
 from editkit.hypernet.network import Hypernetwork, new_hypernetwork
 from editkit.hypernet.store import FILE, save_hypernetwork
-from editkit.inputs import MODEL, of_dataset, require_same
 from editkit.lazy import torch
-from editkit.lock import locked
-from editkit.memory import free_bytes, require_fit
 from editkit.model.editable import EditableModel
 from editkit.model.load import require_device
-from editkit.provenance import PROVENANCE, added_up, environment, peak_memory_bytes, read_provenance, recorded_dataset
-from editkit.session import CONFIG, DONE, FAILED, FAILURE, OK, clear, save_failure, steps_after
-from editkit.signals import Received, stop_signals
-from editkit.state import read_pointer
-from editkit.trackers.base import RunInfo, Status
-from editkit.trackers.files import EVALS, STEPS, RecordFiles
+from editkit.records.tracker import RunInfo, Status
+from editkit.records.writer import EVALS, STEPS, RecordFiles
+from editkit.resources.estimate import free_bytes, require_fit
+from editkit.runner.checkpoint import read_pointer
+from editkit.runner.inputs import MODEL, of_dataset, require_same
+from editkit.runner.lock import locked
+from editkit.runner.provenance import (
+    PROVENANCE,
+    added_up,
+    environment,
+    peak_memory_bytes,
+    read_provenance,
+    recorded_dataset,
+)
+from editkit.runner.session import (
+    CONFIG,
+    DONE,
+    FAILED,
+    FAILURE,
+    OK,
+    clear,
+    save_failure,
+    steps_after,
+)
+from editkit.runner.signals import Received, stop_signals
 from editkit.trackers.guarded import Guarded
 from editkit.trackers.logged import warnings_shown
 from editkit.training.build import Training
@@ -37,11 +54,19 @@ from editkit.types import StepRecord
 
 
 def train(job: Training) -> int:
-    """Trains to the end, or on from where it was cut off; the exit code, as a run's. Raises ConfigError for what the user can mend."""
+    """Trains to the end, or on from where it was cut off; the exit code, as a run's. Raises
+    ConfigError for what the user can mend.
+    """
     folder, warn = job.folder, job.tracker.warning
-    with locked(folder, may_wait=job.settings.when_locked == "wait", waiting=lambda holder: warn(f"waiting for {holder}: {folder}")):
+    with locked(
+        folder,
+        may_wait=job.settings.when_locked == "wait",
+        waiting=lambda holder: warn(f"waiting for {holder}: {folder}"),
+    ):
         if job.settings.resume != "never" and (folder / DONE).exists():
-            require_same(recorded_dataset(folder), of_dataset(job.data.provenance()), source=job.data.origin)
+            require_same(
+                recorded_dataset(folder), of_dataset(job.data.provenance()), source=job.data.origin
+            )
             warn(f"already trained: {folder / FILE} (resume=never trains anew)")
             return OK
         with stop_signals() as received, warnings_shown(job.tracker):
@@ -52,15 +77,25 @@ def _execute(job: Training, received: Received) -> int:
     folder, started, is_anew = job.folder, time.time(), job.settings.resume == "never"
     if job.runtime.threads:
         torch.set_num_threads(job.runtime.threads)
-    pointer, state = (None, None) if is_anew else (read_pointer(folder / "state"), load_learning(folder / "state"))
-    began_with, inputs = saved_inputs(folder / "state") if pointer else None, of_dataset(job.data.provenance())
+    pointer, state = (
+        (None, None)
+        if is_anew
+        else (read_pointer(folder / "state"), load_learning(folder / "state"))
+    )
+    began_with, inputs = (
+        saved_inputs(folder / "state") if pointer else None,
+        of_dataset(job.data.provenance()),
+    )
     require_same(began_with, inputs, source=job.data.origin)
     require_device(job.runtime.device)
     require_fit(job.config, training=True, free_bytes=free_bytes(job.config))
     model = job.model.load(job.runtime.device)
     inputs[MODEL] = model.fingerprint
     require_same(began_with, {MODEL: model.fingerprint}, source=job.model.id)
-    shapes = {module: (model.weight(module).shape[0], model.weight(module).shape[1]) for module in job.editor.modules(model)}
+    shapes = {
+        module: (model.weight(module).shape[0], model.weight(module).shape[1])
+        for module in job.editor.modules(model)
+    }
     network = new_hypernetwork(shapes, job.editor.network, seed=job.settings.seed)
     learning = Learning(
         model=model,
@@ -98,14 +133,25 @@ def _execute(job: Training, received: Received) -> int:
         status = "done" if is_complete else "interrupted"
     except Diverged as diverged:
         status = "collapsed"
-        save_failure(folder, {"kind": "diverged", "error": str(diverged), "step": diverged.record.step})
+        save_failure(
+            folder, {"kind": "diverged", "error": str(diverged), "step": diverged.record.step}
+        )
         tracker.warning(f"the loss is not finite: {diverged}")
     except Exception as error:
-        save_failure(folder, {"kind": "error", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        save_failure(
+            folder,
+            {
+                "kind": "error",
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+            },
+        )
         raise
     finally:
         records.close()
-        if last is not None and last.best:  # what was found so far can be edited with, also where training goes on later
+        if (
+            last is not None and last.best
+        ):  # what was found so far can be edited with, also where training goes on later
             _save(job, model, network, last)
         _save_provenance(job, model, seconds=time.time() - started, num_lost=num_lost)
         if status == "done":
@@ -125,7 +171,9 @@ def _save(job: Training, model: EditableModel, network: Hypernetwork, state: Lea
         "best_step": state.best_step,
         "validation_loss": state.best_loss,
         "held_apart": job.split.num_held_apart,
-        "train": {key: value for key, value in job.config["editor"].items() if key in ("layers", "train")},
+        "train": {
+            key: value for key, value in job.config["editor"].items() if key in ("layers", "train")
+        },
         "dataset": job.data.label,
         "seed": job.settings.seed,
         "validation": _at(job, state.best_step),
@@ -144,7 +192,11 @@ def _save(job: Training, model: EditableModel, network: Hypernetwork, state: Lea
 def _at(job: Training, step: int) -> dict[str, float | None]:
     """What validation measured at a step."""
     lines = (json.loads(line) for line in (job.folder / EVALS).read_bytes().splitlines())
-    return {f"{line['kind']}/{line['metric']}": line.get("value") for line in lines if line["step"] == step}
+    return {
+        f"{line['kind']}/{line['metric']}": line.get("value")
+        for line in lines
+        if line["step"] == step
+    }
 
 
 def _info(job: Training, *, resumed_at: int) -> RunInfo:
@@ -162,13 +214,19 @@ def _info(job: Training, *, resumed_at: int) -> RunInfo:
 
 def _save_provenance(job: Training, model: EditableModel, *, seconds: float, num_lost: int) -> None:
     total = added_up(read_provenance(job.folder), seconds=seconds, num_lost=num_lost)
-    provenance = _describe(job, model) | total | {"peak_memory_bytes": peak_memory_bytes(model.device)}
+    provenance = (
+        _describe(job, model) | total | {"peak_memory_bytes": peak_memory_bytes(model.device)}
+    )
     write_atomically(job.folder / PROVENANCE, json.dumps(provenance, indent=1).encode())
 
 
 def _describe(job: Training, model: EditableModel) -> dict[str, Any]:
     return environment(model.device) | {
-        "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")},
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
         "dataset": job.data.provenance(),
         "split": {
             "held_apart": job.split.num_held_apart,

@@ -1,4 +1,6 @@
-"""Hydra takes sweepers and launchers from the `hydra_plugins` namespace alone: these are the names; what they do is in `editkit.sweeps`."""
+"""Hydra takes sweepers and launchers from the `hydra_plugins` namespace alone: these are the names;
+what they do is in `editkit.sweeps`.
+"""
 
 from __future__ import annotations
 

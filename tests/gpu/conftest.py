@@ -1,4 +1,6 @@
-"""Everything here needs a CUDA device: `pytest -m gpu tests/gpu`; without one each test is skipped, and says so."""
+"""Everything here needs a CUDA device: `pytest -m gpu tests/gpu`; without one each test is skipped,
+and says so.
+"""
 
 from __future__ import annotations
 

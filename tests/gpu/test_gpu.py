@@ -1,4 +1,5 @@
-"""A GPU computes what the CPU does: updates, second moments and scores in float32, the same bits twice, and bfloat16 near float32.
+"""A GPU computes what the CPU does: updates, second moments and scores in float32, the same bits
+twice, and bfloat16 near float32.
 
 Nothing of this has run where editkit was written, for want of a GPU.
 """
@@ -13,17 +14,17 @@ import torch
 from editkit.bench.edit import target_settings
 from editkit.bench.shapes import model_shapes
 from editkit.bench.synthetic import model_of, moments_for, requests_for
+from editkit.config.schedule import Schedule
 from editkit.editors.base import AbstractEditor
 from editkit.editors.memit import Memit
 from editkit.editors.rome import Rome
-from editkit.evaluation.scoring import score
+from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.restraints.base import Restraints
 from editkit.restraints.d4s import D4S
-from editkit.runner import begin, take_step
-from editkit.schedule import Schedule
+from editkit.runner.loop import begin, take_step
+from editkit.runner.plan import Trajectory
 from editkit.stats.collect import Collector
-from editkit.trajectory import Trajectory
 
 pytestmark = pytest.mark.gpu
 SHAPE = model_shapes()["tiny-gpt2"]
@@ -31,14 +32,20 @@ NUM_EDITS = 3
 
 
 def editor(name: str) -> AbstractEditor:
-    common: dict[str, Any] = {"name": name, "context_lengths": ((4, 2),), "target": target_settings()}
+    common: dict[str, Any] = {
+        "name": name,
+        "context_lengths": ((4, 2),),
+        "target": target_settings(),
+    }
     if name == "rome":
         return Rome(layers=(SHAPE.rome_layer,), keys="averaged", covariance=True, **common)
     return Memit(layers=SHAPE.memit_layers, covariance_weight=100.0, spread="recomputed", **common)
 
 
 def edited(name: str, device: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
-    """The totals after some edits, on the CPU. The contexts are the CPU's: sampling draws from other kernels."""
+    """The totals after some edits, on the CPU. The contexts are the CPU's: sampling draws from
+    other kernels.
+    """
     model, method = model_of(SHAPE, "tiny", device=device, dtype=dtype), editor(name)
     job = Trajectory(
         model=model,
@@ -46,7 +53,13 @@ def edited(name: str, device: str, dtype: str = "float32") -> dict[str, torch.Te
         restraints=Restraints(solve=D4S() if name == "d4s" else None),
         requests=requests_for(SHAPE, NUM_EDITS),
         evaluators={},
-        schedule=Schedule(edits=NUM_EDITS, batch_size=1, milestones=(), telemetry_every=1, checkpoint_every=NUM_EDITS),
+        schedule=Schedule(
+            edits=NUM_EDITS,
+            batch_size=1,
+            milestones=(),
+            telemetry_every=1,
+            checkpoint_every=NUM_EDITS,
+        ),
         moments=moments_for(model, method.modules(model)),
         seed=0,
     )
@@ -90,12 +103,18 @@ def test_second_moments_scores_and_spectra_are_those_of_the_cpu(device: str) -> 
         collector.add_block(total, texts)
         moments = [total.sums[module].dense().cpu() for module in modules]
         probes = [probe for request in requests_for(SHAPE, 3) for probe in request.neighbours]
-        scores = [each.mean_log_prob for each in score(model, probes, tokens_per_batch=512).values()]
-        found.append((moments, scores, extreme_singular_values(model.weight(modules[0]), None).sigma_max))
+        scores = [
+            each.mean_log_prob for each in score(model, probes, tokens_per_batch=512).values()
+        ]
+        found.append(
+            (moments, scores, extreme_singular_values(model.weight(modules[0]), None).sigma_max)
+        )
     (moments, scores, sigma), (on_gpu, gpu_scores, gpu_sigma) = found
     for mine, theirs in zip(moments, on_gpu, strict=True):
         torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-4)
-    assert gpu_scores == pytest.approx(scores, abs=1e-3) and gpu_sigma == pytest.approx(sigma, rel=1e-4)
+    assert gpu_scores == pytest.approx(scores, abs=1e-3) and gpu_sigma == pytest.approx(
+        sigma, rel=1e-4
+    )
 
 
 def test_w0_on_the_cpu_changes_no_bit(device: str) -> None:
@@ -121,11 +140,23 @@ def test_a_model_over_two_gpus_edits_like_one_on_one(device: str) -> None:
     whole = model_of(SHAPE, "tiny", device=device, dtype="float32")
     split = model_of(SHAPE, "tiny", device="cpu", dtype="float32")
     family = family_of("gpt2")
-    places: dict[str, int | str] = {f"transformer.h.{layer}": int(layer >= 3) for layer in range(SHAPE.num_layers)}
-    places |= {"transformer.wte": 0, "transformer.wpe": 0, "transformer.drop": 0, "transformer.ln_f": 1, "lm_head": 0}
+    places: dict[str, int | str] = {
+        f"transformer.h.{layer}": int(layer >= 3) for layer in range(SHAPE.num_layers)
+    }
+    places |= {
+        "transformer.wte": 0,
+        "transformer.wpe": 0,
+        "transformer.drop": 0,
+        "transformer.ln_f": 1,
+        "lm_head": 0,
+    }
     network = dispatch_model(split.network, device_map=places)
     parted = EditableModel(network, split.tokenizer, name="split", family=family)
     request = requests_for(SHAPE, 1)[0]
     method = editor("rome")
-    plans = [method.plan(model, [request], ("{}", "Mugo. {}"), {}, None) for model in (whole, parted)]
-    torch.testing.assert_close(plans[1].target.vector_O.cpu(), plans[0].target.vector_O.cpu(), rtol=1e-3, atol=1e-4)  # type: ignore[attr-defined]
+    plans = [
+        method.plan(model, [request], ("{}", "Mugo. {}"), {}, None) for model in (whole, parted)
+    ]
+    torch.testing.assert_close(
+        plans[1].target.vector_O.cpu(), plans[0].target.vector_O.cpu(), rtol=1e-3, atol=1e-4
+    )  # type: ignore[attr-defined]

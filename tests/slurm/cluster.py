@@ -1,4 +1,6 @@
-"""A real Slurm of two nodes on this host, in a folder of its own; every process that it starts ends with it."""
+"""A real Slurm of two nodes on this host, in a folder of its own; every process that it starts ends
+with it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def missing() -> str | None:
 
 
 def program(name: str) -> str | None:
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+    return shutil.which(
+        name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    )
 
 
 @dataclass
@@ -38,15 +42,23 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+        return {
+            **os.environ,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
+        }
 
     def ask(self, *command: str) -> str:
         """The answer of one of Slurm's commands. Raises CalledProcessError."""
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
 
     def jobs(self) -> dict[str, str]:
         """State by job."""
-        lines = self.ask("squeue", "--noheader", "--array", "--states=all", "--format=%i %T").splitlines()
+        lines = self.ask(
+            "squeue", "--noheader", "--array", "--states=all", "--format=%i %T"
+        ).splitlines()
         return dict(line.split() for line in lines)  # type: ignore[misc]
 
     def start(self, name: str, *command: str) -> None:
@@ -54,7 +66,11 @@ class Cluster:
         assert found is not None
         with open(self.folder / f"{name}.out", "wb") as log:
             self.processes[name] = subprocess.Popen(
-                [found, *command[1:]], stdout=log, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+                [found, *command[1:]],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
             )
 
     def release(self) -> None:
@@ -62,19 +78,25 @@ class Cluster:
         for job, state in self.jobs().items():
             if state == "PENDING":
                 subprocess.run(
-                    ["scontrol", "update", f"JobId={job}", "StartTime=now"], env=self.environment, capture_output=True, check=False
+                    ["scontrol", "update", f"JobId={job}", "StartTime=now"],
+                    env=self.environment,
+                    capture_output=True,
+                    check=False,
                 )
 
     def told(self) -> str:
         """The ends of all logs, for a failure's report."""
         return "\n".join(
-            f"== {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in sorted(self.folder.glob("*.[lo][ou][gt]"))
+            f"== {path.name}\n{path.read_text(errors='replace')[-2000:]}"
+            for path in sorted(self.folder.glob("*.[lo][ou][gt]"))
         )
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
-    """Starts munged, slurmctld and two slurmd, waits until both nodes are idle, and stops everything at the end."""
+    """Starts munged, slurmctld and two slurmd, waits until both nodes are idle, and stops
+    everything at the end.
+    """
     cluster = Cluster(folder)
     try:
         _prepare(cluster)
@@ -83,7 +105,9 @@ def running(folder: Path) -> Iterator[Cluster]:
         cluster.start("slurmctld", "slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             cluster.start(node, "slurmd", "-D", "-N", node)
-        wait_for(lambda: _states(cluster) == {"n1": "idle", "n2": "idle"}, "two idle nodes", seconds=60)
+        wait_for(
+            lambda: _states(cluster) == {"n1": "idle", "n2": "idle"}, "two idle nodes", seconds=60
+        )
         yield cluster
     finally:
         stop(cluster)
@@ -93,9 +117,23 @@ def stop(cluster: Cluster) -> None:
     """Ends the jobs, then the daemons; what does not go by itself is killed."""
     if "slurmctld" in cluster.processes:
         with contextlib.suppress(subprocess.SubprocessError):
-            subprocess.run(["scancel", "--user", "root"], env=cluster.environment, capture_output=True, timeout=30, check=False)
+            subprocess.run(
+                ["scancel", "--user", "root"],
+                env=cluster.environment,
+                capture_output=True,
+                timeout=30,
+                check=False,
+            )
             wait_for(
-                lambda: not [state for state in cluster.jobs().values() if state in ("RUNNING", "COMPLETING")], "the end of all jobs", 40
+                lambda: (
+                    not [
+                        state
+                        for state in cluster.jobs().values()
+                        if state in ("RUNNING", "COMPLETING")
+                    ]
+                ),
+                "the end of all jobs",
+                40,
             )
     for name in reversed(cluster.processes):
         cluster.processes[name].terminate()
@@ -111,16 +149,22 @@ def stop(cluster: Cluster) -> None:
 
 
 def _left_behind(folder: Path) -> list[int]:
-    """Processes that were started with this cluster's configuration, and this process's children no more."""
+    """Processes that were started with this cluster's configuration, and this process's children no
+    more.
+    """
     mark, found = f"SLURM_CONF={folder}/slurm.conf".encode(), []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if int(path.name) != os.getpid() and mark in (path / "environ").read_bytes().split(b"\0"):
+            if int(path.name) != os.getpid() and mark in (path / "environ").read_bytes().split(
+                b"\0"
+            ):
                 found.append(int(path.name))
     return found
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 30, every: float = 0.25) -> None:
+def wait_for(
+    condition: Callable[[], bool], what: str, seconds: float = 30, every: float = 0.25
+) -> None:
     """Raises TimeoutError if it does not come true."""
     until = time.monotonic() + seconds
     while True:
@@ -149,12 +193,20 @@ def _prepare(cluster: Cluster) -> None:
 
 
 def _munge(folder: Path) -> list[str]:
-    names = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
+    names = {
+        "socket": "munge.socket",
+        "key-file": "munge.key",
+        "pid-file": "munge.pid",
+        "log-file": "munge.log",
+        "seed-file": "munge.seed",
+    }
     return [f"--{option}={folder / name}" for option, name in names.items()]
 
 
 def _states(cluster: Cluster) -> dict[str, str]:
-    lines = cluster.ask("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t").splitlines()
+    lines = cluster.ask(
+        "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t"
+    ).splitlines()
     return dict(line.split() for line in lines)  # type: ignore[misc]
 
 

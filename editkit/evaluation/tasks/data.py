@@ -1,7 +1,9 @@
-"""Where a task's records are, and what they must hold: `load` is what a task's yaml names as its `custom_dataset`.
+"""Where a task's records are, and what they must hold: `load` is what a task's yaml names as its
+`custom_dataset`.
 
-Local files are jsonl, json (a list), tsv (with a line of names) and MMLU's csv (without one), in the folder `suite.data`, else
-$EDITKIT_DATA, or in its folder `downstream`. Where there are none the hub is asked. Nothing here needs torch, a model or the harness.
+Local files are jsonl, json (a list), tsv (with a line of names) and MMLU's csv (without one), in
+the folder `suite.data`, else $EDITKIT_DATA, or in its folder `downstream`. Where there are none the
+hub is asked. Nothing here needs torch, a model or the harness.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ Splits = dict[str, list[Row]]
 
 
 def load(**options: Any) -> dict[str, Any]:
-    """The splits as `datasets.Dataset`s, by name; `options` are those of `read`. lm-eval calls it with a task's metadata besides."""
+    """The splits as `datasets.Dataset`s, by name; `options` are those of `read`. lm-eval calls it
+    with a task's metadata besides.
+    """
     import datasets
 
     return {split: datasets.Dataset.from_list(rows) for split, rows in read(**options).items()}
@@ -47,32 +51,53 @@ def read(
     """The checked records of every split.
 
     Args:
-        files: split -> file below the data folder.
-        hub: `path` and `name` of a hub dataset, and `splits`: split -> what the hub calls it.
-        columns: what each record must have: a text that is not blank, a list of such texts that is not empty, or any number.
-        first: only so many records of each split.
-        quotes: a tsv's fields may be quoted, as in a csv; otherwise quotation marks are part of the text.
-        world: generated items of this task of the bundled world, instead of everything above.
-        data: the data folder; None: $EDITKIT_DATA, then the hub.
+        files: split -> file below the data folder. hub: `path` and `name` of a hub dataset, and
+        `splits`: split -> what the hub calls it. columns: what each record must have: a text that
+        is not blank, a list of such texts that is not empty, or any number. first: only so many
+        records of each split. quotes: a tsv's fields may be quoted, as in a csv; otherwise
+        quotation marks are part of the text. world: generated items of this task of the bundled
+        world, instead of everything above. data: the data folder; None: $EDITKIT_DATA, then the
+        hub.
 
     Raises:
-        ConfigError: where the data was looked for and what to do; a file that cannot be read; a record without one of the columns.
+        ConfigError: where the data was looked for and what to do; a file that cannot be read; a
+        record without one of the columns.
     """
     if world is not None:
-        items = task_items(generate_world(0), world, n=WORLD_ITEMS)  # the world of seed 0 is the one that the bundled models know
-        return {"test": [{"prompt": item.prompt, "answer": item.answer, "choices": list(item.choices or ())} for item in items]}
+        items = task_items(
+            generate_world(0), world, n=WORLD_ITEMS
+        )  # the world of seed 0 is the one that the bundled models know
+        return {
+            "test": [
+                {"prompt": item.prompt, "answer": item.answer, "choices": list(item.choices or ())}
+                for item in items
+            ]
+        }
     folder = data or os.environ.get(DATA_FOLDER)
     found = locate(folder, files or {}) if folder else None
     if found is not None:
         splits = {split: read_file(path, quotes=quotes)[:first] for split, path in found.items()}
         where = {split: str(path) for split, path in found.items()}
     else:
-        looked = f"{' or '.join(map(str, places(folder, files or {})))} (not there)" if folder else f"${DATA_FOLDER} is not set"
+        looked = (
+            f"{' or '.join(map(str, places(folder, files or {})))} (not there)"
+            if folder
+            else f"${DATA_FOLDER} is not set"
+        )
         if data is not None or hub is None:
-            raise ConfigError(f"no data - {looked}{'' if data else '; no hub dataset is known'} - {advice(files or {})}")
-        splits = {split: rows[:first] for split, rows in read_hub(hub, looked=looked, files=files or {}).items()}
+            raise ConfigError(
+                f"no data - {looked}{'' if data else '; no hub dataset is known'} - {advice(files or {})}"
+            )
+        splits = {
+            split: rows[:first]
+            for split, rows in read_hub(hub, looked=looked, files=files or {}).items()
+        }
         where = {split: f"hub dataset {hub['path']}, {split}" for split in splits}
-    problems = [problem for split, rows in splits.items() for problem in check_rows(rows, columns, where=where[split])]
+    problems = [
+        problem
+        for split, rows in splits.items()
+        for problem in check_rows(rows, columns, where=where[split])
+    ]
     if problems:
         raise ConfigError(problems)
     return splits
@@ -105,7 +130,12 @@ def read_file(path: Path, *, quotes: bool = False) -> list[Row]:
     readers: dict[str, Callable[[str], list[Any]]] = {
         ".jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()],
         ".json": json.loads,
-        ".tsv": lambda text: _table(text, names=None, delimiter="\t", quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE),
+        ".tsv": lambda text: _table(
+            text,
+            names=None,
+            delimiter="\t",
+            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+        ),
         ".csv": lambda text: _table(text, names=MMLU_COLUMNS),
     }
     try:
@@ -119,23 +149,34 @@ def read_file(path: Path, *, quotes: bool = False) -> list[Row]:
 
 def _table(text: str, *, names: Sequence[str] | None, **dialect: Any) -> list[Row]:
     """Rows by the columns' names; None: the first row has them."""
-    rows = list(csv.reader(io.StringIO(text, newline=""), **dialect))  # splitlines would cut a text at a form feed
+    rows = list(
+        csv.reader(io.StringIO(text, newline=""), **dialect)
+    )  # splitlines would cut a text at a form feed
     names, rows = (names, rows) if names is not None else (rows[0] if rows else (), rows[1:])
     if wrong := [number for number, row in enumerate(rows) if len(row) != len(names)]:
-        raise ValueError(f"record {wrong[0]} has {len(rows[wrong[0]])} columns instead of {len(names)} ({', '.join(names)})")
+        raise ValueError(
+            f"record {wrong[0]} has {len(rows[wrong[0]])} columns instead of {len(names)} ({', '.join(names)})"
+        )
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def read_hub(hub: Mapping[str, Any], *, looked: str, files: Mapping[str, str]) -> Splits:
-    """The splits of a hub dataset. Raises ConfigError, with where else it was looked, if it cannot be reached."""
+    """The splits of a hub dataset. Raises ConfigError, with where else it was looked, if it cannot
+    be reached.
+    """
     import datasets
 
     try:
         return {
-            split: [dict(row) for row in datasets.load_dataset(hub["path"], hub.get("name"), split=theirs)]
+            split: [
+                dict(row)
+                for row in datasets.load_dataset(hub["path"], hub.get("name"), split=theirs)
+            ]
             for split, theirs in hub["splits"].items()
         }
-    except Exception as error:  # the hub's clients raise errors of many libraries; any of them means the same here
+    except (
+        Exception
+    ) as error:  # the hub's clients raise errors of many libraries; any of them means the same here
         told = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"no data - {looked}; hub dataset {hub['path']} cannot be read ({type(error).__name__}: {told}) - {advice(files)}"
@@ -148,11 +189,15 @@ def check_rows(rows: Iterable[Any], columns: Sequence[str], *, where: str) -> li
     number = -1
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            problems.append(f"{where}, record {number}: is not an object with columns but of type {type(row).__name__}")
+            problems.append(
+                f"{where}, record {number}: is not an object with columns but of type {type(row).__name__}"
+            )
             continue
         for column in columns:
             if column not in row:
-                problems.append(f"{where}, record {number}: has no column {column!r} - it has: {', '.join(map(str, row)) or 'none'}")
+                problems.append(
+                    f"{where}, record {number}: has no column {column!r} - it has: {', '.join(map(str, row)) or 'none'}"
+                )
             elif _is_empty(row[column]):
                 problems.append(f"{where}, record {number}: {column} is empty")
     if number < 0:

@@ -1,8 +1,10 @@
-"""PRUNE's evaluation script (mjy1111/PRUNE, test_tasks.py; EAC's are copies of the same ancestors), with what is odd about it.
+"""PRUNE's evaluation script (mjy1111/PRUNE, test_tasks.py; EAC's are copies of the same ancestors),
+with what is odd about it.
 
-Published curves can be compared with these numbers, and with nothing else; `suite=paper` asks the same and scores it rightly. Not
-reproduced: sampling where a checkpoint's generation_config asks for it (unseeded there), padding to the tokenizer's maximum, the two
-repetitions, and the end token in the text: it is decoded there, so that a last word with it behind ("paris<|endoftext|>", normalised
+Published curves can be compared with these numbers, and with nothing else; `suite=paper` asks the
+same and scores it rightly. Not reproduced: sampling where a checkpoint's generation_config asks for
+it (unseeded there), padding to the tokenizer's maximum, the two repetitions, and the end token in
+the text: it is decoded there, so that a last word with it behind ("paris<|endoftext|>", normalised
 "parisendoftext") matches no answer of NQ; here it does.
 """
 
@@ -42,9 +44,11 @@ def _two_way(generation: str, *, right: str, choices: tuple[str, str]) -> Scores
 
 
 def nq(doc: Doc, results: Sequence[str]) -> Scores:
-    """The words said behind the last "Answer:", and the answers, all normalised; `nq_count` scores all records together.
+    """The words said behind the last "Answer:", and the answers, all normalised; `nq_count` scores
+    all records together.
 
-    Differs from the authors' code: there an end token, where it was generated, is part of the last word, which then matches nothing.
+    Differs from the authors' code: there an end token, where it was generated, is part of the last
+    word, which then matches nothing.
     """
     said = normalise(results[0].split("Answer:")[-1].replace("\n", " "))
     return {"exact_match": (said.split(" "), [normalise(answer) for answer in doc["answer"]])}
@@ -53,9 +57,11 @@ def nq(doc: Doc, results: Sequence[str]) -> Scores:
 def nq_count(items: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float:
     """The count of matching spans over the number of records.
 
-    A record whose first or last word is an answer counts once. Of the others every single word that is an answer counts, and so does the
-    first longer span that is one from each starting word. The first such span of all records raises a flag that is never lowered: it ends
-    its record, and every later one after its first starting word. So a record may count several times, or later ones not at all.
+    A record whose first or last word is an answer counts once. Of the others every single word that
+    is an answer counts, and so does the first longer span that is one from each starting word. The
+    first such span of all records raises a flag that is never lowered: it ends its record, and
+    every later one after its first starting word. So a record may count several times, or later
+    ones not at all.
     """
     count, flag = 0, False
     for words, answers in items:
@@ -76,18 +82,25 @@ def nq_count(items: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float:
 
 
 def samsum(doc: Doc, results: Sequence[str]) -> Scores:
-    """ROUGE by the package `rouge` (sets of n-grams; summary-level L) and BLEU-4, both of a text without its last 13 characters.
+    """ROUGE by the package `rouge` (sets of n-grams; summary-level L) and BLEU-4, both of a text
+    without its last 13 characters.
 
-    Differs from the authors' code: there the end token, where it was generated, takes the place of these characters.
+    Differs from the authors' code: there the end token, where it was generated, takes the place of
+    these characters.
     """
     from nltk.translate.bleu_score import sentence_bleu
     from rouge import Rouge
 
     said = results[0].split("DR:")[-1][:-END]
-    if len(said) <= 1 or not said.strip(". \n\t"):  # the authors' code fails on one of full stops alone
+    if len(said) <= 1 or not said.strip(
+        ". \n\t"
+    ):  # the authors' code fails on one of full stops alone
         return {"rouge": 0.0, "bleu": 0.0}
     (found,) = Rouge().get_scores(said, doc["summary"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no common 4-grams: 0, as there
         bleu = float(sentence_bleu([doc["summary"].split()], said.split()))
-    return {"rouge": sum(found[kind]["f"] for kind in ("rouge-1", "rouge-2", "rouge-l")) / 3, "bleu": bleu}
+    return {
+        "rouge": sum(found[kind]["f"] for kind in ("rouge-1", "rouge-2", "rouge-l")) / 3,
+        "bleu": bleu,
+    }

@@ -1,4 +1,5 @@
-"""How our tasks' generations are scored: what their yamls name as `process_results`, a record and the model's results in, scores out.
+"""How our tasks' generations are scored: what their yamls name as `process_results`, a record and
+the model's results in, scores out.
 
 normalise   lower case, without punctuation, articles and superfluous blanks: SQuAD's (Rajpurkar et al. 2016, arXiv 1606.05250), which
             Chen et al. 2017 (arXiv 1704.00051) took over for open-domain questions
@@ -42,8 +43,12 @@ def rouge_of(generation: str, reference: str) -> Scores:
     return {"rouge": sum(found.values()) / len(found), **found}
 
 
-def is_most_likely(doc_choices: Sequence[str], answer: str, results: Sequence[tuple[float, bool]]) -> float:
-    """1 where the answer is the choice with the largest sum of log-probabilities; of equal ones the first counts."""
+def is_most_likely(
+    doc_choices: Sequence[str], answer: str, results: Sequence[tuple[float, bool]]
+) -> float:
+    """1 where the answer is the choice with the largest sum of log-probabilities; of equal ones the
+    first counts.
+    """
     log_probs = [log_prob for log_prob, _ in results]
     return float(doc_choices[log_probs.index(max(log_probs))] == answer)
 
@@ -107,11 +112,17 @@ def sst2(doc: Doc, results: Sequence[str]) -> Scores:
 
 
 def rte_likelihood(doc: Doc, results: Sequence[tuple[float, bool]]) -> Scores:
-    return {"accuracy_likelihood": is_most_likely(("True", "False"), entailment_answer(doc), results)}
+    return {
+        "accuracy_likelihood": is_most_likely(("True", "False"), entailment_answer(doc), results)
+    }
 
 
 def sst2_likelihood(doc: Doc, results: Sequence[tuple[float, bool]]) -> Scores:
-    return {"accuracy_likelihood": is_most_likely(("positive", "negative"), sentiment_answer(doc), results)}
+    return {
+        "accuracy_likelihood": is_most_likely(
+            ("positive", "negative"), sentiment_answer(doc), results
+        )
+    }
 
 
 def _first_word(generation: str) -> str:
@@ -119,7 +130,9 @@ def _first_word(generation: str) -> str:
 
 
 def nq(doc: Doc, results: Sequence[str]) -> Scores:
-    """The first line, without an "Answer:" in front, is one of the answers: the prompt ends with the question and does not ask for one."""
+    """The first line, without an "Answer:" in front, is one of the answers: the prompt ends with
+    the question and does not ask for one.
+    """
     said = first_line(results[0]).strip()
     return {"exact_match": exact_match(re.sub(r"(?i)^answer:", "", said), doc["answer"])}
 
@@ -131,16 +144,32 @@ def summary(doc: Doc, results: Sequence[str]) -> Scores:
 # CoNLL-2003
 
 ENTITY_KINDS = {"PER": "Person", "LOC": "Location", "ORG": "Organization", "MISC": "Miscellaneous"}
-CONLL_TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")  # the hub's numbers count these
+CONLL_TAGS = (
+    "O",
+    "B-PER",
+    "I-PER",
+    "B-ORG",
+    "I-ORG",
+    "B-LOC",
+    "I-LOC",
+    "B-MISC",
+    "I-MISC",
+)  # the hub's numbers count these
 
 
 def entity_questions(sentences: Any) -> Any:
-    """A question for each sentence and kind of entity, of sentences with `tokens` and `ner_tags`."""
+    """A question for each sentence and kind of entity, of sentences with `tokens` and
+    `ner_tags`.
+    """
     import datasets
 
     return datasets.Dataset.from_list(
         [
-            {"text": " ".join(row["tokens"]), "kind": ENTITY_KINDS[kind], "entities": entities(row["tokens"], row["ner_tags"], kind)}
+            {
+                "text": " ".join(row["tokens"]),
+                "kind": ENTITY_KINDS[kind],
+                "entities": entities(row["tokens"], row["ner_tags"], kind),
+            }
             for row in sentences
             for kind in ENTITY_KINDS
         ]
@@ -162,7 +191,9 @@ def entities(tokens: Sequence[str], tags: Sequence[int | str], kind: str) -> lis
 
 
 def conll03(doc: Doc, results: Sequence[str]) -> Scores:
-    """Counts of one question: entities that were named rightly, that were named, and that there are."""
+    """Counts of one question: entities that were named rightly, that were named, and that there
+    are.
+    """
     named = Counter(normalise(part) for part in re.split(r"[,;\n]", results[0]) if normalise(part))
     gold = Counter(map(normalise, doc["entities"]))
     return {"entity_f1": ((named & gold).total(), named.total(), gold.total())}

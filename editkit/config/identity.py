@@ -1,0 +1,80 @@
+"""Which configurations are the same experiment: the hash in the name of a run's folder.
+
+The hash covers what can change a result. A configured class counts by its stable name, so that a
+run keeps its folder when the file of a class moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# What cannot change a result: where, how often and on which device it is computed, what watches
+# it, its name. The seed has its own folder.
+UNHASHED = (
+    *("name", "experiment_name", "seed", "paths", "checkpoint", "resume", "retry_failed"),
+    *("when_locked", "tracker", "runtime", "recipe"),
+    *("stats.folder", "stats.save_every_s", "evaluation.thresholds"),
+    *("model.device_map", "editor.train"),
+)
+# Options added later, with the default that reproduces earlier behaviour: with that value a run
+# keeps its folder.
+LATER: dict[tuple[str, str], Any] = {
+    ("model", "weights"): "pretrained",
+    ("model", "tokenizer"): None,
+}
+# Former paths of configured classes, and where each class is now. The first former path of a class
+# is its stable name. A class that moves again gets one more line.
+FORMER_PATHS = {
+    "editkit.evaluation.downstream.Suite": "editkit.evaluation.harness.suite.Suite",
+    "editkit.evaluation.judge.StringJudge": "editkit.evaluation.protocols.judge.StringJudge",
+    "editkit.trackers.wandb.Wandb": "editkit.wandb.tracker.Wandb",
+}
+TARGET = "_target_"
+
+
+def current_path(path: str) -> str:
+    """Where the class of that dotted name is now."""
+    return FORMER_PATHS.get(path, path)
+
+
+def stable_name(path: str) -> str:
+    """The name of a class that does not change when its file moves."""
+    now = current_path(path)
+    return next((former for former, current in FORMER_PATHS.items() if current == now), now)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits for what can change a result; 1 and 1.0 are the same."""
+    later = tuple(
+        f"{group}.{key}"
+        for (group, key), former in LATER.items()
+        if (config.get(group) or {}).get(key, former) == former
+    )
+    kept = _without(config, (*UNHASHED, *later))
+    return hashlib.sha256(json.dumps(canonical(kept), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    kept = {}
+    for name, value in config.items():
+        if name not in keys:
+            inner = tuple(
+                key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")
+            )
+            kept[name] = _without(value, inner) if inner and isinstance(value, Mapping) else value
+    return kept
+
+
+def canonical(value: Any) -> Any:
+    """The value as the hash sees it: classes by their stable names, 1.0 as 1."""
+    if isinstance(value, Mapping):
+        return {
+            name: stable_name(each) if name == TARGET and isinstance(each, str) else canonical(each)
+            for name, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [canonical(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,177 @@
+"""Perplexity on running text: does the edited model still model language at all?
+
+The text is tokenised whole and cut into windows of `window` tokens, which do not overlap; a
+tokenizer that puts a start token in front puts one before every window. Each token but a window's
+first, where nothing precedes it, is predicted from those before it in its window: exp(mean negative
+log-likelihood a token), the `perplexity_per_token`. It is comparable between views and milestones,
+not between tokenizers. The mean is a ratio, of the windows' losses to their numbers of tokens, and
+so is its standard error over windows (Cochran 1977, Sampling Techniques, 6.4): a window counts by
+its tokens, a short last one for little. The perplexity's follows (delta method).
+
+Shape letters: B windows, T tokens, D width of the residual stream, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from editkit.errors import ConfigError
+from editkit.evaluation.base import AbstractEvaluator, Measurement
+from editkit.evaluation.scoring.teacher_forcing import LOGITS_AT_ONCE, TOKENS_ON_CPU
+from editkit.lazy import torch
+from editkit.model.tokens import encode, pad
+from editkit.types import EditRequest
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(AbstractEvaluator):
+    """Perplexity on the beginning of a text file (utf-8), or of all `*.txt` and `*.raw` files of a
+    folder in the order of their names.
+    """
+
+    path: str | None  # None: not measured
+    max_tokens: int | None  # of the text; None: all of it
+    window: int
+    tokens_per_batch: int = 4096
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"evaluation.perplexity.{name}: {value} was given; at least 2 is needed."
+            for name, value in {"max_tokens": self.max_tokens, "window": self.window}.items()
+            if value is not None and value < 2
+        ]
+        if self.path is not None and not self._files():
+            problems.append(
+                f"evaluation.perplexity.path: {self.path} was given; a text file, or a folder with *.txt or *.raw files, is needed."
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    def inputs(self, model: EditableModel) -> dict[str, str]:
+        """The files' bytes."""
+        content = (
+            b"\n".join(file.read_bytes() for file in self._files())
+            if self.path is not None
+            else b""
+        )
+        return (
+            {}
+            if self.path is None
+            else {"evaluation.perplexity.path": hashlib.sha256(content).hexdigest()}
+        )
+
+    def baseline(
+        self, model: EditableModel, requests: Sequence[EditRequest]
+    ) -> dict[str, torch.Tensor]:
+        """Nothing: the text brings its answers along."""
+        return {}
+
+    def evaluate(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+    ) -> list[Measurement]:
+        """Measures the model; the requests do not matter."""
+        if self.path is None:
+            return []
+        windows, num_special = self._windows(model)
+        losses: list[float] = []  # nats a token, a window each
+        counts: list[int] = []
+        bound = (
+            min(self.tokens_per_batch, TOKENS_ON_CPU)
+            if model.device.type == "cpu"
+            else self.tokens_per_batch
+        )
+        size = max(1, bound // max(map(len, windows)))
+        for start in range(0, len(windows), size):
+            chosen = windows[start : start + size]
+            counts += [len(ids) - max(1, num_special) for ids in chosen]
+            losses += self._losses(model, chosen, max(1, num_special))
+        total = math.fsum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(
+            counts
+        )
+        value = math.exp(total) if math.isfinite(total) and total < 700 else None
+        stderr = _ratio_stderr(losses, counts, total)
+        return [
+            Measurement(
+                kind="language",
+                metric="perplexity_per_token",
+                task=Path(self.path).stem,
+                value=value,
+                stderr=None if value is None or stderr is None else value * stderr,
+                n=len(windows),
+                nonfinite=sum(not math.isfinite(loss) for loss in losses),
+            )
+        ]
+
+    def _files(self) -> list[Path]:
+        path = Path(self.path or "").expanduser()
+        if path.is_dir():
+            return sorted(each for each in path.iterdir() if each.suffix in (".txt", ".raw"))
+        return [path] if path.is_file() else []
+
+    def _windows(self, model: EditableModel) -> tuple[list[tuple[int, ...]], int]:
+        """The windows' ids with their special tokens, and how many of these each begins with. At
+        least two tokens a window.
+        """
+        characters = (
+            None if self.max_tokens is None else 20 * self.max_tokens
+        )  # more than that many tokens ever stand for
+        text = "\n".join(
+            file.read_text(encoding="utf-8", errors="replace") for file in self._files()
+        )[:characters]
+        found = encode(model.tokenizer, [text])[0]
+        special, ids = (
+            found.ids[: found.num_special],
+            found.ids[found.num_special :][: self.max_tokens],
+        )
+        size = min(self.window, model.max_length) - len(special)
+        windows = [special + ids[start : start + size] for start in range(0, len(ids), size)]
+        windows = [window for window in windows if len(window) > max(1, len(special))]
+        if not windows:
+            raise ConfigError(f"evaluation.perplexity.path: {self.path} holds no text.")
+        return windows, len(special)
+
+    def _losses(
+        self, model: EditableModel, windows: Sequence[tuple[int, ...]], first: int
+    ) -> list[float]:
+        """The mean negative log-likelihood of each window's tokens from `first` on, nats a token;
+        logits in bounded memory.
+        """
+        with torch.no_grad():
+            hidden_BTD = model.final_hidden(pad(windows, device=model.device))
+            size = max(1, LOGITS_AT_ONCE // len(model.tokenizer))
+            losses = []
+            for row, ids in enumerate(windows):
+                hidden_TD = hidden_BTD[row, first - 1 : len(ids) - 1]
+                targets_T = torch.tensor(ids[first:], device=model.device)
+                total = 0.0
+                for hidden_ND, targets_N in zip(
+                    hidden_TD.split(size), targets_T.split(size), strict=True
+                ):
+                    log_probs_NV = model.hidden_to_logits(hidden_ND).float().log_softmax(-1)
+                    total -= float(log_probs_NV.gather(-1, targets_N[:, None]).double().sum())
+                losses.append(total / len(targets_T))
+        return losses
+
+
+def _ratio_stderr(losses: Sequence[float], counts: Sequence[int], mean: float) -> float | None:
+    """The standard error of the mean a token; that of a plain mean where all windows have as many.
+    None for fewer than two windows.
+    """
+    n = len(losses)
+    if n < 2 or not math.isfinite(mean):
+        return None
+    squares = math.fsum(
+        (count * (loss - mean)) ** 2 for loss, count in zip(losses, counts, strict=True)
+    )
+    return math.sqrt(n / (n - 1) * squares) / sum(counts)

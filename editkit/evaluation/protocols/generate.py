@@ -1,0 +1,168 @@
+"""The protocol `generate`: the model continues each prompt by itself, greedily, and stops where it
+likes.
+
+The end is the end token, a newline (`until`) or the cap of `max_new_tokens`, which does not depend
+on the answer. Efficacy, generalization, portability, hop and attribute: exact match after SQuAD's
+normalisation with the answer or one of its aliases; `_contains`: an answer is among the
+generation's words; `_judged`: the judge's verdict. Locality: the normalised generation is that of
+the unedited model, frozen at step 0. A text is never "not finite": what a broken model says is
+judged like anything else.
+
+Nothing tells the model the answer or its length, as teacher forcing does: 96.8 % there can be 38.5
+% here (Yang et al. 2025, "The Mirage of Model Editing", arXiv 2502.11177).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from editkit.errors import ConfigError
+from editkit.evaluation.protocols.base import (
+    AbstractProtocol,
+    Frozen,
+    Kind,
+    Questions,
+    Said,
+    Verdicts,
+    tallies,
+)
+from editkit.evaluation.protocols.judge import AbstractJudge, Generated, StringJudge
+from editkit.evaluation.protocols.matching import contains, is_match, normalise
+from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
+from editkit.evaluation.scoring.teacher_forcing import Asks
+from editkit.evaluation.statistics.tally import Outcome
+from editkit.types import Probe
+
+Case = tuple[int, Kind, Probe]  # which request, what is asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(AbstractProtocol):
+    """Free-running greedy decoding."""
+
+    name: ClassVar[str] = "generate"
+    max_new_tokens: int = 32
+    until: tuple[str, ...] = ("\n",)  # texts that end a generation and are no part of it
+    judge: AbstractJudge | None = StringJudge()  # noqa: RUF009 (it is frozen)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(
+                f"evaluation.generate.max_new_tokens: {self.max_new_tokens} was given; at least 1 is needed."
+            )
+        if "" in self.until:
+            problems.append(
+                "evaluation.generate.until: an empty text was given; it would end every generation at once."
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    def probes(self, asked: Questions) -> tuple[Probe, ...]:
+        return ()
+
+    def prompts(self, asked: Questions) -> Iterator[str]:
+        for probes in (*asked.new.values(), asked.stays):
+            yield from (probe.prompt for probe in probes)
+
+    def closer_look(
+        self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None
+    ) -> Asks | None:
+        return None
+
+    def freeze(self, asked: Questions, said: Said) -> Frozen:
+        """The generations after all of the request's different prompts, in their order, as JSON."""
+        return {
+            "texts": to_bytes([said.texts[prompt] for prompt in dict.fromkeys(self.prompts(asked))])
+        }
+
+    def thaw(self, asked: Questions, frozen: Frozen) -> dict[str, str]:
+        """The unedited model's generations by prompt."""
+        return dict(
+            zip(dict.fromkeys(self.prompts(asked)), from_bytes(frozen["texts"]), strict=True)
+        )
+
+    def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
+        cases = [
+            (index, kind, probe)
+            for index, each in enumerate(asked)
+            for kind, probes in each.new.items()
+            for probe in probes
+        ]
+        verdicts = self._verdicts(asked, cases, said)
+        found: list[dict[Kind, list[Outcome]]] = [{} for _ in asked]
+        rows: list[dict[str, Any]] = []
+        for number, (index, (metric, task), probe) in enumerate(cases):
+            text, answers = said.texts[probe.prompt], (probe.answer, *probe.aliases)
+            scores = {
+                metric: float(is_match(text, answers)),
+                f"{metric}_contains": float(contains(text, answers)),
+            }
+            if verdicts is not None:
+                scores[f"{metric}_judged"] = verdicts[number]
+            for name, value in scores.items():
+                outcome = Outcome(value) if math.isfinite(value) else Outcome(0.0, is_finite=False)
+                found[index].setdefault((name, task), []).append(outcome)
+            if task is None:  # the kinds hold the same probes once more
+                rows.append(
+                    _row(asked[index], metric, probe, text, answers=list(answers), **_plain(scores))
+                )
+        for index, each in enumerate(asked):
+            before = self.thaw(each, frozen[index])
+            for kind, probes in each.kept.items():
+                same = [
+                    float(normalise(said.texts[probe.prompt]) == normalise(before[probe.prompt]))
+                    for probe in probes
+                ]
+                found[index][kind] = [Outcome(value) for value in same]
+                if kind[1] is None:
+                    rows += [
+                        _row(
+                            each,
+                            kind[0],
+                            probe,
+                            said.texts[probe.prompt],
+                            unedited=before[probe.prompt],
+                            **{kind[0]: value},
+                        )
+                        for probe, value in zip(probes, same, strict=True)
+                    ]
+        return Verdicts(tallies(self.name, found), tuple(rows))
+
+    def _verdicts(
+        self, asked: Sequence[Questions], cases: Sequence[Case], said: Said
+    ) -> Sequence[float] | None:
+        """The judge's, a case each; None without a judge."""
+        if self.judge is None:
+            return None
+        generated = [
+            Generated(
+                prompt=probe.prompt,
+                answers=(probe.answer, *probe.aliases),
+                text=said.texts[probe.prompt],
+                old_answer=asked[index].request.target_old
+                if metric in ("efficacy", "generalization")
+                else None,
+            )
+            for index, (metric, _), probe in cases
+        ]
+        different = list(dict.fromkeys(generated))
+        verdicts = dict(zip(different, self.judge.judge(different), strict=True))
+        return [verdicts[each] for each in generated]
+
+
+def _row(asked: Questions, metric: str, probe: Probe, text: str, **more: Any) -> dict[str, Any]:
+    return {
+        "request": asked.request.id,
+        "metric": metric,
+        "prompt": probe.prompt,
+        "generation": text,
+        **more,
+    }
+
+
+def _plain(scores: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}

@@ -1,0 +1,105 @@
+"""The protocol `probability`: what is more probable than what.
+
+Meng et al. 2022 (arXiv 2202.05262), section 3.4; PRUNE (arXiv 2405.16821), section 5.1. P is the
+length-normalised probability exp(mean log-prob of the answer's tokens). Efficacy: P(target) > P(old
+target) after the prompt; generalization: the same after the paraphrases; attribute: the same after
+prompts of which the target has always been true; locality: P(true answer) > P(target) after the
+neighbours. A `_magnitude` is the mean difference of the two P, in [-1, 1]. Locality does not look
+at the unedited model here, and only neighbours have an answer that the target competes with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from editkit.evaluation.protocols.base import (
+    AbstractProtocol,
+    Frozen,
+    Kind,
+    Questions,
+    Said,
+    Verdicts,
+    tallies,
+)
+from editkit.evaluation.scoring.teacher_forcing import Asks, Score
+from editkit.evaluation.statistics.tally import Outcome
+from editkit.types import Probe
+
+Pair = tuple[Probe, Probe]  # what should be more probable, and than what
+
+
+def comparisons(asked: Questions) -> dict[str, list[Pair]]:
+    """The pairs by metric. Without an old target, or where the target is a neighbour's true answer,
+    there is nothing to compare.
+    """
+    request = asked.request
+    found: dict[str, list[Pair]] = {"efficacy": [], "generalization": [], "attribute": []}
+    if (old := request.target_old) is not None:
+        for metric, pairs in found.items():
+            for probe in asked.new.get((metric, None), ()):
+                pairs.append(
+                    (
+                        Probe(prompt=probe.prompt, answer=request.target),
+                        Probe(prompt=probe.prompt, answer=old),
+                    )
+                )
+    found["locality"] = [
+        (probe, Probe(prompt=probe.prompt, answer=request.target))
+        for probe in request.neighbours
+        if probe.answer != request.target
+    ]
+    return {metric: pairs for metric, pairs in found.items() if pairs}
+
+
+class Probability(AbstractProtocol):
+    """Comparisons of length-normalised probabilities."""
+
+    name: ClassVar[str] = "probability"
+
+    def probes(self, asked: Questions) -> Iterator[Probe]:
+        for pairs in comparisons(asked).values():
+            for pair in pairs:
+                yield from pair
+
+    def prompts(self, asked: Questions) -> tuple[str, ...]:
+        return ()
+
+    def closer_look(
+        self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None
+    ) -> Asks | None:
+        return None
+
+    def freeze(self, asked: Questions, said: Said) -> Frozen:
+        return {}
+
+    def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
+        found: list[dict[Kind, list[Outcome]]] = []
+        for each in asked:
+            pairs = {
+                metric: [(said.scores[better], said.scores[worse]) for better, worse in compared]
+                for metric, compared in comparisons(each).items()
+            }
+            outcomes: dict[Kind, list[Outcome]] = {
+                (metric, None): [_is_greater(*pair) for pair in scored]
+                for metric, scored in pairs.items()
+            }
+            outcomes |= {
+                (f"{metric}_magnitude", None): [_difference(*pair) for pair in scored]
+                for metric, scored in pairs.items()
+            }
+            found.append(outcomes)
+        return Verdicts(tallies(self.name, found))
+
+
+def _is_greater(better: Score, worse: Score) -> Outcome:
+    is_finite = better.is_finite and worse.is_finite
+    return Outcome(float(is_finite and better.mean_log_prob > worse.mean_log_prob), is_finite)
+
+
+def _difference(better: Score, worse: Score) -> Outcome:
+    # There is no number that a failure would have: the mean becomes None where a probability is not
+    # finite.
+    is_finite = better.is_finite and worse.is_finite
+    return Outcome(better.probability - worse.probability if is_finite else math.nan, is_finite)

@@ -1,0 +1,315 @@
+"""One engine for everything that is judged under teacher forcing: log-probabilities and greedy
+choices of answers after their prompts.
+
+An answer's tokens are predicted from the prompt and the answer without its last token, its context.
+Contexts are run as trees (`editkit.model.prefix_tree`): what several of them begin with, in one
+record or in a thousand, is run once, so that two one-token answers of a prompt cost one row, and so
+do all protocols that ask the same thing. Logits exist at the answers' positions alone.
+
+Shape letters: B rows, T tokens, D width of the residual stream, V vocabulary, P different
+positions, M answer tokens, K chosen tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from editkit.errors import ConfigError
+from editkit.lazy import torch
+from editkit.model.prefix_tree import Ids, Tree, can_branch, grow, side_by_side
+from editkit.model.tokens import TargetSequence, encode_with_targets
+from editkit.types import Probe
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
+
+LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
+# a CPU gains nothing from wider passes, and loses half its speed once a layer's values outgrow what
+# malloc keeps
+TOKENS_ON_CPU = 512
+# attention looks at all of a tree; larger ones share little more (1,000 records of CounterFact: 1
+# %)
+TOKENS_OF_A_TREE = 64
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model says of one answer, token by token."""
+
+    tokens: Ids  # the answer's
+    log_probs: tuple[float, ...]  # nats
+    greedy: Ids  # the most probable tokens at the same places
+    next_tokens: NextTokens | None = None  # where it was asked for
+
+    @cached_property
+    def mean_log_prob(self) -> float:
+        """Length-normalised: nats a token."""
+        return math.fsum(self.log_probs) / len(self.log_probs) if self.is_finite else math.nan
+
+    @property
+    def sum_log_prob(self) -> float:
+        """Nats of the whole answer."""
+        return math.fsum(self.log_probs) if self.is_finite else math.nan
+
+    @property
+    def probability(self) -> float:
+        """exp(mean_log_prob): the geometric mean of the tokens' probabilities."""
+        return math.exp(self.mean_log_prob)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Every token of the answer is the most probable one."""
+        return self.greedy == self.tokens
+
+    @cached_property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, self.log_probs))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NextTokens:
+    """The most probable next tokens at each place of an answer, and what was asked about others. On
+    the CPU, log-probabilities in nats.
+    """
+
+    top_MK: torch.Tensor  # ids, int32, the most probable first
+    top_log_probs_MK: torch.Tensor  # float32
+    asked_log_probs_MK: torch.Tensor | None  # float32, of the ids that were asked about
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Asks:
+    """Of which probes the distributions are wanted too: the `top` most probable tokens, and the
+    log-probabilities of given ones.
+    """
+
+    top: int
+    probes: Mapping[Probe, torch.Tensor | None]  # (M, K) ids, as many for each; or None for each
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """An answer's tokens and the first position whose logits predict one."""
+
+    index: int  # which of the probes
+    tokens: Ids
+    first: int
+
+
+def score(
+    model: EditableModel,
+    probes: Iterable[Probe],
+    *,
+    tokens_per_batch: int,
+    asks: Asks | None = None,
+) -> dict[Probe, Score]:
+    """The score of each different probe. Answers follow their prompts after one blank.
+
+    A context longer than the model's positions loses its beginning.
+
+    Args:
+        tokens_per_batch: rows times width of a batch, padding included, on a CPU at most 512; a
+        longer row runs alone. Halved, for the rest
+            of the call, whenever memory runs out. It changes no score beyond rounding.
+        asks: which of the probes are looked at more closely.
+
+    Raises:
+        ConfigError: an answer is blank, or longer than the model's positions.
+    """
+    unique = list(dict.fromkeys(probes))
+    sequences = encode_with_targets(
+        model.tokenizer, [(probe.prompt, probe.answer) for probe in unique]
+    )
+    wanted = (
+        {index: asks.probes[probe] for index, probe in enumerate(unique) if probe in asks.probes}
+        if asks is not None
+        else {}
+    )
+    top = 0 if asks is None else min(asks.top, len(model.tokenizer))
+    return dict(
+        zip(
+            unique,
+            score_sequences(
+                model, sequences, tokens_per_batch=tokens_per_batch, wanted=wanted, top=top
+            ),
+            strict=True,
+        )
+    )
+
+
+def score_sequences(
+    model: EditableModel,
+    sequences: Sequence[TargetSequence],
+    *,
+    tokens_per_batch: int,
+    wanted: Mapping[int, torch.Tensor | None] | None = None,
+    top: int = 0,
+) -> list[Score]:
+    """`score` of what is tokenised already; `wanted` are the `Asks` by the sequence's index."""
+    if tokens_per_batch < 1:
+        raise ConfigError(f"tokens_per_batch: {tokens_per_batch} - a whole number of at least 1")
+    if model.device.type == "cpu":
+        tokens_per_batch = min(tokens_per_batch, TOKENS_ON_CPU)
+    answers = _contexts(sequences, max_length=model.max_length)
+    largest = (
+        min(TOKENS_OF_A_TREE, model.max_length)
+        if can_branch(model, longest=max(map(len, answers), default=0))
+        else 1
+    )
+    trees = grow(list(answers), limit=min(largest, tokens_per_batch))
+    scores: dict[int, Score] = {}
+    done = 0
+    while done < len(trees):
+        batch = trees[
+            done : done + max(1, tokens_per_batch // len(trees[done].ids))
+        ]  # the first is the largest
+        try:
+            found = _run(model, batch, answers, wanted or {}, top)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or (len(batch) == 1 and len(batch[0].branches) == 1):
+                raise
+            tokens_per_batch = max(1, tokens_per_batch // 2)
+            left = [ids for tree in trees[done:] for ids in tree.sequences]
+            trees, done = grow(left, limit=min(largest, tokens_per_batch)), 0
+            continue
+        scores.update(found)
+        done += len(batch)
+    return [scores[index] for index in range(len(sequences))]
+
+
+def _contexts(sequences: Sequence[TargetSequence], *, max_length: int) -> dict[Ids, list[_Answer]]:
+    """The answers by the context that they are read from."""
+    contexts: dict[Ids, list[_Answer]] = {}
+    for index, sequence in enumerate(sequences):
+        cut = max(0, len(sequence.ids) - 1 - max_length)
+        if cut > sequence.predicting.start:
+            raise ConfigError(
+                f"an answer has {len(sequence.target_ids)} tokens, the model {max_length} positions"
+            )
+        answer = _Answer(index, sequence.target_ids, sequence.predicting.start - cut)
+        contexts.setdefault(sequence.ids[cut:-1], []).append(answer)
+    return contexts
+
+
+def _run(
+    model: EditableModel,
+    trees: Sequence[Tree],
+    answers: Mapping[Ids, Sequence[_Answer]],
+    wanted: Mapping[int, torch.Tensor | None],
+    top: int,
+) -> list[tuple[int, Score]]:
+    places: dict[tuple[int, int], int] = {}  # (row, position) -> which of the P
+    asked: list[tuple[int, int]] = []  # (which of the P, token), M of them
+    read: list[_Answer] = []
+    for row, tree in enumerate(trees):
+        for ids, path in zip(tree.sequences, tree.paths, strict=True):
+            for answer in answers[ids]:
+                read.append(answer)
+                for offset, token in enumerate(answer.tokens):
+                    asked.append(
+                        (places.setdefault((row, path[answer.first + offset]), len(places)), token)
+                    )
+    rows_P, positions_P = torch.tensor(list(places), device=model.device).T
+    places_M, tokens_M = torch.tensor(asked, device=model.device).T
+    starts = list(itertools.accumulate((len(answer.tokens) for answer in read), initial=0))
+    ends = [start + len(answer.tokens) for start, answer in zip(starts, read, strict=False)]
+    looked_at = [number for number, answer in enumerate(read) if answer.index in wanted]
+    closer = _Closer(
+        top,
+        [place for number in looked_at for place, _ in asked[starts[number] : ends[number]]],
+        [ids_MK for number in looked_at if (ids_MK := wanted[read[number].index]) is not None],
+        model.device,
+    )
+    with torch.no_grad():
+        hidden_BTD = model.final_hidden(side_by_side(trees, device=model.device, dtype=model.dtype))
+        log_probs_M, greedy_M = _read(
+            model, hidden_BTD[rows_P, positions_P], places_M, tokens_M, closer
+        )
+    log_probs, greedy = log_probs_M.tolist(), greedy_M.tolist()
+    sizes = [len(read[number].tokens) for number in looked_at]
+    distributions = dict(zip(looked_at, closer.found(sizes), strict=True)) if looked_at else {}
+    return [
+        (
+            answer.index,
+            Score(
+                answer.tokens,
+                tuple(log_probs[start:end]),
+                tuple(greedy[start:end]),
+                distributions.get(number),
+            ),
+        )
+        for number, (answer, start, end) in enumerate(zip(read, starts, ends, strict=False))
+    ]
+
+
+def _read(
+    model: EditableModel,
+    hidden_PD: torch.Tensor,
+    places_M: torch.Tensor,
+    tokens_M: torch.Tensor,
+    closer: _Closer,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M,) log-probabilities of the tokens, float32, and (M,) the greedy choices at their places;
+    the vocabulary in bounded memory.
+    """
+    log_probs_M = torch.empty(len(tokens_M), device=hidden_PD.device)
+    greedy_M = torch.empty_like(tokens_M)
+    size = max(1, LOGITS_AT_ONCE // len(model.tokenizer))
+    for start in range(0, len(hidden_PD), size):
+        log_probs_PV = (
+            model.hidden_to_logits(hidden_PD[start : start + size]).float().log_softmax(-1)
+        )
+        inside_M = (places_M >= start) & (places_M < start + size)
+        here = places_M[inside_M] - start
+        log_probs_M[inside_M] = log_probs_PV[here, tokens_M[inside_M]]
+        greedy_M[inside_M] = log_probs_PV.argmax(-1)[here]
+        closer.look(log_probs_PV, start)
+    return log_probs_M, greedy_M
+
+
+class _Closer:
+    """Reads the distributions of one pass: Q places of the P, those of an answer behind one
+    another.
+    """
+
+    def __init__(
+        self, top: int, places: Sequence[int], ids: Sequence[torch.Tensor], device: torch.device
+    ) -> None:
+        self.places_Q = torch.tensor(places, dtype=torch.long, device=device)
+        self.ids_QK = torch.cat(list(ids)).long().to(device) if ids else None
+        self.top_QK = torch.empty(len(places), top, dtype=torch.int32, device=device)
+        self.top_log_probs_QK = torch.empty(len(places), top, device=device)
+        self.asked_QK = (
+            None if self.ids_QK is None else torch.empty(self.ids_QK.shape, device=device)
+        )
+
+    def look(self, log_probs_PV: torch.Tensor, start: int) -> None:
+        """Takes what it wants from the log-probabilities at the places from `start` on."""
+        inside_Q = (self.places_Q >= start) & (self.places_Q < start + len(log_probs_PV))
+        if not bool(inside_Q.any()):
+            return
+        log_probs_QV = log_probs_PV[self.places_Q[inside_Q] - start]
+        values_QK, ids_QK = log_probs_QV.topk(self.top_QK.shape[1])
+        self.top_QK[inside_Q], self.top_log_probs_QK[inside_Q] = ids_QK.int(), values_QK
+        if self.asked_QK is not None and self.ids_QK is not None:
+            self.asked_QK[inside_Q] = log_probs_QV.gather(-1, self.ids_QK[inside_Q])
+
+    def found(self, sizes: Sequence[int]) -> list[NextTokens]:
+        """A distribution for each answer, of so many tokens each."""
+        top, log_probs = (
+            self.top_QK.cpu().split(list(sizes)),
+            self.top_log_probs_QK.cpu().split(list(sizes)),
+        )
+        asked = (
+            [None] * len(sizes) if self.asked_QK is None else self.asked_QK.cpu().split(list(sizes))
+        )
+        return [NextTokens(*each) for each in zip(top, log_probs, asked, strict=True)]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,159 @@
+"""What a search reads off the vocabulary: log-probabilities of tokens, and a divergence; with a
+pass over the head's weights less.
+
+A few rows times a matrix of V x D cost what it takes to fetch the matrix, and a gradient fetches it
+again. But the gradients of these particular readings are means of the matrix's rows under the
+distribution itself, which can be taken along, as in online softmax (Milakov & Gimelshein 2018,
+arXiv 1805.02867): each slice of the matrix is used for both while it is in the cache, and no row of
+V numbers is kept.
+
+    d log p(t) / dh      = w_t - E_p[w]                                p = softmax(l), l_v = w_v . h + b_v
+    d KL(p || q) / dh    = E_p[(l - log q) w] - E_p[l - log q] E_p[w]
+
+Shape letters: K rows with a token, N rows with a divergence, M = K + N, D width, V vocabulary, S a
+slice of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from editkit.lazy import torch
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
+
+SLICE_BYTES = 1 << 22  # of the head's weights: what a CPU's cache holds beside the rest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Readings:
+    """At least float32. Gradients flow through the first two."""
+
+    log_p_K: torch.Tensor
+    kl_N: torch.Tensor
+    log_p_NV: torch.Tensor  # what a later divergence may be measured from
+
+
+def read(
+    model: EditableModel,
+    hidden_MD: torch.Tensor,
+    ids_K: torch.Tensor,
+    before_NV: torch.Tensor | None,
+) -> Readings:
+    """log p of a token in each of the first K rows, and KL(p || before) in the other N; 0 where
+    nothing was before.
+    """
+    logits_MV = model.hidden_to_logits(hidden_MD)
+    log_p_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)).log_softmax(dim=-1)
+    log_p_NV = log_p_MV[len(ids_K) :]
+    return Readings(
+        log_p_K=log_p_MV[: len(ids_K)].gather(1, ids_K[:, None])[:, 0],
+        kl_N=log_p_NV.new_zeros(len(log_p_NV))
+        if before_NV is None
+        else divergence(log_p_NV, before_NV),
+        log_p_NV=log_p_NV.detach(),
+    )
+
+
+def divergence(log_p_NV: torch.Tensor, before_NV: torch.Tensor) -> torch.Tensor:
+    """KL(p || before), (N,)."""
+    return torch.nn.functional.kl_div(before_NV, log_p_NV, reduction="none", log_target=True).sum(
+        dim=-1
+    )
+
+
+def read_sliced(
+    model: EditableModel,
+    hidden_MD: torch.Tensor,
+    ids_K: torch.Tensor,
+    before_NV: torch.Tensor | None,
+) -> Readings:
+    """The same, to rounding; the gradients come with it.
+
+    Where that does not pay or would not be exact (a GPU, half precision, a head that is more than a
+    matrix), it is `read`.
+    """
+    head = model.network.get_output_embeddings()
+    is_matrix = (
+        isinstance(head, torch.nn.Linear)
+        and getattr(model.network.config, "final_logit_softcapping", None) is None
+    )
+    if (
+        not is_matrix
+        or hidden_MD.device.type != "cpu"
+        or hidden_MD.dtype not in (torch.float32, torch.float64)
+    ):
+        return read(model, hidden_MD, ids_K, before_NV)
+    with torch.no_grad():
+        found, gradient_MD = _sliced(head.weight, head.bias, hidden_MD.detach(), ids_K, before_NV)
+    # Adds exactly zero, with the gradient that is known.
+    slope_M = ((hidden_MD - hidden_MD.detach()) * gradient_MD).sum(dim=1)
+    return Readings(
+        log_p_K=found.log_p_K + slope_M[: len(ids_K)],
+        kl_N=found.kl_N + slope_M[len(ids_K) :],
+        log_p_NV=found.log_p_NV,
+    )
+
+
+def _sliced(
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    hidden_MD: torch.Tensor,
+    ids_K: torch.Tensor,
+    before_NV: torch.Tensor | None,
+) -> tuple[Readings, torch.Tensor]:
+    num_tokens, (num_rows, width) = len(ids_K), hidden_MD.shape
+    num_words = len(weight_VD)
+    has_kl = before_NV is not None
+    top_M = hidden_MD.new_full((num_rows,), -torch.inf)
+    # Sums of exp(l - top) times 1 and w; for the last N also times (l - log q), from a reference so
+    # that nothing large cancels.
+    mass_M, mean_MD = hidden_MD.new_zeros(num_rows), hidden_MD.new_zeros(num_rows, width)
+    excess_N, tilt_ND = (
+        hidden_MD.new_zeros(num_rows - num_tokens),
+        hidden_MD.new_zeros(num_rows - num_tokens, width),
+    )
+    reference_N1 = hidden_MD.new_zeros(num_rows - num_tokens, 1)
+    logits_NV = hidden_MD.new_empty(num_rows - num_tokens, num_words)
+    step = max(1, SLICE_BYTES // (width * weight_VD.element_size()))
+    for start in range(0, num_words, step):
+        words = slice(start, start + step)
+        weight_SD = weight_VD[words]
+        logits_MS = torch.nn.functional.linear(
+            hidden_MD, weight_SD, None if bias_V is None else bias_V[words]
+        )
+        logits_NV[:, words] = logits_MS[num_tokens:]
+        before_M, top_M = top_M, torch.maximum(top_M, logits_MS.amax(dim=1))
+        fade_M, weights_MS = (before_M - top_M).exp(), (logits_MS - top_M[:, None]).exp_()
+        mass_M = mass_M * fade_M + weights_MS.sum(dim=1)
+        if before_NV is None:
+            mean_MD = torch.addmm(mean_MD * fade_M[:, None], weights_MS, weight_SD)
+            continue
+        ratio_NS = logits_MS[num_tokens:] - before_NV[:, words]
+        if start == 0:
+            reference_N1 = ratio_NS.mean(dim=1, keepdim=True)
+        tilted_NS = weights_MS[num_tokens:] * (ratio_NS - reference_N1)
+        fade_N = fade_M[num_tokens:]
+        excess_N = excess_N * fade_N + tilted_NS.sum(dim=1)
+        sums_MD = torch.cat([mean_MD * fade_M[:, None], tilt_ND * fade_N[:, None]])
+        sums_MD = torch.addmm(sums_MD, torch.cat([weights_MS, tilted_NS]), weight_SD)
+        mean_MD, tilt_ND = sums_MD[:num_rows], sums_MD[num_rows:]
+    log_mass_M, mean_MD = top_M + mass_M.log(), mean_MD / mass_M[:, None]
+    own_KD = weight_VD[ids_K]
+    logit_K = (hidden_MD[:num_tokens] * own_KD).sum(dim=1) + (
+        0.0 if bias_V is None else bias_V[ids_K]
+    )
+    mass_N = mass_M[num_tokens:]
+    excess_N, tilt_ND = excess_N / mass_N, tilt_ND / mass_N[:, None]
+    kl_N = excess_N + reference_N1[:, 0] - log_mass_M[num_tokens:] if has_kl else excess_N
+    gradient_MD = torch.cat(
+        [own_KD - mean_MD[:num_tokens], tilt_ND - excess_N[:, None] * mean_MD[num_tokens:]]
+    )
+    found = Readings(
+        log_p_K=logit_K - log_mass_M[:num_tokens],
+        kl_N=kl_N,
+        log_p_NV=logits_NV.sub_(log_mass_M[num_tokens:, None]),
+    )
+    return found, gradient_MD

@@ -1,0 +1,177 @@
+"""The files of a run's folder, as frozen values. The files are a contract (DESIGN section 5);
+reading them needs no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from editkit.errors import ConfigError
+from editkit.records.views import trajectory_view_of
+from editkit.types import EvalRecord, StepRecord
+
+_Record = TypeVar("_Record", StepRecord, EvalRecord)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecords:
+    """What a run has written so far."""
+
+    folder: Path
+    steps: tuple[StepRecord, ...]
+    evals: tuple[EvalRecord, ...]
+    config: Mapping[str, Any]  # resolved; empty where the run has not written it
+    provenance: Mapping[str, Any]
+    status: Literal["done", "failed", "unfinished"]
+    failure: Mapping[str, Any] | None = None  # FAILED.json
+
+    @property
+    def trajectory_view(self) -> str:
+        """What the trajectory's own view is called, also where nothing was measured."""
+        return trajectory_view_of(self.config)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The trajectory's own first; a run that has measured nothing yet has that one alone."""
+        return tuple(dict.fromkeys((self.trajectory_view, *(record.view for record in self.evals))))
+
+
+def load_run(folder: Path) -> RunRecords:
+    """Reads a run's folder, also that of a run that is still writing: a last line without its line
+    end is left out.
+
+    Numbers that were not finite (null, or NaN) come back as nan in step records and as None in
+    evaluations. Raises ConfigError for a folder that is no run's, and for malformed lines: all of
+    them at once, with file, line and field.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"no run to read: {folder} is not a folder. Give the folder that a run wrote (it holds steps.jsonl and evals.jsonl)."
+        )
+    if not (folder / "steps.jsonl").exists():
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ConfigError(
+            f"no run to read: {folder} has no steps.jsonl; it holds {inside}. Give the folder of one run, outputs/.../seed<k>."
+        )
+    problems: list[str] = []
+    steps = tuple(_records(folder / "steps.jsonl", _step, problems))
+    evals = tuple(_records(folder / "evals.jsonl", _evaluation, problems))
+    config = _mapping(folder / "config.yaml", problems)
+    provenance = _mapping(folder / "provenance.json", problems)
+    failure = _mapping(folder / "FAILED.json", problems)
+    if problems:
+        raise ConfigError(problems)
+    done = (folder / "DONE").exists()
+    return RunRecords(
+        folder=folder,
+        steps=steps,
+        evals=evals,
+        config=config,
+        provenance=provenance,
+        status="done" if done else "failed" if failure else "unfinished",
+        failure=failure or None,
+    )
+
+
+def _records(
+    path: Path, parse: Callable[[dict[str, Any]], _Record], problems: list[str]
+) -> Iterator[_Record]:
+    if not path.exists():
+        return
+    whole, _, _ = path.read_bytes().rpartition(
+        b"\n"
+    )  # what follows the last line end is still being written
+    for number, line in enumerate(whole.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict):
+                raise ValueError(f"a JSON object was expected, not {type(fields).__name__}")
+            yield parse(fields)
+        except (
+            ValueError,
+            TypeError,
+        ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            problems.append(
+                f"{path}:{number}: malformed record ({error}): {line[:80].decode(errors='replace')}"
+            )
+
+
+def _step(fields: dict[str, Any]) -> StepRecord:
+    known = _known(StepRecord, fields)
+    known["requests"] = tuple(known.get("requests", ()))
+    for name in ("seconds", "target"):
+        known[name] = _numbers(name, known.get(name, {}))
+    modules = known.get("modules", {})
+    known["modules"] = {
+        module: _numbers(f"modules.{module}", figures) for module, figures in modules.items()
+    }
+    return StepRecord(**known)
+
+
+def _evaluation(fields: dict[str, Any]) -> EvalRecord:
+    known = _known(EvalRecord, fields)
+    for name in ("value", "stderr", *(name for name in ("low", "high") if name in known)):
+        number = known.get(name)
+        if number is not None and not isinstance(number, int | float):
+            raise ValueError(f"{name} is {number!r}, not a number")
+        known[name] = float(number) if number is not None and math.isfinite(number) else None
+    return EvalRecord(**known)
+
+
+def _known(record: type[_Record], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that this version knows: a later one may write more."""
+    required = [
+        field.name
+        for field in dataclasses.fields(record)
+        if _is_required(field) and field.name not in {"value", "stderr"}
+    ]
+    if missing := [name for name in required if name not in fields]:
+        raise ValueError(f"without {', '.join(missing)}")
+    if not isinstance(fields["step"], int):
+        raise ValueError(f"step is {fields['step']!r}, not a whole number")
+    names = {field.name for field in dataclasses.fields(record)}
+    return {name: value for name, value in fields.items() if name in names}
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _numbers(where: str, fields: Any) -> dict[str, float]:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} is {fields!r}, not a JSON object")
+    if wrong := [
+        name
+        for name, value in fields.items()
+        if value is not None and not isinstance(value, int | float)
+    ]:
+        raise ValueError(f"{where}.{wrong[0]} is {fields[wrong[0]]!r}, not a number")
+    return {name: math.nan if value is None else value for name, value in fields.items()}
+
+
+def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    import yaml
+
+    try:
+        content = (
+            json.loads(path.read_bytes())
+            if path.suffix == ".json"
+            else yaml.safe_load(path.read_bytes())
+        )
+    except (ValueError, yaml.YAMLError) as error:
+        problems.append(f"{path}: cannot be read ({' '.join(str(error).split())}).")
+        return {}
+    if not isinstance(content, dict):
+        problems.append(f"{path}: names and values were expected, not {type(content).__name__}.")
+        return {}
+    return content

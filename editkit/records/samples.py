@@ -1,0 +1,36 @@
+"""What a run's `samples/` folder holds, as records."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from editkit.records.reader import RunRecords
+from editkit.types import SampleRecord
+
+
+def read_samples(run: RunRecords, *, name: str | None = None) -> Iterator[SampleRecord]:
+    """The samples of a run in the order of steps; of one name if asked for.
+
+    A file is named step, view and name with dashes between; the view's name is found among those of
+    the run, since names may hold dashes.
+    """
+    views = {*run.views, *(run.config.get("restraint") or {})}
+    ordered = sorted(views, key=len, reverse=True)
+    for path in sorted(run.folder.glob("samples/*.jsonl.gz")):
+        step, _, rest = path.name.removesuffix(".jsonl.gz").partition("-")
+        view = next((view for view in ordered if rest.startswith(f"{view}-")), None)
+        if view is not None and step.isdigit() and name in (None, rest.removeprefix(f"{view}-")):
+            yield SampleRecord(
+                step=int(step),
+                view=view,
+                name=rest.removeprefix(f"{view}-"),
+                rows=tuple(_rows(path)),
+            )
+
+
+def _rows(path: Path) -> Iterator[dict[str, object]]:
+    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+        yield json.loads(line)

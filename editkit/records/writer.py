@@ -1,0 +1,67 @@
+"""The record files of a run: `steps.jsonl` and `evals.jsonl`, one JSON object a line (DESIGN
+section 5).
+
+They are only ever appended to. A checkpoint notes their lengths; going on from it cuts them back to
+these, so that a killed run leaves no record twice and no half line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from editkit.errors import ConfigError
+from editkit.files import write_atomically
+from editkit.types import EvalRecord, SampleRecord, StepRecord, as_json
+
+STEPS, EVALS = "steps.jsonl", "evals.jsonl"
+
+
+def save_samples(record: SampleRecord, folder: Path) -> Path:
+    """Writes `samples/<step>-<view>-<name>.jsonl.gz`; the same record gives the same bytes, also
+    after a kill.
+    """
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in record.rows)
+    path = folder / f"{record.step:06d}-{record.view}-{record.name}.jsonl.gz"
+    write_atomically(path, gzip.compress(lines.encode(), mtime=0))
+    return path
+
+
+class RecordFiles:
+    """Both files, open for appending."""
+
+    def __init__(self, folder: Path, record_bytes: Mapping[str, int]) -> None:
+        """Cuts the files back to `record_bytes`; one that is not named there starts empty. Raises
+        ConfigError where one is shorter.
+        """
+        self._files: dict[str, IO[bytes]] = {}
+        for name in (STEPS, EVALS):
+            path, length = folder / name, record_bytes.get(name, 0)
+            found = path.stat().st_size if path.exists() else 0
+            if found < length:
+                raise ConfigError(
+                    f"{path} has {found} bytes, but the checkpoint was made at {length}: records were lost. Start anew with resume=never."
+                )
+            file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the run)
+            file.truncate(length)
+            self._files[name] = file
+
+    def append(self, record: StepRecord | EvalRecord) -> None:
+        name = STEPS if isinstance(record, StepRecord) else EVALS
+        self._files[name].write(json.dumps(as_json(record), allow_nan=False).encode() + b"\n")
+        self._files[name].flush()
+
+    def sync(self) -> dict[str, int]:
+        """Waits until everything is on the disk; the files' lengths in bytes."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()

@@ -1,0 +1,194 @@
+"""What belongs together when runs are compared: a view of a run as one measured subject, with its
+labels, its seed and its twins.
+
+Runs that differ in the seed alone are repetitions of one subject. What a restraint on the total
+adds to a view counts as part of that view alone: the unrestrained model of a run with PRUNE is the
+same subject as the same run without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from editkit.config.identity import UNHASHED, canonical, config_hash
+from editkit.records.reader import RunRecords
+from editkit.report.labels import NONE, labels, restraint_label
+
+# Said of two subjects only where nothing else differs: when and how they were measured, which the
+# tables say themselves.
+UNTOLD = ("milestones", "suite.", "evaluation.")
+MOST_TOLD = 3  # options in a row's label
+AT_THE_VIEW = ("evaluation", "end")  # where a restraint on the total leaves the trajectory alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One view of one run."""
+
+    run: RunRecords
+    view: str
+    subject: str  # the same for repetitions that differ in the seed alone: a hash
+    bare: str  # the same for all subjects that differ in their restraints alone
+    model: str
+    editor: str
+    restraint: str  # "none", "eac", "eac+prune"
+    dataset: str
+    seed: int
+    options: str = (
+        ""  # by what it differs from other subjects of these labels, "" if there are none
+    )
+
+    @property
+    def label(self) -> tuple[str, str, str]:
+        """What a table's row is called: model, editor, restraint with the options that tell it from
+        others.
+        """
+        return (
+            self.model,
+            self.editor,
+            f"{self.restraint} ({self.options})" if self.options else self.restraint,
+        )
+
+    @property
+    def is_restrained(self) -> bool:
+        return self.restraint != NONE
+
+    @property
+    def is_trajectory(self) -> bool:
+        """Whether the steps' figures are this view's."""
+        return self.view == self.run.trajectory_view
+
+
+def measured(runs: Iterable[RunRecords]) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
+    """Every view of every run, and sentences on what was left out because it is there twice."""
+    found: dict[tuple[str, int], Measured] = {}
+    notes: list[str] = []
+    configs: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for view in run.views:
+            config = _config_of_view(run.config, view)
+            each = _measured(run, view, config)
+            earlier = found.setdefault((each.subject, each.seed), each)
+            configs[each.subject] = config
+            if earlier is not each:
+                keeper = _further(earlier, each)
+                found[each.subject, each.seed] = keeper
+                other = each if keeper is earlier else earlier
+                notes.append(
+                    f"{other.run.folder} ({other.view}) is the same cell as {keeper.run.folder} and was left out"
+                )
+    return _with_options(tuple(found.values()), configs), tuple(notes)
+
+
+def pairs(subjects: Sequence[Measured]) -> dict[str, str]:
+    """The unrestrained twin of each restrained subject that has one: the same configuration but for
+    the restraints.
+    """
+    bare = {each.bare: each.subject for each in subjects if not each.is_restrained}
+    return {
+        each.subject: bare[each.bare]
+        for each in subjects
+        if each.is_restrained and each.bare in bare
+    }
+
+
+def _config_of_view(config: Mapping[str, Any], view: str) -> dict[str, Any]:
+    """The configuration with the restraints that act on this view."""
+    nodes: Mapping[str, Any] = config.get("restraint") or {}
+    kept = {
+        name: node
+        for name, node in nodes.items()
+        if name == view or (node or {}).get("apply_at") not in AT_THE_VIEW
+    }
+    return {**config, "restraint": kept}
+
+
+def _measured(run: RunRecords, view: str, config: Mapping[str, Any]) -> Measured:
+    named = labels(config)
+    editor = {
+        name: value for name, value in (config.get("editor") or {}).items() if name != "name"
+    }  # d4s is memit with a restraint
+    restraints = [restraint_label(name, node) for name, node in config["restraint"].items()]
+    return Measured(
+        run=run,
+        view=view,
+        subject=config_hash(config),
+        bare=config_hash({**config, "editor": editor, "restraint": {}}),
+        model=named["model"],
+        editor=named["editor"],
+        restraint="+".join(restraints) or NONE,
+        dataset=named["dataset"],
+        seed=int(config.get("seed", run.provenance.get("seed", 0)) or 0),
+    )
+
+
+def _further(one: Measured, other: Measured) -> Measured:
+    """The one whose run has come further; the first of equals."""
+    return other if len(other.run.steps) > len(one.run.steps) else one
+
+
+def _with_options(
+    subjects: tuple[Measured, ...], configs: Mapping[str, Mapping[str, Any]]
+) -> tuple[Measured, ...]:
+    """Names the values by which subjects of the same labels differ, so that no two rows of a table
+    look alike.
+    """
+    alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for each in subjects:
+        flat = _flat(
+            canonical(
+                {
+                    name: value
+                    for name, value in configs[each.subject].items()
+                    if name not in UNHASHED
+                }
+            )
+        )
+        alike.setdefault((*each.label, each.dataset), {})[each.subject] = flat
+    experiments = {each.subject: str(each.run.config.get("experiment_name")) for each in subjects}
+    told = {
+        subject: text
+        for group in alike.values()
+        for subject, text in _told(group, experiments).items()
+    }
+    return tuple(replace(each, options=told[each.subject]) for each in subjects)
+
+
+def _told(group: Mapping[str, Mapping[str, str]], experiments: Mapping[str, str]) -> dict[str, str]:
+    """A short text for each of some subjects of the same labels: the values in which they differ,
+    or their experiment, or their hash.
+    """
+    keys = dict.fromkeys(key for flat in group.values() for key in flat)
+    differing = [key for key in keys if len({flat.get(key) for flat in group.values()}) > 1]
+    shown = [key for key in differing if not key.startswith(UNTOLD)] or differing
+    texts = {
+        subject: ", ".join(f"{_short(key)}={flat[key]}" for key in shown if key in flat)
+        for subject, flat in group.items()
+    }
+    if len(shown) <= MOST_TOLD and len(set(texts.values())) == len(group):
+        return texts
+    if len({experiments[subject] for subject in group}) == len(group):
+        return {subject: f"of {experiments[subject]}" for subject in group}
+    short = {
+        subject: ", ".join(f"{_short(key)}={flat[key]}" for key in shown[:MOST_TOLD] if key in flat)
+        for subject, flat in group.items()
+    }
+    return {subject: f"{text}, ... #{subject[:4]}".lstrip(", ") for subject, text in short.items()}
+
+
+def _flat(node: Any, key: str = "") -> dict[str, str]:
+    if isinstance(node, Mapping):
+        return {
+            inner: value
+            for name, each in node.items()
+            for inner, value in _flat(each, f"{key}.{name}" if key else str(name)).items()
+        }
+    return {key: str(node)}
+
+
+def _short(key: str) -> str:
+    """The last part of a dotted key, with the one before it where it would say nothing alone."""
+    parts = key.split(".")
+    return parts[-1] if len(parts[-1]) > 4 or len(parts) == 1 else ".".join(parts[-2:])

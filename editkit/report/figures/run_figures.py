@@ -1,0 +1,244 @@
+"""A run's figures, in the manner of PRUNE (Ma et al. 2024, arXiv 2405.16821), Figures 2 to 4:
+weights, metrics and tasks by edit.
+
+Solid lines are restrained views, dashed ones the unrestrained model.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from editkit.files import write_atomically
+from editkit.records.reader import RunRecords, load_run
+from editkit.records.views import UNRESTRAINED
+from editkit.report.figures.axes import (
+    colours,
+    dress,
+    grid,
+    legend,
+    mark_lost,
+    num_columns,
+    view_style,
+)
+from editkit.report.figures.retention import draw_retention, retention_protocols
+from editkit.report.tables import EDITING_ORDER, editing_protocols, edits_by_step, is_summarised
+from editkit.types import EvalRecord, StepRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 200
+
+
+def draw_figures(folder: Path) -> tuple[Path, ...]:
+    """Draws what a run has measured into `<folder>/figures/*.png` and returns the files; a figure
+    without data is left out.
+
+    Raises ConfigError for a folder that holds no run, or malformed files.
+    """
+    run = load_run(folder)
+    figures = {
+        "spectrum": draw_spectrum(run),
+        "l1_norm": draw_l1_norm(run),
+        "tasks": draw_tasks(run),
+    }
+    figures |= {
+        f"editing_{protocol}" if protocol else "editing": draw_editing(run, protocol)
+        for protocol in editing_protocols(run.evals)
+    }
+    drawn: list[Path] = []
+    figures |= {
+        f"retention_{protocol}": draw_retention(run.evals, edits_by_step(run.steps), protocol)
+        for protocol in retention_protocols(run.evals)
+    }
+    for name, figure in figures.items():
+        if figure is not None:
+            buffer = io.BytesIO()
+            figure.savefig(
+                buffer, format="png", dpi=DPI, metadata={"Software": None}
+            )  # the same records give the same bytes
+            drawn.append(folder / "figures" / f"{name}.png")
+            write_atomically(drawn[-1], buffer.getvalue())
+    return tuple(drawn)
+
+
+def draw_spectrum(run: RunRecords) -> Figure | None:
+    """Condition number, sigma_max and sigma_min of every edited matrix by edit, on log axes."""
+    titles = {
+        "condition_number": r"condition number, $\sigma_{\max} / \sigma_{\min}$",
+        "sigma_max": r"largest singular value, $\sigma_{\max}$",
+        "sigma_min": r"smallest singular value, $\sigma_{\min}$",
+    }
+    return _draw_weights(run, titles, scale="log")
+
+
+def draw_l1_norm(run: RunRecords) -> Figure | None:
+    """The L1 norm of every edited matrix by edit."""
+    return _draw_weights(run, {"l1_norm": r"L1 norm, $\Sigma_{ij}\, |w_{ij}|$"}, scale="linear")
+
+
+def draw_editing(run: RunRecords, protocol: str | None) -> Figure | None:
+    """The editing metrics of one protocol by edit, a panel each."""
+    places = {metric: place for place, metric in enumerate(EDITING_ORDER)}
+    records = [
+        record
+        for record in run.evals
+        if record.kind == "editing" and record.protocol == protocol and is_summarised(record)
+    ]
+    panels: dict[str, list[EvalRecord]] = {}
+    for record in sorted(records, key=lambda record: places.get(record.metric, len(places))):
+        panels.setdefault(
+            f"{record.metric}, {record.task}" if record.task else record.metric, []
+        ).append(record)
+    return _draw_panels(run, panels, ylabel=f"{protocol} protocol, %" if protocol else "%")
+
+
+def draw_tasks(run: RunRecords) -> Figure | None:
+    """The downstream tasks by edit, a panel each."""
+    records = [
+        record for record in run.evals if record.kind == "downstream" and is_summarised(record)
+    ]
+    has_suites = len({record.suite for record in records}) > 1
+    panels: dict[str, list[EvalRecord]] = {}
+    for record in records:
+        name = f"{record.suite}/{record.task}" if has_suites else str(record.task)
+        panels.setdefault(f"{name}: {record.metric.replace('_', ' ')}", []).append(record)
+    return _draw_panels(run, panels, ylabel="score, %")
+
+
+def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> Figure | None:
+    """A panel per quantity and a colour per matrix. Restrained views, where their weights were
+    measured, have a mark at every milestone.
+    """
+    modules = list(dict.fromkeys(module for step in run.steps for module in step.modules))
+    if not modules:
+        return None
+    edits = edits_by_step(run.steps)
+    trajectory = (
+        run.evals[0].view if run.evals else UNRESTRAINED
+    )  # the runner measures the trajectory's own view first
+    weights = [
+        record for record in run.evals if record.kind == "weights" and record.view != trajectory
+    ]
+    views = list(dict.fromkeys([trajectory, *(record.view for record in weights)]))
+    figure, axes = grid(len(titles), width=3.4 if len(titles) > 1 else 5.0, height=2.9)
+    for axis, (metric, title) in zip(axes, titles.items(), strict=True):
+        axis.set_yscale(scale)
+        for module, colour in zip(modules, colours(len(modules)), strict=True):
+            for view in views:
+                if view == trajectory:
+                    steps = [step for step in run.steps if metric in step.modules.get(module, {})]
+                    at, values = (
+                        [edits[step.step] for step in steps],
+                        [step.modules[module][metric] for step in steps],
+                    )
+                else:
+                    found = [
+                        record
+                        for record in weights
+                        if (record.view, record.metric, record.task) == (view, metric, module)
+                    ]
+                    at, values = (
+                        [edits.get(record.step, record.step) for record in found],
+                        [_number(record.value) for record in found],
+                    )
+                style = view_style(view, views) | {"linewidth": 1.3, "markersize": 3.5}
+                style |= (
+                    {"linestyle": "-"} if len(views) == 1 else {}
+                )  # nothing to tell apart by style
+                style |= {"color": colour} if len(views) == 1 or len(modules) > 1 else {}
+                style |= (
+                    {"marker": ""} if view == trajectory and len(at) > 1 else {}
+                )  # a mark per edit would be a smear
+                name = f"{module}, {view}" if len(views) > 1 else module
+                axis.plot(
+                    at,
+                    values,
+                    gid=name,
+                    label="" if len(modules) > 1 < len(views) else name,
+                    **style,
+                )
+        if (
+            len(modules) > 1 < len(views)
+        ):  # colours tell matrices, lines and marks tell views: a sum of entries, not their product
+            for module, colour in zip(modules, colours(len(modules)), strict=True):
+                axis.plot([], [], color=colour, label=module)
+            for view in views:
+                axis.plot(
+                    [],
+                    [],
+                    label=view,
+                    **view_style(view, views)
+                    | {"color": "0.3", "linewidth": 1.3, "markersize": 3.5},
+                )
+        lost = [_is_lost(step, metric) for step in run.steps]
+        begins = [
+            step
+            for step, now, before in zip(run.steps, lost, [False, *lost], strict=False)
+            if now and not before
+        ]
+        mark_lost(axis, [edits[step.step] for step in begins])
+        dress(axis, title="", ylabel=title)
+    legend(figure, axes)
+    return figure
+
+
+def _draw_panels(
+    run: RunRecords, panels: Mapping[str, Sequence[EvalRecord]], *, ylabel: str
+) -> Figure | None:
+    """A panel per metric and a line per view; fractions in percent."""
+    if not panels:
+        return None
+    edits = edits_by_step(run.steps)
+    views = list(dict.fromkeys(record.view for records in panels.values() for record in records))
+    figure, axes = grid(len(panels), width=2.6, height=2.5)
+    for place, (axis, (title, records)) in enumerate(zip(axes, panels.items(), strict=True)):
+        for view in views:
+            _draw_view(axis, [record for record in records if record.view == view], edits, views)
+        axis.set_ylim(-4, 104)
+        dress(axis, title=title, ylabel=ylabel if place % num_columns(len(panels)) == 0 else "")
+    has_errors = any(record.stderr is not None for records in panels.values() for record in records)
+    legend(figure, axes, note="bars: ± one standard error" if has_errors else None)
+    return figure
+
+
+def _draw_view(
+    axis: Axes, records: Sequence[EvalRecord], edits: Mapping[int, int], views: Sequence[str]
+) -> None:
+    if not records:
+        return
+    at = [edits.get(record.step, record.step) for record in records]
+    values = [100 * _number(record.value) for record in records]
+    errors = [100 * (record.stderr or 0.0) for record in records]
+    style = view_style(records[0].view, views)
+    axis.errorbar(
+        at,
+        values,
+        yerr=errors,
+        label=records[0].view,
+        linewidth=1.3,
+        markersize=3.5,
+        elinewidth=0.8,
+        capsize=2,
+        **style,
+    )
+    mark_lost(
+        axis,
+        [edits.get(record.step, record.step) for record in records if record.value is None],
+        color=style["color"],
+    )
+
+
+def _is_lost(step: StepRecord, metric: str) -> bool:
+    return step.nonfinite is not None or not all(
+        math.isfinite(figures.get(metric, 0.0)) for figures in step.modules.values()
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,66 @@
+"""The most memory held in each phase of a run: the process's resident set on a CPU, what torch
+allocated on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from editkit.lazy import torch
+
+BETWEEN = "measuring"  # what lies between a step's phases: evaluation, and writing checkpoints
+
+
+def reset_peak_memory(device: str) -> None:
+    """From here on the peak is counted anew, where the system lets it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text(
+                "5"
+            )  # Linux: the resident set's high-water mark
+
+
+def peak_memory(device: str) -> int:
+    """Bytes; 0 where the system cannot tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+class Peaks:
+    """Notes the peak of each named phase; phases do not nest. With no device it notes nothing."""
+
+    def __init__(self, device: str | None = None) -> None:
+        self._device = device
+        self._now = BETWEEN
+        self._bytes: dict[str, int] = {}
+        if device is not None:
+            reset_peak_memory(device)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._turn(name)
+        try:
+            yield
+        finally:
+            self._turn(BETWEEN)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """By phase, up to now."""
+        self._turn(self._now)
+        return dict(self._bytes)
+
+    def _turn(self, name: str) -> None:
+        if self._device is not None:
+            self._bytes[self._now] = max(self._bytes.get(self._now, 0), peak_memory(self._device))
+            reset_peak_memory(self._device)
+            self._now = name

@@ -1,0 +1,135 @@
+"""A run's edited model as a Hugging Face folder, for whoever wants to use it without editkit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editkit.config.schema import Problems, construct
+from editkit.errors import ConfigError
+from editkit.model.load import ModelConfig
+from editkit.records.reader import RunRecords, load_run
+from editkit.records.views import trajectory_view
+from editkit.restraints.base import AbstractRestraint, AbstractTotalRestraint
+from editkit.runner.checkpoint import RunState, load_state
+from editkit.runner.inputs import MODEL
+from editkit.runner.measure import corrections
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
+
+
+def export(run: Path, to: Path, *, view: str | None = None) -> None:
+    """Writes the model of a run's last checkpoint into the folder `to`, as `save_pretrained` does
+    (safetensors and tokenizer).
+
+    `view` None is the model as the run left it, the name of a view that model as the run measured
+    it at that point. `to` appears whole or not at all. Raises ConfigError for a folder that is no
+    run or has no checkpoint, a view that the run has not, a base model that is not there or is no
+    longer the one that was edited, and a target that is not empty.
+    """
+    records = load_run(run)
+    problems = Problems()
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        problems.add(
+            f"--to: {to} is there already and not empty. Name a new folder, or an empty one."
+        )
+    config = construct(records.config.get("model"), "model", ModelConfig, problems)
+    added = () if view is None else _added(records.config.get("restraint"), view, problems)
+    if config is None or problems.found:
+        raise ConfigError(
+            [
+                f"{run}: {problem}" if not problem.startswith("--") else problem
+                for problem in problems.found
+            ]
+        )
+    state = load_state(run / "state")
+    ends = [
+        name
+        for name, node in (records.config.get("restraint") or {}).items()
+        if node.get("apply_at") == "end"
+    ]
+    if (
+        view is not None and ends and not state.inputs
+    ):  # such a checkpoint does not tell whether its totals are restrained already
+        raise ConfigError(
+            f"{run}: its checkpoint was written by an earlier version of editkit, which did not keep the model from before "
+            f"{' and '.join(ends)} acted at the end. Export without --view, or run it again with resume=never."
+        )
+    model = config.load("cpu")
+    noted = (records.provenance.get("model") or {}).get("fingerprint", model.fingerprint)
+    edited = state.inputs.get(MODEL, noted)  # the provenance is of the last session
+    if edited != model.fingerprint:
+        raise ConfigError(
+            f"model.id: {config.id!r} is not the model that was edited in {run}: its weights have changed since."
+        )
+    model.edit(tuple(state.totals))
+    model.restore(state.totals if view is None else state.before_end or state.totals)
+    for restraint in added:
+        for module, correction in corrections(
+            restraint, model.totals(), state.base_sigma_max
+        ).items():
+            model.apply(module, correction)
+    _save(model, to, about=_about(records, state, view))
+
+
+def _added(nodes: Any, view: str, problems: Problems) -> tuple[AbstractTotalRestraint, ...]:
+    """The restraints that make this view of the edits, one after another; notes where the run has
+    no such view.
+    """
+    made = {
+        name: construct(node, f"restraint.{name}", AbstractRestraint, problems)
+        for name, node in (nodes or {}).items()
+    }
+    totals = {
+        name: restraint
+        for name, restraint in made.items()
+        if isinstance(restraint, AbstractTotalRestraint)
+    }
+    views: dict[str, tuple[AbstractTotalRestraint, ...]] = {
+        trajectory_view({name: each.apply_at for name, each in totals.items()}): ()
+    }
+    ended: tuple[AbstractTotalRestraint, ...] = ()
+    for name, restraint in totals.items():
+        if restraint.apply_at == "end":
+            views[name] = ended = (*ended, restraint)
+        elif restraint.apply_at == "evaluation":
+            views[name] = (restraint,)
+    if view not in views:
+        problems.add(f"--view: the run has no view {view!r}. Views: {', '.join(views)}.")
+    return views.get(view, ())
+
+
+def _about(records: RunRecords, state: RunState, view: str | None) -> dict[str, Any]:
+    """What the folder holds, for whoever finds it later."""
+    return {
+        "run": records.folder.name,
+        "step": state.step,
+        "view": view,
+        "config": records.config,
+        "provenance": records.provenance,
+    }
+
+
+def _save(model: EditableModel, to: Path, *, about: Mapping[str, Any]) -> None:
+    """Under a temporary name beside `to`, then renamed. Raises ConfigError where it cannot be
+    written.
+    """
+    temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        model.network.save_pretrained(temporary)
+        model.tokenizer.save_pretrained(temporary)
+        (temporary / "editkit.json").write_text(json.dumps(about, indent=1))
+        os.replace(
+            temporary, to
+        )  # an empty folder gives way, one that was filled meanwhile does not
+    except OSError as error:
+        raise ConfigError(f"--to: {to} cannot be written ({error}).") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""The least squares behind a batch of edits, by Woodbury in the number of edits.
+
+`solve.dtype` says in what the I x I matrices are kept and used: the Cholesky factors of second
+moments, and what D4S and AlphaEdit remember. At I = 14336 (LLaMA-3-8B's down_proj) such a matrix
+takes 1.6 GB in float64 and 0.8 GB in float32. The second moments themselves and their factorisation
+are float64 always, and so is whatever has N columns. What float32 costs in digits: see
+tests/stats/test_solve_dtype.py.
+
+Shape letters: O d_out, I d_in, N edits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from editkit.lazy import torch
+from editkit.linalg.recursive import Memory, Prior
+
+if TYPE_CHECKING:
+    from editkit.linalg.lowrank import LowRank
+    from editkit.stats.store import Moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastSquares:
+    """min_D ||D K - R||^2 + weight * tr(D C D^T): what an editor asks the solve for, at one
+    module.
+    """
+
+    module: str
+    keys_IN: torch.Tensor
+    residuals_ON: torch.Tensor
+    weight: float
+
+
+def least_squares(problem: LeastSquares, moments: Moments) -> LowRank:
+    """argmin_D ||D K - R||^2 + weight * tr(D C D^T) = R K^T (weight * C + K K^T)^-1, returned in
+    float32.
+
+    Meng et al. 2023 (MEMIT, arXiv 2210.07229), Eq. 14, in the form R (I + K^T A K)^-1 K^T A with A
+    = (weight * C)^-1: C is factorised once a run, a solve costs two triangular solves for N columns
+    and an N x N system instead of I^3.
+    """
+    return (
+        Memory()
+        .solve(problem.keys_IN, problem.residuals_ON, weighted(problem, moments))
+        .to(dtype=torch.float32)
+    )
+
+
+def weighted(problem: LeastSquares, moments: Moments) -> Prior:
+    """weight * C as a prior: with C = L L^T, T = L^-1 / sqrt(weight)."""
+    module, root = problem.module, math.sqrt(problem.weight)
+    return Prior(
+        whiten=lambda keys_IN: moments.whiten(module, keys_IN) / root,
+        unwhiten=lambda white_IN: moments.unwhiten(module, white_IN) / root,
+    )

@@ -1,0 +1,85 @@
+"""`editkit push`: sends the files of runs to W&B, whatever a live tracker did or did not send.
+
+The W&B run has the same id as the live one's and is replaced as a whole, so nothing is there twice.
+What was sent completely is noted in the run's `wandb.json` with a digest of its files; the same
+files are not sent again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from editkit.records.reader import load_run
+from editkit.records.samples import read_samples
+from editkit.types import SampleRecord
+from editkit.wandb.client import Target, WandbRun, read_marker, run_id
+from editkit.wandb.history import rows
+
+Outcome = Literal["sent", "there already", "still running"]
+SENT = ("steps.jsonl", "evals.jsonl", "config.yaml", "DONE", "FAILED.json")
+
+
+def push(folder: Path, target: Target, *, force: bool = False) -> Outcome:
+    """Sends one run, unless W&B has it (`force`: also then) or a process is writing it. Raises what
+    W&B raises.
+    """
+    with _unless_written(folder) as is_free:
+        if not is_free:
+            return "still running"
+        records, digest, marker = load_run(folder), _digest(folder, target), read_marker(folder)
+        if marker.get("pushed") == digest and marker.get("mode") == target.mode and not force:
+            return "there already"
+        # A run that a sweep's agent had started keeps the id that the agent chose; otherwise the id
+        # is the cell's.
+        sent = WandbRun(
+            folder, records.config, target, id=marker.get("id") or run_id(folder), resume=False
+        )
+        tables: dict[int, list[SampleRecord]] = {}
+        for record in read_samples(records):
+            tables.setdefault(record.step, []).append(record)
+        for step, row in rows(
+            records.steps, records.evals, trajectory=records.trajectory_view
+        ).items():
+            sent.log(row, step=step)
+            for record in tables.get(step, ()):
+                sent.samples(record)
+        sent.mark(pushed=None)
+        sent.conclude(failed=records.status == "failed")
+        sent.mark(pushed=digest)
+        return "sent"
+
+
+def _digest(folder: Path, target: Target) -> str:
+    """Of the files that are sent, and of where to."""
+    hashed = hashlib.sha256(
+        repr(
+            (target.project, target.entity, target.artifacts, target.figures, target.max_samples)
+        ).encode()
+    )
+    for path in sorted(
+        [
+            *(folder / name for name in SENT),
+            *folder.glob("samples/*.gz"),
+            *folder.glob("figures/*.png"),
+        ]
+    ):
+        if path.exists():
+            hashed.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return hashed.hexdigest()
+
+
+@contextlib.contextmanager
+def _unless_written(folder: Path) -> Iterator[bool]:
+    """Whether no process holds the run's lock; none can take it inside."""
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True

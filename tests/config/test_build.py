@@ -1,0 +1,387 @@
+"""Building: a checked experiment, or one error that names every problem by its key."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from pydantic import AllowInfNan
+
+from editkit.config.build import build
+from editkit.config.compose import compose
+from editkit.config.experiment import Experiment
+from editkit.config.identity import config_hash
+from editkit.config.schema import Problems, construct
+from editkit.editors.rome import Rome
+from editkit.errors import ConfigError
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@functools.cache
+def composed() -> dict[str, Any]:
+    """The defaults, with a dataset that is read in no time."""
+    few = {"_target_": "tests.support.build_parts.FewRequests", "name": "few", "size": 200}
+    return compose(["tracker=none"]).config | {"dataset": few}
+
+
+def config_with(*overrides: str, change: Change = lambda config: None) -> dict[str, Any]:
+    """The defaults with values replaced as `key=value`, the value in yaml: composing anew for each
+    would take a tenth of a second.
+    """
+    config = copy.deepcopy(composed())
+    for override in overrides:
+        key, _, value = override.partition("=")
+        *parents, name = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[name] = yaml.safe_load(value)
+    change(config)
+    return config
+
+
+def built(*overrides: str, change: Change = lambda config: None) -> Experiment:
+    return build(config_with(*overrides, change=change))
+
+
+def problems_of(*overrides: str, change: Change = lambda config: None) -> str:
+    with pytest.raises(ConfigError) as raised:
+        built(*overrides, change=change)
+    return str(raised.value)
+
+
+def problems_of_choices(*overrides: str) -> str:
+    chosen = compose(overrides)
+    with pytest.raises(ConfigError) as raised:
+        build(chosen.config, choices=chosen.choices)
+    return str(raised.value)
+
+
+def add_prune(config: dict[str, Any]) -> None:
+    config["restraint"] = compose(["restraint=prune"]).config["restraint"]
+
+
+def test_the_defaults_build_without_loading_a_model() -> None:
+    experiment = built()
+    assert isinstance(experiment.editor, Rome)
+    assert experiment.editor.layers == (0,), "the recipe's"
+    assert experiment.schedule.milestones == (0, 10, 50, 100)
+    assert experiment.evaluators.keys() == {"editing", "suite"}
+    assert len(experiment.data.requests) >= experiment.edits
+
+
+def test_a_built_configuration_builds_again_to_the_same_experiment() -> None:
+    first = built("edits=20", change=add_prune)
+    again = build(first.config)
+    assert (again.folder, again.config, again.restraints) == (
+        first.folder,
+        first.config,
+        first.restraints,
+    )
+
+
+def test_building_leaves_the_configuration_as_it_was() -> None:
+    config = config_with("edits=20")
+    before = copy.deepcopy(config)
+    build(config)
+    assert config == before
+
+
+def test_all_problems_are_told_at_once() -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["editor"] |= {"cov_wieght": 1, "keys": "best"}
+        config["editr"] = "rome"
+
+    text = problems_of(
+        "edits=5", "milestones=[0,6]", "editor.target.lr=big", "runtime.device=tpu", change=change
+    )
+    for part in (
+        "editor.cov_wieght is not an option of Rome.",
+        "editor.keys: 'best' was given; should be 'averaged', 'original' or 'clean'.",
+        "editr is not an option of the configuration. Did you mean editor?",
+        "milestones: 6 was given; edits=5 allows 0 to 5.",
+        "editor.target.lr: 'big' was given; should be a valid number.",
+        "runtime.device: 'tpu' was given",
+    ):
+        assert part in text
+    assert text.startswith("6 problems")
+
+
+def test_a_misspelt_nested_key_is_answered_with_the_nearest_one() -> None:
+    text = problems_of(change=lambda config: config["editor"]["target"].update(stepps=3))
+    assert (
+        "editor.target.stepps is not an option of TargetSettings. Did you mean editor.target.steps? Options: clamp, "
+        in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("seed=true", "seed: True was given; should be a valid integer."),
+        ("seed=-1", "seed: -1 was given; at least 0 is needed."),
+        ("edits=0", "edits: 0 was given; at least 1 is needed."),
+        ("edits=1.5", "edits: 1.5 was given; should be a valid integer."),
+        ("batch_size=0", "batch_size: 0 was given; at least 1 is needed."),
+        ("batch_size=2", "batch_size: 2 was given; editor=rome edits 1 at a time."),
+        ("checkpoint.every=0", "checkpoint.every: 0 was given; at least 1 is needed."),
+        ("telemetry.every=-5", "telemetry.every: -5 was given; at least 1 is needed."),
+        ("milestones=[-1]", "milestones: -1 was given; edits=100 allows 0 to 100."),
+        ("milestones=10", "milestones: 10 was given"),
+        ("resume=maybe", "resume: 'maybe' was given; should be 'auto' or 'never'."),
+        ("on_collapse=cry", "on_collapse: 'cry' was given; should be 'stop' or 'continue'."),
+        ("editor.layers=[true]", "editor.layers.0: True was given; should be a valid integer."),
+        ("editor.target=3", "editor.target: 3 was given"),
+        ("evaluation.protocols=[probability,guess]", "evaluation.protocols.1: 'guess' was given"),
+        ("runtime.threads=0", "runtime.threads: 0 was given"),
+        ("name='a/b'", "name: 'a/b' was given; a folder's name"),
+        ("experiment_name=..", "experiment_name: '..' was given; a folder's name"),
+        ("stats.source=none", "stats=none, but editor=rome needs second moments"),
+        ("edits=1000000", "edits: 1000000 was given; dataset=few has 200 requests."),
+        ("dataset.size=7", "edits: 100 was given; dataset=few has 7 requests."),
+        ("editor._target_=nowhere.Rome", "editor._target_: nowhere.Rome cannot be imported"),
+        ("editor._target_=Rome", "editor._target_: Rome cannot be imported"),
+        (
+            "editor._target_=editkit.config.schedule.Schedule",
+            "editor._target_: editkit.config.schedule.Schedule is no AbstractEditor.",
+        ),
+        (
+            "editor._target_=editkit.editors.base.AbstractEditor",
+            "editor: AbstractEditor is abstract",
+        ),
+    ],
+)
+def test_each_kind_of_bad_value_names_its_key(override: str, problem: str) -> None:
+    assert problem in problems_of(override)
+
+
+def test_every_number_must_be_finite() -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["restraint"] = {
+            "norm_cap": {
+                "_target_": "editkit.restraints.norm_cap.NormCap",
+                "norm": "spectral",
+                "ratio": math.inf,
+            }
+        }
+
+    text = problems_of("editor.target.stop_loss=.nan", "editor.target.clamp=-.inf", change=change)
+    for key, value in {
+        "editor.target.stop_loss": "nan",
+        "editor.target.clamp": "-inf",
+        "restraint.norm_cap.ratio": "inf",
+    }.items():
+        assert f"{key}: {value} was given; should be a finite number." in text
+
+
+def test_a_field_may_say_that_it_takes_infinity() -> None:
+    @dataclass(frozen=True)
+    class Endless:
+        bound: Annotated[float, AllowInfNan(True)]
+        pair: tuple[float, ...] = ()
+
+    problems = Problems()
+    assert construct({"bound": math.inf}, "x", Endless, problems) == Endless(math.inf)
+    assert construct({"bound": 1.0, "pair": [1.0, math.nan]}, "x", Endless, problems) is None
+    assert problems.found == ["x.pair.1: nan was given; should be a finite number."]
+
+
+def test_each_fault_of_a_restraint_is_a_problem_of_its_own_under_the_key_that_it_stands_at() -> (
+    None
+):
+    def change(config: dict[str, Any]) -> None:
+        config["restraint"] = compose(["restraint=[eac,prune_linear]"]).config["restraint"]
+        config["restraint"]["eac"] |= {"gamma": 100.0, "epsilon": 0.0}
+        config["restraint"]["prune_linear"] |= {"alpha": 0.5, "every": 3}
+
+    lines = problems_of(change=change).splitlines()
+    assert lines[0] == "4 problems:"
+    for key in ("eac.gamma", "eac.epsilon", "prune_linear.alpha", "prune_linear.every"):
+        assert [line for line in lines if line.startswith(f"  - restraint.{key}: ")], key
+
+
+def test_an_option_that_is_wrong_hides_nothing_of_what_the_editor_cannot_do() -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["restraint"] = {"mine": fake_restraint("SolveRestraint")}
+        config["model"]["device_map"] = "auto"
+
+    text = problems_of("editor.layers=[0,0]", "batch_size=2", change=change)
+    for part in (
+        "editor.layers: ",
+        "batch_size: 2 was given; editor=rome edits 1 at a time.",
+        "restraint=mine acts on the solve; editor=rome",
+    ):
+        assert part in text
+    assert "model.device_map" not in text, "ROME can"
+
+
+def test_an_interpolation_that_leads_nowhere_is_named() -> None:
+    with pytest.raises(ConfigError, match="Interpolation key 'nowhere' not found"):
+        build(OmegaConf.create(config_with("editor.name=${nowhere}")))
+
+
+def test_stats_are_not_missed_where_the_covariance_is_off() -> None:
+    assert built("stats.source=none", "editor.covariance=null").stats.source == "none"
+
+
+def test_a_pair_without_a_recipe_says_which_keys_to_set() -> None:
+    text = problems_of_choices("model=hf", "editor=memit")
+    assert "no recipe for editor=memit, model=hf: set editor.layers, " in text
+    assert "model.id is not set: model.id=<value>." in text
+
+
+def test_a_misspelt_recipe_is_named() -> None:
+    assert "no recipe rome/gpt3: set editor.layers" in problems_of_choices("recipe=rome/gpt3")
+
+
+def test_a_value_set_to_nothing_is_no_missing_recipe() -> None:
+    assert problems_of("editor.layers='???'") == "editor.layers is not set: editor.layers=<value>."
+
+
+def test_a_missing_dataset_file_is_named(tmp_path: Path) -> None:
+    assert f"{tmp_path}/none.json" in problems_of_choices(
+        "dataset=counterfact", f"dataset.path={tmp_path}/none.json"
+    )
+
+
+def test_an_output_folder_below_a_file_is_refused_and_nothing_is_created(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path}/file is not a folder" in problems_of(f"paths.outputs={tmp_path}/file/runs")
+    built(f"paths.outputs={tmp_path}/runs")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def fake_restraint(kind: str) -> dict[str, str]:
+    return {"_target_": f"tests.support.build_parts.{kind}"}
+
+
+def test_a_restraint_at_a_place_that_the_editor_lacks_is_refused_with_what_is_possible() -> None:
+    text = problems_of(
+        change=lambda config: config.update(restraint={"memory": fake_restraint("SolveRestraint")})
+    )
+    assert (
+        text
+        == "restraint=memory acts on the solve; editor=rome can be restrained at: objective, update, total."
+    )
+
+
+def test_two_restraints_on_the_solve_have_no_room() -> None:
+    both = {"one": fake_restraint("SolveRestraint"), "two": fake_restraint("SolveRestraint")}
+    assert "restraint=[one,two] all act on the solve; it has room for one." in problems_of(
+        change=lambda config: config.update(restraint=both)
+    )
+
+
+def test_restraints_stack_each_at_its_place() -> None:
+    def change(config: dict[str, Any]) -> None:
+        add_prune(config)
+        config["restraint"]["cap"] = fake_restraint("UpdateRestraint")
+
+    experiment = built(change=change)
+    assert len(experiment.restraints.updates) == 1
+    assert list(experiment.restraints.totals) == ["prune"]
+    assert experiment.name == "tiny-gpt2-rome-prune+cap"
+
+
+def test_a_restraint_outside_a_mapping_of_names_is_refused() -> None:
+    text = problems_of(
+        change=lambda config: config.update(restraint=fake_restraint("UpdateRestraint"))
+    )
+    assert "restraint: the option's file must put its values under its own name" in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "name=other",
+        "experiment_name=other",
+        "paths.outputs=other",
+        "checkpoint.every=7",
+        "resume=never",
+        "runtime.device=cuda",
+    ],
+)
+def test_what_cannot_change_a_result_leaves_the_hash_alone(override: str) -> None:
+    assert config_hash(built(override).config) == config_hash(built().config)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "edits=50",
+        "editor.keys=original",
+        "editor.target.lr=0.2",
+        "dataset.order=shuffled",
+        "suite.limit=3",
+    ],
+)
+def test_what_can_change_a_result_changes_the_hash(override: str) -> None:
+    assert config_hash(built(override).config) != config_hash(built().config)
+
+
+def test_the_hash_does_not_tell_1_from_1_point_0() -> None:
+    assert config_hash({"editor": {"lr": 1}}) == config_hash({"editor": {"lr": 1.0}})
+
+
+def test_the_folder_is_outputs_experiment_name_hash_seed() -> None:
+    experiment = built("experiment_name=paper", "name=cell", "seed=3", "paths.outputs=elsewhere")
+    assert (
+        experiment.folder
+        == Path("elsewhere/paper") / f"cell-{config_hash(experiment.config)}" / "seed3"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    ratio: float
+    kind: Literal["a", "b"] = "a"
+    inner: Inner | None = None
+    pairs: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.ratio < 0:
+            raise ValueError("ratio is negative")
+
+
+def constructed(**node: Any) -> tuple[Outer | None, Problems]:
+    problems = Problems()
+    return construct(node, "outer", Outer, problems), problems
+
+
+def test_lists_become_tuples_integers_floats_and_mappings_nested_values() -> None:
+    assert constructed(ratio=1, inner={"size": 2}, pairs=[[1, 2]])[0] == Outer(
+        ratio=1.0, inner=Inner(size=2), pairs=((1, 2.0),)
+    )
+
+
+def test_what_the_class_itself_refuses_is_a_problem_at_its_key() -> None:
+    assert constructed(ratio=-1)[1].found == ["outer: ratio is negative"]
+
+
+def test_a_field_without_default_is_wanted() -> None:
+    assert constructed(inner={})[1].found == [
+        "outer.ratio is missing: Outer wants it.",
+        "outer.inner.size is missing: Inner wants it.",
+    ]
+
+
+def test_unset_values_are_collected_apart() -> None:
+    assert constructed(ratio="???", inner={"size": "???"})[1].unset == [
+        "outer.ratio",
+        "outer.inner.size",
+    ]

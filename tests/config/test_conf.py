@@ -1,0 +1,172 @@
+"""Every configuration file, found by glob: it composes, its class takes its options, and it says
+what it is.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from editkit.config.build import PARTS, build
+from editkit.config.compose import Option, compose, conf_folder, options
+from editkit.config.schema import Problems, construct
+from editkit.editors.base import AbstractEditor
+
+OPTIONS = list(options())
+FILES = sorted(conf_folder().rglob("*.yaml"))
+
+
+def of(*groups: str) -> list[Option]:
+    return [option for option in OPTIONS if option.group in groups]
+
+
+def label(option: Option) -> str:
+    return f"{option.group}={option.name}"
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(conf_folder()))
+
+
+@pytest.mark.parametrize("option", of(*PARTS), ids=label)
+def test_every_option_is_taken_by_its_class(option: Option) -> None:
+    node = compose([label(option)]).config.get(option.group, {})
+    nodes = (
+        {f"restraint.{key}": each for key, each in node.items()}
+        if option.group == "restraint"
+        else {option.group: node}
+    )
+    problems = Problems()
+    for key, each in nodes.items():
+        construct(each, key, PARTS[option.group], problems)
+    assert not problems.found
+
+
+@pytest.mark.parametrize("option", of("restraint"), ids=label)
+def test_every_restraint_stands_under_its_own_name_so_that_several_stack(option: Option) -> None:
+    node = OmegaConf.load(conf_folder() / "restraint" / f"{option.name}.yaml")
+    assert [name for name in node if name != "defaults"] == (
+        [] if option.name == "none" else [option.name]
+    )
+
+
+def recipes() -> list[object]:
+    """All of them; those that only point at another recipe's values are left to the slow run:
+    composing takes most of this file's time.
+    """
+
+    def points(option: Option) -> bool:
+        return "\ndefaults:" in (conf_folder() / "recipe" / f"{option.name}.yaml").read_text()
+
+    return [
+        pytest.param(each, marks=[pytest.mark.slow] if points(each) else [], id=label(each))
+        for each in of("recipe")
+    ]
+
+
+@pytest.mark.parametrize("option", recipes())
+def test_every_recipe_makes_its_pair_complete_and_is_found_by_itself_where_it_bears_the_models_name(
+    option: Option,
+) -> None:
+    editor, name = option.name.split("/")
+    models = {each.name for each in of("model")}
+    model = max(
+        (each for each in models if name == each or name.startswith(f"{each}-")), key=len
+    )  # llama3-8b-x: a variant for llama3-8b
+    composed = compose(
+        [
+            f"model={model}",
+            f"editor={editor}",
+            *([] if name == model else [f"recipe={option.name}"]),
+        ]
+    )
+    assert composed.config["recipe"].keys() == {"provenance", "source"}
+    assert composed.config["recipe"]["provenance"] in ("published", "copied", "untuned", "tuned")
+    problems = Problems()
+    assert construct(composed.config["editor"], "editor", AbstractEditor, problems) is not None, (
+        problems
+    )
+
+
+@pytest.mark.parametrize("option", of("restraint_recipe"), ids=label)
+def test_every_restraint_recipe_is_found_by_itself_and_yields_to_the_command_line(
+    option: Option,
+) -> None:
+    restraint, model = option.name.split("/")
+    values = OmegaConf.load(conf_folder() / "restraint_recipe" / f"{option.name}.yaml")[
+        "restraint"
+    ][restraint]
+    chosen = [f"model={model}", "editor=memit", f"restraint=[rect,{restraint}]"]
+    assert {name: compose(chosen).config["restraint"][restraint][name] for name in values} == values
+    name, former = next(iter(values.items()))
+    assert (
+        compose([*chosen, f"restraint.{restraint}.{name}={former + 1}"]).config["restraint"][
+            restraint
+        ][name]
+        == former + 1
+    )
+
+
+def test_alphaedit_means_the_same_by_either_name() -> None:
+    names = (["editor=alphaedit"], ["editor=memit", "restraint=alphaedit"])
+    by_editor, by_restraint = (compose(["model=tiny-llama", *each]).config for each in names)
+    assert by_editor["restraint"] == by_restraint["restraint"]
+    assert by_editor["restraint"]["alphaedit"]["l2"] == 1
+
+
+# The papers' presets, which want the papers' data, are checked in test_experiments.py.
+@pytest.mark.parametrize(
+    "option", [option for option in of("experiment", "debug") if "/" not in option.name], ids=label
+)
+def test_every_overlay_builds(option: Option) -> None:
+    composed = compose([label(option)])
+    build(composed.config, choices=composed.choices)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=label)
+def test_every_option_says_in_its_first_comment_what_it_is(option: Option) -> None:
+    assert len(option.about) > 10
+    assert "\t" not in option.about
+
+
+def test_every_value_at_the_root_is_explained() -> None:
+    body = (conf_folder() / "config.yaml").read_text().partition("\nname:")[2]
+    values = [line for line in ("name:" + body).splitlines() if re.match(r"\s*\w+: *\S", line)]
+    assert values
+    assert not [line for line in values if " # " not in line.replace("  #", " #")]
+
+
+def test_an_experiment_that_changes_the_pair_gets_the_recipe_of_the_new_pair(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\n# Mine\ndefaults:\n  - override /model: gpt2-xl\n  - override /restraint: [prune]\n"
+        "editor:\n  target:\n    lr: 0.25\n"
+    )
+    config = compose(["experiment=mine"], config_dir=tmp_path).config
+    assert config["editor"]["layers"] == [17]
+    assert config["editor"]["target"]["lr"] == 0.25, (
+        "an experiment's own values win over the recipe's"
+    )
+    assert list(config["restraint"]) == ["prune"]
+
+
+def test_a_value_on_the_command_line_wins_over_recipe_and_experiment() -> None:
+    assert compose(["experiment=demo", "edits=7", "editor.layers=[3]"]).config["editor"][
+        "layers"
+    ] == [3]
+
+
+def test_a_model_without_a_recipe_can_take_that_of_another() -> None:
+    config = compose(["model=hf", "model.id=somewhere", "recipe=rome/gpt2-xl"]).config
+    assert config["editor"]["layers"] == [17]
+
+
+def test_nothing_of_hydra_writes_log_files() -> None:
+    for path in FILES:
+        assert "FileHandler" not in path.read_text(), name(path)

@@ -1,0 +1,112 @@
+"""How edits are made and measured, as configuration: the literature's four settings, what
+evaluation asks for, what cannot be had.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from editkit.config.build import build
+from editkit.config.compose import compose
+from editkit.config.experiment import Experiment
+from editkit.errors import ConfigError
+from editkit.evaluation.fluency import Fluency
+from editkit.evaluation.perplexity import Perplexity
+from editkit.evaluation.protocols.judge import StringJudge
+
+
+def built(*overrides: str) -> Experiment:
+    composed = compose(["tracker=none", "suite=none", "edits=20", *overrides])
+    return build(composed.config, choices=composed.choices)
+
+
+@pytest.mark.parametrize(
+    ("setting", "editor", "batch_size", "rollback"),
+    [
+        ("single", "rome", 1, True),
+        ("batch", "memit", 100, True),
+        ("sequential", "rome", 1, False),
+        ("sequential_batch", "memit", 100, False),
+    ],
+)
+def test_the_settings_of_the_literature_have_names(
+    setting: str, editor: str, batch_size: int, rollback: bool
+) -> None:
+    experiment = built(f"setting={setting}", f"editor={editor}")
+    assert (experiment.schedule.batch_size, experiment.rollback) == (batch_size, rollback)
+    assert (
+        built(f"setting={setting}", f"editor={editor}", "batch_size=1").schedule.batch_size == 1
+    ), "a value of one's own wins"
+
+
+def test_the_unedited_model_is_measured_whatever_the_milestones_are() -> None:
+    asked = built("setting=single", "milestones=[2,4]")
+    assert asked.schedule.milestones == (0, 2, 4) and asked.schedule.is_measured(0)
+    assert asked.folder == built("setting=single", "milestones=[0,2,4]").folder, "the same run"
+
+
+def test_rollback_leaves_no_trajectory_to_write_into() -> None:
+    assert built("setting=single", "restraint=prune").rollback
+    with pytest.raises(
+        ConfigError,
+        match=r"restraint\.prune\.apply_at: end was given; with rollback=true no edits add up",
+    ):
+        built("setting=single", "restraint=prune", "restraint.prune.apply_at=end")
+
+
+def test_the_default_judges_by_two_protocols_and_asks_for_nothing_more() -> None:
+    experiment = built()
+    assert experiment.evaluation.protocols == ("probability", "argmax")
+    assert experiment.evaluators.keys() == {"editing", "suite"}
+    assert not experiment.schedule.measures_last
+
+
+def test_the_full_evaluation_asks_for_everything(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text")
+    experiment = built(
+        "evaluation=full",
+        f"evaluation.perplexity.path={tmp_path}",
+        "evaluation.tokens_per_batch=100",
+    )
+    assert experiment.evaluation.protocols == (
+        "probability",
+        "argmax",
+        "token",
+        "generate",
+        "distribution",
+    )
+    assert (
+        experiment.evaluation.timings == ("milestone", "immediate", "final")
+        and experiment.schedule.measures_last
+    )
+    assert experiment.evaluation.generate.judge == StringJudge(words=12)
+    fluency, perplexity = experiment.evaluators["fluency"], experiment.evaluators["perplexity"]
+    assert isinstance(fluency, Fluency) and isinstance(perplexity, Perplexity)
+    assert fluency.tokens_per_batch == perplexity.tokens_per_batch == 100
+    assert build(experiment.config).evaluation == experiment.evaluation
+
+
+def test_protocols_can_be_left_out_and_what_cannot_be_is_named() -> None:
+    assert built("evaluation.protocols=[]").evaluators.keys() == {"suite"}
+    with pytest.raises(ConfigError) as raised:
+        built(
+            "evaluation.protocols=[probability,guess]",
+            "evaluation.timings=[later]",
+            "evaluation.generate.judge._target_=editkit.evaluation.protocols.judge.NoJudge",
+            "evaluation.perplexity.path=no/such/file",
+        )
+    for part in (
+        "protocols.1: 'guess'",
+        "timings.0: 'later'",
+        "generate.judge._target_: editkit",
+        "perplexity.path: no/such/file",
+    ):
+        assert f"evaluation.{part}" in str(raised.value)
+    assert built("evaluation.generate.judge=null").evaluation.generate.judge is None
+
+
+def test_thresholds_are_no_part_of_what_makes_a_result() -> None:
+    assert built().folder == built("evaluation.thresholds.task=0.9").folder
+    assert built().folder != built("evaluation.block_size=5").folder

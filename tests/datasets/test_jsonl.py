@@ -1,0 +1,228 @@
+"""Our own format: every field is read, and every bad record is told at once, with what was given
+and what is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from editkit.datasets.base import OnBadRecord, Order
+from editkit.datasets.jsonl import JsonLines
+from editkit.errors import ConfigError
+from editkit.types import EditRequest, Probe
+
+FULL: dict[str, Any] = {
+    "id": "capital-1",
+    "prompt": "The capital of {} is",
+    "subject": "France",
+    "target": "Lyon",
+    "target_old": "Paris",
+    "paraphrases": ["France's capital is"],
+    "neighbours": [{"prompt": "The capital of Italy is", "answer": "Rome"}],
+    "locality": {
+        "out_of_distribution": [
+            {"prompt": "Who wrote Faust?", "answer": "Goethe", "aliases": ["Johann Goethe"]}
+        ]
+    },
+    "portability": {
+        "reasoning": [{"prompt": "The river of France's capital is the", "answer": "Rhône"}]
+    },
+    "attribute_prompts": [{"prompt": "The second city of France is", "answer": "Lyon"}],
+    "generation_prompts": ["France is ruled from"],
+    "references": ["Lyon lies where two rivers meet."],
+    "group": "france",
+    "hops": [{"prompt": "What is France's capital?", "answer": "Lyon"}],
+}
+SMALL = {"prompt": "The capital of Spain is", "subject": "Spain", "target": "Seville"}
+
+
+def dataset(
+    path: str,
+    *,
+    order: Order = "file",
+    limit: int | None = None,
+    on_bad_record: OnBadRecord = "error",
+) -> JsonLines:
+    return JsonLines(name="jsonl", path=path, order=order, limit=limit, on_bad_record=on_bad_record)
+
+
+def write(folder: Path, *lines: object) -> str:
+    path = folder / "requests.jsonl"
+    path.write_text(
+        "".join(
+            f"{line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)}\n"
+            for line in lines
+        )
+    )
+    return str(path)
+
+
+def problems_of(path: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        dataset(path).load(0)
+    return [problem.removeprefix(f"{path}, ") for problem in caught.value.problems]
+
+
+def test_every_field_is_read_and_only_three_are_needed(tmp_path: Path) -> None:
+    full, small = dataset(write(tmp_path, FULL, "", SMALL)).load(0).requests
+    assert full == EditRequest(
+        id="jsonl/capital-1",
+        prompt="The capital of {} is",
+        subject="France",
+        target="Lyon",
+        target_old="Paris",
+        paraphrases=("France's capital is",),
+        neighbours=(Probe(prompt="The capital of Italy is", answer="Rome"),),
+        locality={
+            "out_of_distribution": (
+                Probe(prompt="Who wrote Faust?", answer="Goethe", aliases=("Johann Goethe",)),
+            )
+        },
+        portability={
+            "reasoning": (Probe(prompt="The river of France's capital is the", answer="Rhône"),)
+        },
+        attribute_prompts=(Probe(prompt="The second city of France is", answer="Lyon"),),
+        generation_prompts=("France is ruled from",),
+        references=("Lyon lies where two rivers meet.",),
+        group="france",
+        hops=(Probe(prompt="What is France's capital?", answer="Lyon"),),
+    )
+    # Without an id a record is called by its number; a full prompt is as good as a template.
+    assert small == EditRequest(
+        id="jsonl/2", prompt="The capital of {} is", subject="Spain", target="Seville"
+    )
+
+
+def test_the_format_has_a_field_for_everything_that_a_request_holds() -> None:
+    assert set(FULL) == set(EditRequest.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"targt": "x"},
+            "targt: is not a field of this format - did you mean target? allowed: id, prompt, subject,",
+        ),
+        ({"target": None}, "target: is missing - a text is needed"),
+        ({"target": 3}, "target: is not a text but of type int - 3 was given"),
+        (
+            {"target": "Paris"},
+            "target: is the same as target_old: nothing to edit - 'Paris' was given",
+        ),
+        (
+            {"prompt": "The capital is"},
+            "prompt: does not hold the subject - 'The capital is' was given; the subject is 'France'",
+        ),
+        (
+            {"prompt": "{} and {}"},
+            "prompt: does not hold exactly one \"{}\" for the subject - '{} and {}' was given",
+        ),
+        ({"id": 1.5}, "id: is neither a text nor a whole number - 1.5 was given"),
+        ({"paraphrases": "x"}, "paraphrases: is not a list but of type str - 'x' was given"),
+        (
+            {"paraphrases": ["x", " "]},
+            "paraphrases[1]: is empty - ' ' was given; a text that is not blank is needed",
+        ),
+        ({"neighbours": [{"prompt": "x"}]}, "neighbours[0].answer: is missing - a text is needed"),
+        (
+            {"neighbours": [{"prompt": "x", "answer": "y", "alias": []}]},
+            "neighbours[0].alias: is not a field of this format - did you mean",
+        ),
+        (
+            {"locality": []},
+            "locality: is not an object with fields but of type list - [] was given",
+        ),
+        (
+            {"locality": {"Out of": []}},
+            "locality.Out of: is no name of a kind - small letters, digits and _ are allowed",
+        ),
+        (
+            {"portability": {"alias": [{"prompt": 1, "answer": "y"}]}},
+            "portability.alias[0].prompt: is not a text but of type int",
+        ),
+    ],
+)
+def test_a_bad_field_is_named_with_line_id_and_what_is_allowed(
+    changes: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    (found,) = problems_of(write(tmp_path, SMALL, "", FULL | changes))
+    assert re.match(r"line 3( \(id capital-1\))?: " + re.escape(problem), found), found
+
+
+def test_every_bad_record_is_reported_at_once_also_lines_that_are_no_json(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "{not json", *[SMALL | {"target": ""} for _ in range(40)], "[1]", '"text"', SMALL
+    )
+    problems = problems_of(path)
+    assert len(problems) == 43
+    assert (
+        problems[0]
+        == "line 1: record: is not JSON - Expecting property name enclosed in double quotes, column 2"
+    )
+    assert problems[40].startswith("line 41: target: is empty")
+    assert (
+        "line 42: record: is not an object with fields but of type list - [1] was given" in problems
+    )
+    assert "dataset.on_bad_record=skip leaves such records out and keeps 1 requests" in problems[-1]
+    loaded = dataset(path, on_bad_record="skip").load(0)
+    assert ([request.id for request in loaded.requests], sum(loaded.skipped.values())) == (
+        ["jsonl/44"],
+        43,
+    )
+    assert loaded.skipped["record: is not JSON"] == 1
+
+
+def test_a_group_with_a_bad_record_is_left_out_as_a_whole(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        *[
+            SMALL | {"group": group, "target": target}
+            for group, target in [("a", "x"), ("a", ""), ("b", "y")]
+        ],
+    )
+    loaded = dataset(path, on_bad_record="skip").load(0)
+    assert [request.group for request in loaded.requests] == ["b"]
+    assert loaded.skipped == {"target: is empty": 1, "group: another record of it is bad": 1}
+
+
+def test_the_records_of_a_group_must_follow_each_other(tmp_path: Path) -> None:
+    (problem,) = problems_of(
+        write(tmp_path, *[SMALL | {"group": group} for group in ("a", "b", "a")])
+    )
+    assert problem.startswith(
+        "line 3: group: is interrupted - 'a' was given; records of a group must follow each other"
+    )
+
+
+def test_validate_reports_all_of_a_files_problems_and_says_what_a_good_file_holds(
+    tmp_path: Path,
+) -> None:
+    def validate(path: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "editkit",
+            "validate",
+            "dataset=jsonl",
+            f"dataset.path={path}",
+            "edits=1",
+        ]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    bad = validate(write(tmp_path, *[SMALL | {"target": ""} for _ in range(30)]))
+    assert bad.returncode == 2
+    assert bad.stderr.count("target: is empty") == 30
+    good = validate(write(tmp_path, SMALL, SMALL))
+    assert good.returncode == 0, good.stderr
+    assert (
+        "jsonl, 2 requests from" in good.stdout
+        and "1 x requests that edit the prompt of an earlier one again" in good.stdout
+    )

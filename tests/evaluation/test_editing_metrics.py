@@ -1,0 +1,416 @@
+"""Editing metrics: known scores give known numbers, for both protocols, and the canaries sing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+
+from editkit.datasets.bundled import WorldDataset
+from editkit.errors import ConfigError
+from editkit.evaluation.base import Measurement, Samples, harmonic_mean, mean_and_stderr
+from editkit.evaluation.editing import EditingEvaluator, probes_of
+from editkit.evaluation.protocols.argmax import Argmax
+from editkit.evaluation.protocols.base import AbstractProtocol, Questions, Said
+from editkit.evaluation.protocols.probability import Probability
+from editkit.evaluation.protocols.token import Token
+from editkit.evaluation.scoring.teacher_forcing import Score
+from editkit.evaluation.statistics.subsets import everything
+from editkit.evaluation.statistics.tally import Estimate, Statistics
+from editkit.types import EditRequest, Probe
+from tests.support.bigram import Bigram
+from tests.support.helpers import KINDS, Kind, tiny_model
+
+
+@pytest.fixture(scope="module")
+def requests() -> Sequence[EditRequest]:
+    return WorldDataset(name="world", world_seed=0, order="file", limit=25).load(0).requests
+
+
+def request(name: str, *, neighbours: int = 2, **changes: object) -> EditRequest:
+    plain = EditRequest(
+        id=f"test/{name}",
+        prompt=f"{name} {{}} is",
+        subject="Ada",
+        target="new",
+        target_old="old",
+        paraphrases=(f"{name} one", f"{name} two"),
+        neighbours=tuple(
+            Probe(prompt=f"{name} near {index}", answer="true") for index in range(neighbours)
+        ),
+        portability={
+            "alias": (Probe(prompt=f"{name} alias", answer="new"),),
+            "hop": (Probe(prompt=f"{name} hop", answer="far"),),
+        },
+    )
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def scored(*log_probs: float, greedy: bool = False) -> Score:
+    tokens = tuple(range(len(log_probs)))
+    return Score(tokens, log_probs, tokens if greedy else tuple(token + 1 for token in tokens))
+
+
+Scores = Mapping[Probe, Score]
+
+
+def assessed(
+    protocol: AbstractProtocol,
+    requests: Sequence[EditRequest],
+    scores: Scores,
+    frozen: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Estimate]:
+    """The protocol's estimates by metric; `frozen` holds the unedited model's greedy tokens at the
+    neighbours, by request.
+    """
+    baselines = [
+        {"greedy": torch.tensor((frozen or {}).get(each.id, ()), dtype=torch.int32)}
+        for each in requests
+    ]
+    verdicts = protocol.assess(
+        [Questions(each, with_attributes=True) for each in requests], Said(scores, {}), baselines
+    )
+    found = list(everything(verdicts.judged, Statistics()))
+    assert all(each.metric.protocol == protocol.name for each in found)
+    return {each.metric.name: each.estimate for each in found if each.metric.task is None}
+
+
+def measure_probability(requests: Sequence[EditRequest], scores: Scores) -> dict[str, Estimate]:
+    return assessed(Probability(), requests, scores)
+
+
+def measure_argmax(
+    requests: Sequence[EditRequest], scores: Scores, frozen: Mapping[str, Sequence[int]]
+) -> dict[str, Estimate]:
+    return assessed(Argmax(), requests, scores, frozen)
+
+
+def scores_of(
+    requests: Sequence[EditRequest], default: Score, changes: dict[tuple[str, str], Score]
+) -> Scores:
+    """The default for all that is asked of the requests, but for the given (prompt, answer)
+    pairs.
+    """
+    asked = [probe for each in requests for probe in probes_of(each, ("probability", "argmax"))]
+    unknown = changes.keys() - {(probe.prompt, probe.answer) for probe in asked}
+    assert not unknown, "not asked"
+    return {probe: changes.get((probe.prompt, probe.answer), default) for probe in asked}
+
+
+def whole(found: Sequence[Measurement | Samples]) -> dict[tuple[str | None, str], Measurement]:
+    """The measurements over all requests and kinds, by protocol and metric."""
+    chosen = [
+        each
+        for each in found
+        if isinstance(each, Measurement)
+        and each.subset is None
+        and each.block is None
+        and each.task is None
+    ]
+    assert len({(each.protocol, each.metric, each.timing) for each in chosen}) == len(chosen)
+    assert {each.kind for each in chosen} <= {"editing"}
+    return {(each.protocol, each.metric): each for each in chosen}
+
+
+def test_probability_compares_length_normalised_probabilities() -> None:
+    requests = [request("A"), request("B")]
+    new, old = (
+        scored(-1.0, -1.0, -1.0),
+        scored(-1.5),
+    )  # longer, so less probable as a whole, but more probable a token
+    found = measure_probability(
+        requests,
+        scores_of(
+            requests,
+            scored(-4.0),  # ties are no success
+            {
+                ("A Ada is", "new"): new,
+                ("A Ada is", "old"): old,
+                ("A one", "new"): new,
+                ("A near 0", "true"): new,
+                ("B near 0", "true"): new,
+                ("B near 1", "true"): new,
+                ("B near 1", "new"): old,
+            },
+        ),
+    )
+    assert found["efficacy"].value == 0.5 and found["efficacy"].n == 2
+    assert found["generalization"].value == 0.25  # one of two paraphrases of one of two requests
+    assert found["locality"].value == 0.75
+    assert found["score"].value == pytest.approx(3 / (1 / 0.5 + 1 / 0.25 + 1 / 0.75))
+    assert found["efficacy_magnitude"].value == pytest.approx((math.exp(-1.0) - math.exp(-1.5)) / 2)
+    assert found["locality"].stderr == pytest.approx(0.25)  # of the request means 0.5 and 1
+    assert not any(estimate.nonfinite for estimate in found.values())
+
+
+def test_argmax_wants_every_token_of_the_target() -> None:
+    requests = [request("A"), request("B")]
+    right, almost = scored(-1.0, -2.0, greedy=True), Score((1, 2, 3), (-0.1, -0.1, -0.1), (1, 2, 9))
+    scores = scores_of(
+        requests,
+        almost,
+        {
+            ("A Ada is", "new"): right,
+            ("A one", "new"): right,
+            ("A two", "new"): right,
+            ("B hop", "far"): right,
+        },
+    )
+    frozen = {each.id: [1, 2, 9, 1, 2, 9] for each in requests}
+    found = measure_argmax(requests, scores, frozen)
+    assert {metric: measured.value for metric, measured in found.items()} == {
+        "efficacy": 0.5,
+        "generalization": 0.5,
+        "locality": 1.0,
+        "portability": 0.25,
+    }
+
+
+def test_argmax_locality_is_agreement_with_the_frozen_answer_and_not_correctness() -> None:
+    requests = [request("A"), request("B", neighbours=3)]
+    same, other = (
+        Score((7, 8), (-1.0, -1.0), (1, 2)),
+        Score((7, 8), (-1.0, -1.0), (7, 8)),
+    )  # the second is even right
+    changes = {("A near 0", "true"): other, ("B near 2", "true"): Score((7,), (-1.0,), (5,))}
+    scores = scores_of(requests, same, changes)
+    frozen = {"test/A": [1, 2, 1, 2], "test/B": [1, 2, 1, 2, 5]}
+    assert measure_argmax(requests, scores, frozen)["locality"].value == pytest.approx(
+        (0.5 + 1.0) / 2
+    )
+    with pytest.raises(AssertionError, match="other prompts"):
+        measure_argmax(requests, scores, frozen | {"test/B": [1, 2, 1, 2, 5, 5]})
+
+
+def test_what_is_not_finite_fails_and_is_counted_and_nothing_is_dropped() -> None:
+    requests = [request("A"), request("B"), request("C")]
+    bad, good = scored(math.nan, -1.0, greedy=True), scored(-0.5, greedy=True)
+    changes = {
+        ("A Ada is", "new"): bad,
+        ("B one", "old"): bad,
+        ("C near 0", "true"): bad,
+        ("C near 1", "new"): bad,
+    }
+    changes |= {(f"{name} Ada is", "old"): scored(-9.0) for name in "ABC"}
+    scores = scores_of(requests, good, changes)
+    found = measure_probability(requests, scores)
+    assert (found["efficacy"].value, found["efficacy"].n, found["efficacy"].nonfinite) == (
+        pytest.approx(2 / 3),
+        3,
+        1,
+    )
+    assert (found["generalization"].value, found["generalization"].nonfinite) == (0.0, 1)
+    assert (found["locality"].value, found["locality"].nonfinite) == (
+        0.0,
+        1,
+    )  # both of C's neighbours, counted once
+    assert (found["score"].value, found["score"].nonfinite) == (0.0, 1)
+    assert (
+        found["efficacy_magnitude"].value,
+        found["efficacy_magnitude"].stderr,
+        found["efficacy_magnitude"].n,
+    ) == (None, None, 3)
+    greedy = measure_argmax(
+        requests,
+        scores,
+        {each.id: [0, 0] if each.id != "test/C" else [0, 1, 0] for each in requests},
+    )
+    assert (greedy["efficacy"].value, greedy["efficacy"].nonfinite) == (pytest.approx(2 / 3), 1)
+    assert (greedy["locality"].value, greedy["locality"].nonfinite) == (pytest.approx(2.5 / 3), 1)
+
+
+def test_requests_without_a_kind_of_prompt_do_not_count_for_its_metric() -> None:
+    bare = request("A", target_old=None, paraphrases=(), neighbours=0, portability={})
+    requests = [bare, request("B", paraphrases=("B one",), portability={"hop": ()})]
+    scores = scores_of(requests, scored(-1.0, greedy=True), {})
+    probability = measure_probability(requests, scores)
+    assert {
+        metric: measured.n for metric, measured in probability.items() if metric != "score"
+    } == {
+        "efficacy": 1,
+        "generalization": 1,
+        "locality": 1,
+        "efficacy_magnitude": 1,
+        "generalization_magnitude": 1,
+        "locality_magnitude": 1,
+    }
+    argmax = measure_argmax(requests, scores, {"test/A": [], "test/B": [0, 0]})
+    assert {metric: measured.n for metric, measured in argmax.items()} == {
+        "efficacy": 2,
+        "generalization": 1,
+        "locality": 1,
+    }
+    assert measure_probability([bare], scores) == {} and measure_probability([], {}) == {}
+
+
+def test_a_neighbour_whose_true_answer_is_the_target_is_not_compared_with_itself() -> None:
+    each = request("A", neighbours=0)
+    each = dataclasses.replace(
+        each, neighbours=(Probe(prompt="x", answer="new"), Probe(prompt="y", answer="true"))
+    )
+    scores = scores_of([each], scored(-1.0), {("y", "true"): scored(-0.5)})
+    assert measure_probability([each], scores)["locality"].value == 1.0
+
+
+def test_a_hand_built_model_is_measured_end_to_end() -> None:
+    model = Bigram(bos=True)
+    edited = request(
+        "The",
+        prompt="The {} is",
+        subject="capital",
+        target="French Paris",
+        target_old="Paris",
+        paraphrases=("It is",),
+    )
+    edited = dataclasses.replace(
+        edited, neighbours=(Probe(prompt="The mother", answer="tongue"),), portability={}
+    )
+    model.say("It is", "Paris", 0.3)
+    evaluator = EditingEvaluator(protocols=("probability", "argmax"), tokens_per_batch=100)
+    baseline = evaluator.baseline(model, [edited])  # type: ignore[arg-type]
+    assert baseline["greedy/test/The"].dtype == torch.int32
+
+    def measured() -> dict[tuple[str | None, str], float | None]:
+        return {
+            place: found.value
+            for place, found in whole(evaluator.evaluate(model, [edited], baseline)).items()
+        }  # type: ignore[arg-type]
+
+    before = measured()
+    assert (
+        before["probability", "efficacy"],
+        before["argmax", "efficacy"],
+        before["argmax", "locality"],
+    ) == (0.0, 0.0, 1.0)
+    model.say("It is", "French Paris", 0.6, 0.7)
+    model.say("The mother", "tongue", 0.9)
+    after = measured()
+    assert (
+        after["probability", "efficacy"],
+        after["argmax", "efficacy"],
+        after["argmax", "generalization"],
+    ) == (1.0, 1.0, 1.0)
+    assert after["probability", "efficacy_magnitude"] == pytest.approx(
+        math.sqrt(0.6 * 0.7) - 0.4 / (len(model.tokenizer) - 1)
+    )
+    assert (after["probability", "locality"], after["argmax", "locality"]) == (
+        1.0,
+        0.0,
+    )  # more probable than the target, yet not as before
+
+
+def test_no_edit_leaves_locality_at_exactly_one_and_random_weights_bring_it_near_chance(
+    requests: Sequence[EditRequest],
+) -> None:
+    evaluator = EditingEvaluator(protocols=("probability", "argmax"), tokens_per_batch=2048)
+    model, other = tiny_model("gpt2"), tiny_model("gpt2", seed=1)
+    baseline = evaluator.baseline(model, requests)
+    unedited = whole(evaluator.evaluate(model, requests, baseline))
+    assert (
+        unedited["argmax", "locality"].value == 1.0 and unedited["argmax", "locality"].stderr == 0.0
+    )
+    assert unedited["argmax", "efficacy"].value == 0.0
+    random = whole(evaluator.evaluate(other, requests, baseline))
+    assert (
+        random["argmax", "locality"].value is not None and random["argmax", "locality"].value < 0.1
+    )
+    for metric in ("efficacy", "generalization", "locality"):
+        assert random["probability", metric].value == pytest.approx(0.5, abs=0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_the_requests_is_measured_as_it_would_be_alone(
+    kind: Kind, requests: Sequence[EditRequest]
+) -> None:
+    evaluator = EditingEvaluator(protocols=("argmax",), tokens_per_batch=2048)
+    model = tiny_model(kind)
+    found = evaluator.evaluate(model, requests[:3], evaluator.baseline(model, requests[:6]))
+    by_metric = {metric: measured for (_, metric), measured in whole(found).items()}
+    assert [by_metric[metric].n for metric in ("efficacy", "generalization", "locality")] == [
+        3,
+        3,
+        3,
+    ]
+    assert by_metric["locality"].value == 1.0
+    assert evaluator.evaluate(model, (), {}) == []
+
+
+def test_an_unknown_protocol_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.protocols: 'greedy'.*probability, argmax"):
+        EditingEvaluator(protocols=("greedy",), tokens_per_batch=64)  # type: ignore[arg-type]
+
+
+def test_means_errors_and_harmonic_means_are_the_textbooks() -> None:
+    assert mean_and_stderr([0.0, 1.0, 1.0, 0.0]) == (0.5, pytest.approx(math.sqrt(1 / 3) / 2))
+    assert mean_and_stderr([0.25]) == (0.25, None)
+    assert mean_and_stderr([0.25, math.nan]) == (None, None)
+    assert harmonic_mean([0.5, 0.25]) == pytest.approx(1 / 3)
+    assert harmonic_mean([0.5, 0.0]) == 0.0
+
+
+def test_token_gives_each_token_its_share_where_argmax_wants_them_all() -> None:
+    requests = [request("A", paraphrases=("A one",))]
+    half = Score((1, 2, 3, 4), (-1.0,) * 4, (1, 9, 3, 9))
+    scores = scores_of(
+        requests,
+        scored(-1.0, -1.0),
+        {("A Ada is", "new"): half, ("A one", "new"): scored(-1.0, math.nan, greedy=True)},
+    )
+    frozen = {"test/A": [1, 2, 0, 2]}  # the neighbours' greedy tokens now are 1, 2 and 1, 2
+    found = assessed(Token(), requests, scores, frozen)
+    assert found["efficacy"].value == 0.5
+    assert (found["generalization"].value, found["generalization"].nonfinite) == (0.0, 1)
+    assert found["locality"].value == pytest.approx((1.0 + 0.5) / 2)
+    assert measure_argmax(requests, scores, frozen)["efficacy"].value == 0.0
+    assert measure_argmax(requests, scores, frozen)["locality"].value == 0.5
+
+
+def test_attribute_prompts_and_hops_are_judged_apart() -> None:
+    attribute, hop = (
+        Probe(prompt="Bea is", answer="new"),
+        Probe(prompt="the one of old is", answer="far"),
+    )
+    requests = [request("A", attribute_prompts=(attribute,), hops=(hop,), portability={})]
+    old = Probe(prompt="Bea is", answer="old")
+    scores = {
+        **scores_of(requests, scored(-1.0), {}),
+        attribute: scored(-0.5),
+        old: scored(-3.0),
+        hop: scored(-1.0, greedy=True),
+    }
+    assert measure_probability(requests, scores)["attribute"].value == 1.0
+    found = measure_argmax(requests, scores, {"test/A": [1, 1]})
+    assert (found["attribute"].value, found["hop"].value, "portability" in found) == (
+        0.0,
+        1.0,
+        False,
+    )
+    assert attribute not in set(probes_of(requests[0], ("probability", "argmax"))), (
+        "asked only if told to: they double the prompts"
+    )
+
+
+def test_kinds_of_prompts_are_told_apart_and_out_of_distribution_is_never_in_locality() -> None:
+    near, far = Probe(prompt="B near", answer="true"), Probe(prompt="who sang x", answer="Ann")
+    locality = {"forgetfulness": (near,), "out_of_distribution": (far,)}
+    requests = [request("A", neighbours=1, locality=locality)]
+    scores = scores_of(requests, scored(-1.0), {})
+    questions = Questions(requests[0], with_attributes=False)
+    assert questions.stays == (*requests[0].neighbours, near, far)
+    found = list(
+        everything(
+            Argmax()
+            .assess([questions], Said(scores, {}), [{"greedy": torch.tensor([1, 0, 0])}])
+            .judged,
+            Statistics(),
+        )
+    )
+    values = {(each.metric.name, each.metric.task): each.estimate.value for each in found}
+    assert values["locality", None] == 0.5
+    assert (values["locality", "neighbours"], values["locality", "forgetfulness"]) == (1.0, 0.0)
+    assert values["locality_out_of_distribution", None] == 0.0
+    assert (values["portability", "alias"], values["portability", "hop"]) == (0.0, 0.0)
+    assert ("efficacy", None) in values and ("locality", "out_of_distribution") not in values

@@ -1,0 +1,159 @@
+"""Causal tracing: all layers at once give what a plain loop gives, and the bundled model's facts
+lie where edits take.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from editkit.config.build import Parts
+from editkit.config.compose import compose
+from editkit.datasets.base import AbstractDataset
+from editkit.errors import ConfigError
+from editkit.model.editable import EditableModel
+from editkit.model.load import ModelConfig
+from editkit.model.trace import Fact, Trace, known_facts_of, trace
+from tests.support.helpers import Kind, requests, tiny_model
+
+
+def facts_of(model: EditableModel) -> list[Fact]:
+    """Sequences of other lengths, subjects at the start and inside."""
+    return [
+        Fact(ids=(5, 6, 7, 8, 9), subject=(1, 2), token=11),
+        Fact(ids=(20, 21, 22), subject=(0,), token=12),
+        Fact(ids=(30, 31, 32, 33, 34, 35, 36), subject=(2, 3, 4), token=13),
+    ]
+
+
+def plain(
+    model: EditableModel, facts: list[Fact], *, window: int, noise: float, draws: int
+) -> Trace:
+    """One forward pass for each fact, draw and layer, with hooks of its own."""
+    embedding = model.network.get_input_embeddings()
+    scale = noise * float(embedding.weight.float().std())
+    generator = torch.Generator().manual_seed(0)
+    mlps = [model.module(model.family.mlp(layer)) for layer in range(model.num_layers)]
+    clean, corrupted, restored = [], [], []
+    for fact in facts:
+        states: list[torch.Tensor] = []
+
+        def keep(
+            _m: object,
+            _a: object,
+            out: torch.Tensor,
+            fact: Fact = fact,
+            states: list[torch.Tensor] = states,
+        ) -> None:
+            states.append(out[0, fact.subject[-1]].clone())
+
+        hooks = [mlp.register_forward_hook(keep) for mlp in mlps]
+        ids = torch.tensor([fact.ids])
+        clean.append(float(model.network(ids).logits[0, -1].softmax(-1)[fact.token]))
+        for handle in hooks:
+            handle.remove()
+        noises = scale * torch.randn(
+            draws, len(fact.subject), embedding.weight.shape[1], generator=generator
+        )
+
+        def probability(
+            noise_KD: torch.Tensor,
+            layers: list[int],
+            fact: Fact = fact,
+            states: list[torch.Tensor] = states,
+        ) -> float:
+            def corrupt(_module: object, _args: object, out: torch.Tensor) -> torch.Tensor:
+                out = out.clone()
+                for index, position in enumerate(fact.subject):
+                    out[0, position] += noise_KD[index]
+                return out
+
+            def restore(layer: int) -> object:
+                def put(_module: object, _args: object, out: torch.Tensor) -> torch.Tensor:
+                    out = out.clone()
+                    out[0, fact.subject[-1]] = states[layer]
+                    return out
+
+                return put
+
+            handles = [
+                embedding.register_forward_hook(corrupt),
+                *(mlps[layer].register_forward_hook(restore(layer)) for layer in layers),
+            ]
+            found = float(
+                model.network(torch.tensor([fact.ids])).logits[0, -1].softmax(-1)[fact.token]
+            )
+            for handle in handles:
+                handle.remove()
+            return found
+
+        def around(layer: int) -> list[int]:
+            return [
+                each
+                for each in range(len(mlps))
+                if layer - (window - 1) // 2 <= each <= layer + window // 2
+            ]
+
+        corrupted.append([probability(noise_KD, []) for noise_KD in noises])
+        restored.append(
+            [
+                [probability(noise_KD, around(layer)) for layer in range(len(mlps))]
+                for noise_KD in noises
+            ]
+        )
+    return Trace(
+        num_asked=len(facts),
+        facts=tuple(facts),
+        window=window,
+        clean_N=torch.tensor(clean),
+        corrupted_NS=torch.tensor(corrupted),
+        restored_NSL=torch.tensor(restored),
+    )
+
+
+@pytest.mark.parametrize(("kind", "window"), [("gpt2", 1), ("llama", 2)])
+def test_all_layers_at_once_give_what_one_pass_for_each_gives(kind: Kind, window: int) -> None:
+    model = tiny_model(kind)
+    facts = facts_of(model)
+    with torch.no_grad():
+        expected = plain(model, facts, window=window, noise=3.0, draws=2)
+    found = trace(model, facts, num_asked=3, window=window, noise=3.0, draws=2, tokens_at_once=10)
+    for name in ("clean_N", "corrupted_NS", "restored_NSL"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6
+        )
+    assert found.average_L.abs().max() > 1e-5
+    assert found.average_L.shape == found.error_L.shape == (model.num_layers,)
+
+
+def test_without_noise_nothing_is_corrupted_and_nothing_can_be_restored() -> None:
+    model = tiny_model("gpt2")
+    found = trace(model, facts_of(model), num_asked=3, noise=0.0)
+    assert abs(found.total_effect) < 1e-6
+    assert float(found.average_L.abs().max()) < 1e-6
+
+
+def test_the_hooks_are_gone_afterwards() -> None:
+    model = tiny_model("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = model.network(ids).logits
+        trace(model, facts_of(model), num_asked=3)
+        assert torch.equal(model.network(ids).logits, before)
+
+
+def test_a_bundled_model_knows_its_facts_and_holds_them_low() -> None:
+    model = ModelConfig(id="asset:tiny-gptj").load("cpu")
+    dataset = Parts(compose([]).config, {}).one("dataset", AbstractDataset)
+    assert dataset is not None
+    asked = dataset.load(0).requests[:8]
+    facts = known_facts_of(model, asked)
+    assert len(facts) >= 7
+    found = trace(model, facts, num_asked=len(asked), draws=1)
+    assert found.total_effect > 0.5
+    assert found.rome_layer <= 1 and found.memit_layers[-1] == found.rome_layer
+
+
+def test_a_model_that_knows_nothing_says_so() -> None:
+    with pytest.raises(ConfigError, match="--trace: tiny-gpt2 knows none of the 3 facts"):
+        known_facts_of(tiny_model("gpt2"), requests(3))

@@ -1,0 +1,118 @@
+"""Requests that do not fit into a model's positions are refused before anything is computed, all of
+them by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from editkit.config.build import build
+from editkit.config.compose import compose
+from editkit.errors import ConfigError
+from editkit.model.editable import EditableModel
+from editkit.model.tokens import encode, encode_with_target
+from editkit.runner.context_length import require_room
+from editkit.runner.session import prepare
+from editkit.types import EditRequest, Probe
+from tests.support.helpers import request, tiny_model
+
+BARE = ("{}",)
+
+
+@pytest.fixture(scope="module")
+def model() -> EditableModel:
+    return tiny_model("gpt2")  # 128 positions
+
+
+def filled(model: EditableModel, *, tokens: int) -> EditRequest:
+    """A request whose prompt and target have so many tokens without the last."""
+    plain = request(0)
+    for count in range(1, 200):
+        made = dataclasses.replace(plain, prompt=f"{plain.prompt} {'7' * count}")
+        if (
+            len(encode_with_target(model.tokenizer, made.full_prompt, made.target).ids) - 1
+            == tokens
+        ):
+            return made
+    raise AssertionError("no such prompt")
+
+
+def problems(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str] = BARE,
+    questions: Any = None,
+) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        require_room(model, requests, contexts, questions or [()] * len(requests))
+    return list(raised.value.problems)
+
+
+def test_a_request_may_fill_every_position_and_no_more(model: EditableModel) -> None:
+    fits, spills = (
+        filled(model, tokens=128),
+        dataclasses.replace(filled(model, tokens=129), id="spills"),
+    )
+    require_room(model, [fits], BARE, [()])
+    (found,) = problems(model, [fits, spills])
+    assert found.startswith(
+        "spills: prompt and target have 129 tokens without the last; tiny-gpt2 has 128 positions."
+    )
+
+
+def test_every_request_that_is_too_long_is_named_also_in_a_context(model: EditableModel) -> None:
+    context = "Once upon a time. {}"
+    room = 128 - len(encode(model.tokenizer, ["Once upon a time."])[0].ids)
+    near = [
+        dataclasses.replace(filled(model, tokens=tokens), id=f"r/{tokens}")
+        for tokens in (room - 5, room + 5, 128)
+    ]
+    require_room(model, near, BARE, [()] * 3)
+    found = problems(model, near, ("{}", context))
+    assert [each.partition(":")[0] for each in found] == [f"r/{room + 5}", "r/128"]
+    assert (
+        all("in the longest of the editor's contexts" in each for each in found)
+        and "Leave such requests out" in found[-1]
+    )
+
+
+def test_an_answer_without_room_is_named_with_its_question(model: EditableModel) -> None:
+    long = Probe(prompt="Who was it?", answer="Rome " * 200)
+    fine = Probe(
+        prompt="Paris is in " * 200, answer="France"
+    )  # a question that only judges loses its beginning
+    (found,) = problems(model, [request(0), request(1)], questions=[[fine], [fine, long, long]])
+    assert (
+        found.startswith(f"{request(1).id}: the answer 'Rome Rome")
+        and "of 'Who was it?' has" in found
+    )
+
+
+def test_a_run_refuses_them_before_second_moments_are_taken(tmp_path: Path) -> None:
+    records = [
+        {
+            "id": name,
+            "prompt": f"{'word ' * size}{{}} lives in",
+            "subject": "Ann",
+            "target": "Rome",
+            "target_old": "Oslo",
+        }
+        for name, size in (("short", 1), ("long", 400), ("longer", 500))
+    ]
+    records[0]["neighbours"] = [{"prompt": "Bob lives in", "answer": "a " * 1200}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    dataset = ["dataset=jsonl", f"dataset.path={tmp_path}/mine.jsonl", "edits=3"]
+    composed = compose(
+        ["tracker=none", "suite=none", "editor=rome", f"stats.folder={tmp_path}/stats", *dataset]
+    )
+    with pytest.raises(ConfigError) as raised:
+        prepare(build(composed.config, choices=composed.choices), should_stop=lambda: False)
+    named = [each.partition(": ") for each in raised.value.problems]
+    assert [name.rpartition("/")[2] for name, _, _ in named] == ["long", "longer", "short"]
+    assert "the answer 'a a a" in named[2][2] and not (tmp_path / "stats").exists()
