@@ -26,7 +26,8 @@ def message(
     """
     details = [] if got is _ABSENT else [f"got {got!r}"]
     details += [f"expected {expected}"] if expected else []
-    sentence = f"{key}: {problem}{f' ({"; ".join(details)})' if details else ''}."
+    told = f" ({'; '.join(details)})" if details else ""
+    sentence = f"{key}: {problem}{told}."
     return f"{sentence} Fix: {fix}." if fix else sentence
 
 
