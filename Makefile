@@ -55,11 +55,16 @@ type: setup  ## mypy
 .PHONY: check
 check: lint format-check type test  ## What has to pass before a change goes in
 
+.PHONY: docs
+docs: setup  ## Build the documentation into site/; a broken link or reference is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 .PHONY: bench
 bench: setup  ## The plain way against ours: telemetry on GPT-2 XL's shape
 	$(BIN)/editkit bench telemetry --shape gpt2-xl
 
 .PHONY: clean
 clean:  ## Remove caches and builds; outputs and .venv stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find editkit tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
