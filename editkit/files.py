@@ -1,19 +1,26 @@
-"""Files: written whole or not at all, and read the ways that many places need."""
+"""Files: written whole or not at all, locked by one process at a time, read the ways that many
+places need.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+LOCK = ".lock"  # the file in a folder whose lock stands for the whole folder
+RETRY_S = 0.02  # between two attempts to take a lock
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Writes under a temporary name beside `path`, waits for the disk, and renames: a reader never
-    sees half a file.
+    """Writes under a temporary name in the same folder, waits for the disk, and renames: a reader
+    never sees half a file.
     """
     with written_atomically(path) as temporary:
         temporary.write_bytes(payload)
@@ -21,8 +28,8 @@ def write_atomically(path: Path, payload: bytes) -> None:
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """The same for what a library writes: gives the name to write under; nothing is left behind
-    after an error.
+    """The same for files that a library writes: gives the name to write under. Nothing is left
+    behind after an error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -35,16 +42,45 @@ def written_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def take_lock(file: IO[Any], *, patience_s: float | None = 0.0, shared: bool = False) -> bool:
+    """Returns whether this process now holds the lock of an open file.
+
+    The kernel keeps the lock (flock) until the file is closed or the process ends, however that
+    happens: a killed process leaves nothing to clean up. Between machines it works where the shared
+    file system supports flock: NFS does, Lustre when it is mounted with `flock`.
+
+    Args:
+        patience_s: seconds to keep trying while another process holds the lock. None: without end.
+        shared: take a lock that other shared locks may coexist with.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if patience_s is None:
+        fcntl.flock(file, kind)
+        return True
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(RETRY_S)
+
+
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none that can be read."""
+    """The JSON object in a file; empty if the file is missing or holds no JSON object."""
     try:
-        found = json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the file, which is never in memory as a whole."""
+    """The file's SHA-256 in hexadecimal. The file is never in memory as a whole."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

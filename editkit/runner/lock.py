@@ -1,55 +1,58 @@
-"""One process a run: a lock on the run's folder that goes with the process that holds it, however
-that process ends.
+"""The lock of a run's folder: one process at a time runs or trains in it.
 
-The kernel keeps it (flock), so a holder that was killed leaves nothing to clean up. Between
-machines it holds where the shared file system passes flock on: NFS does, Lustre when it is mounted
-with `flock`. Who holds it stands in the file, for people to read.
+The lock ends with the process that holds it (`editkit.files.take_lock`). The holder writes its name
+into the lock's file, for people to read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from editkit.errors import ConfigError
-from editkit.files import read_object
+from editkit.errors import ConfigError, message
+from editkit.files import LOCK, read_object, take_lock
 
-LOCK = ".lock"
-PATIENCE_S = 0.5  # a look at the lock, as `is_locked` takes it, holds it for an instant
+PATIENCE_S = 0.5  # `is_locked` of another process holds the lock for an instant
 
 
 class Busy(ConfigError):
-    """Another process has the run."""
+    """Another process holds the lock of the folder."""
 
 
 @contextlib.contextmanager
 def locked(
     folder: Path, *, may_wait: bool = False, waiting: Callable[[str], None] = lambda holder: None
 ) -> Iterator[None]:
-    """Holds the lock of a run's folder, which is made if it is not there.
+    """Holds the lock of a folder, which is created if it is missing.
 
     Args:
-        may_wait: whether to wait for another holder to end; `waiting` is then told who that is.
-        Otherwise raises Busy.
+        may_wait: whether to wait until another holder ends. `waiting` is then called with the
+            description of that holder.
+
+    Raises:
+        Busy: another process holds the lock and `may_wait` is false.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+") as file:
-        if not _taken_soon(file.fileno()):
+        if not _taken(file, patience_s=PATIENCE_S):
             holder = describe_holder(folder)
             if not may_wait:
                 raise Busy(
-                    f"{folder} is being written by another process ({holder}): wait for it (when_locked=wait), "
-                    "or change the experiment or the seed."
+                    message(
+                        str(folder),
+                        f"the run is being written by another process ({holder})",
+                        fix="wait for that process (when_locked=wait), or change the experiment or "
+                        "the seed",
+                    )
                 )
             waiting(holder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, patience_s=None)
         file.truncate(0)
         file.write(json.dumps(_myself()) + "\n")
         file.flush()
@@ -57,28 +60,29 @@ def locked(
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a living process holds the lock."""
+    """Whether a living process holds the lock. Neither takes the lock nor creates its file."""
     try:
         with open(folder / LOCK) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return not take_lock(file, shared=True)
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    return False
 
 
 def holder_of(folder: Path) -> dict[str, Any]:
-    """What the last holder wrote of itself; it may be dead. Empty where that cannot be read."""
+    """The last holder as it described itself; that process may have ended. Empty if the file cannot
+    be read.
+    """
     return read_object(folder / LOCK)
 
 
 def describe_holder(folder: Path) -> str:
-    """The holder in words."""
+    """The last holder in words: process, host, Slurm job."""
     holder = holder_of(folder)
-    job = f", Slurm job {holder['slurm_job']}" if holder.get("slurm_job") else ""
+    slurm_job = f", Slurm job {holder['slurm_job']}" if holder.get("slurm_job") else ""
     return (
-        f"process {holder['pid']} on {holder['host']}{job}"
+        f"process {holder['pid']} on {holder['host']}{slurm_job}"
         if {"pid", "host"} <= holder.keys()
         else "it does not say which"
     )
@@ -86,23 +90,18 @@ def describe_holder(folder: Path) -> str:
 
 def _myself() -> dict[str, Any]:
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    slurm_job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
     return {
         "pid": os.getpid(),
         "host": platform.node(),
         "since": round(time.time(), 3),
-        "slurm_job": job,
+        "slurm_job": slurm_job,
     }
 
 
-def _taken_soon(file: int) -> bool:
-    """Tries for a moment."""
-    until = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.02)
+def _taken(file: IO[str], *, patience_s: float) -> bool:
+    """A file system without locks counts as locked: two processes would mix their records."""
+    try:
+        return take_lock(file, patience_s=patience_s)
+    except OSError:
+        return False

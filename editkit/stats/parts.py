@@ -10,7 +10,6 @@ number of processes: work that was begun by four can be ended by one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from editkit.errors import ConfigError
-from editkit.files import written_atomically
+from editkit.files import take_lock, written_atomically
 from editkit.lazy import torch
 from editkit.stats.collect import (
     PARTS,
@@ -208,20 +207,17 @@ def _finish(
 
 @contextlib.contextmanager
 def locked(path: Path, *, may_wait: bool) -> Iterator[bool]:
-    """Whether this process has the lock, which goes with the process. A file system without locks
-    is no error.
+    """Gives whether this process holds the lock of a file, which is created if it is missing.
 
-    Two processes that do the same work write the same bits: the lock saves time, nothing else.
+    On a file system without locks every process counts as the holder. Two processes that do the
+    same work write the same bits: the lock saves time, nothing else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        is_mine = True
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if may_wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_mine = False
+            is_mine = take_lock(file, patience_s=None if may_wait else 0.0)
         except OSError:
-            pass
+            is_mine = True
         yield is_mine
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 from editkit.errors import ConfigError
+from editkit.files import LOCK
 from editkit.records.writer import STEPS
-from editkit.runner.lock import LOCK
 from editkit.runner.session import CONFIG
 from editkit.sweeps.plan import Cell, Plan, Run
 

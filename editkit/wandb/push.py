@@ -8,12 +8,12 @@ files are not sent again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from editkit.files import LOCK, take_lock
 from editkit.records.reader import load_run
 from editkit.records.samples import read_samples
 from editkit.types import SampleRecord
@@ -75,11 +75,13 @@ def _digest(folder: Path, target: Target) -> str:
 
 @contextlib.contextmanager
 def _unless_written(folder: Path) -> Iterator[bool]:
-    """Whether no process holds the run's lock; none can take it inside."""
-    with open(folder / ".lock", "a") as file:
+    """Gives whether no other process holds the run's lock; none can take it inside.
+
+    A file system without locks counts as locked: half a run would be sent.
+    """
+    with open(folder / LOCK, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = take_lock(file)
         except OSError:
-            yield False
-        else:
-            yield True
+            is_free = False
+        yield is_free
