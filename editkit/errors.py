@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 _ABSENT = object()
 
@@ -62,6 +63,15 @@ class OptionError(ConfigError):
     def under(self, key: str) -> ConfigError:
         """The same problems with full keys: `ratio: ...` becomes `restraint.cap2.ratio: ...`."""
         return ConfigError([f"{key}.{problem}" for problem in self.problems])
+
+
+@contextlib.contextmanager
+def keys_under(key: str) -> Iterator[None]:
+    """Gives the problems of an OptionError that is raised within their full keys."""
+    try:
+        yield
+    except OptionError as error:
+        raise error.under(key) from error
 
 
 def report(error: ConfigError, *, label: str = "") -> None:

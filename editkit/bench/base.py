@@ -181,9 +181,8 @@ class Found:
     plain_s: float
     ours_s: float
     relative_difference: float
-    plain_peak_bytes: (
-        int  # of the process (CPU) or the allocator (GPU), the weights included; 0: not known
-    )
+    # of the process (CPU) or the allocator (GPU), the weights included; 0: not known
+    plain_peak_bytes: int
     ours_peak_bytes: int
     more: Mapping[str, Any]
 

@@ -18,8 +18,9 @@ from editkit.config.schedule import Schedule
 from editkit.editors.base import AbstractEditor
 from editkit.restraints.base import AbstractSolveRestraint, Restraints
 from editkit.runner.checkpoint import RunState
-from editkit.runner.loop import begin, take_step
+from editkit.runner.loop import begin
 from editkit.runner.plan import Trajectory
+from editkit.runner.step import take_step
 from editkit.targets.settings import TargetSettings
 from editkit.types import StepRecord
 
@@ -63,7 +64,7 @@ class Bench:
 
 def bench_of(
     model: EditableModel,
-    editor: AbstractEditor,
+    editor: AbstractEditor[Any],
     options: Options,
     *,
     solve: AbstractSolveRestraint | None = None,

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 TEXTS = 5  # of 10 tokens, beside the bare prompt
 WEIGHT = 1.0  # of the second moment
-THRESHOLD = (
-    0.011  # just above what the made-up second moments hold in three quarters of their dimensions
-)
+# just above what the made-up second moments hold in three quarters of their dimensions
+THRESHOLD = 0.011
 L2 = 1.0
 MANY_EDITS = 2000
 

@@ -107,7 +107,7 @@ def validate(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
 
     composed = composed_or_explained(overrides or [], config_dir)
     experiment = build(composed.config, choices=composed.choices)
-    memory = here(experiment.config, free_bytes=free_bytes(experiment.config))
+    memory = here(experiment.demand, free_bytes=free_bytes(experiment.demand))
     problems = memory.problems() if memory is not None else []
     recipe = composed.config.get("recipe", {})
     schedule = experiment.schedule

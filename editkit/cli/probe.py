@@ -51,9 +51,9 @@ def probe(
     from rich.console import Console
 
     from editkit.config.build import Parts
-    from editkit.config.experiment import Runtime
     from editkit.model.load import ModelConfig
     from editkit.model.probe import probe as look
+    from editkit.resources.runtime import Runtime
 
     composed = composed_or_explained(overrides, config_dir)
     parts = Parts(composed.config, composed.choices)
@@ -124,10 +124,11 @@ def edited_names(composed: dict[str, Any]) -> str | None:
     """The matrices that the editor would change; None where its layers or the model's sizes are not
     known.
     """
+    from editkit.config.build import memory_demand
     from editkit.resources.estimate import edited
 
     try:
-        found = edited(composed) or ()
+        found = edited(memory_demand(composed)) or ()
     except ConfigError:
         return None
     return (
@@ -141,10 +142,12 @@ def memory_rows(composed: dict[str, Any]) -> list[tuple[str, str]]:
     """What a run with this configuration would take; why it is not known, where an editor's numbers
     are missing.
     """
+    from editkit.config.build import memory_demand
     from editkit.resources.estimate import free_bytes, here
 
     try:
-        found = here(composed, free_bytes=free_bytes(composed))
+        demand = memory_demand(composed)
+        found = here(demand, free_bytes=free_bytes(demand))
     except ConfigError as error:
         return [("memory", f"not known: {error.problems[0]}")]
     return found.rows() if found is not None else [UNKNOWN]
@@ -157,10 +160,10 @@ def traced(
     from rich.table import Table
 
     from editkit.config.build import Parts
-    from editkit.config.experiment import Runtime
     from editkit.datasets.base import AbstractDataset
     from editkit.model.trace import known_facts_of
     from editkit.model.trace import trace as run
+    from editkit.resources.runtime import Runtime
 
     parts = Parts(composed.config, composed.choices)
     dataset, runtime = parts.one("dataset", AbstractDataset), parts.one("runtime", Runtime)

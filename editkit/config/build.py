@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from editkit.config.compose import plain
-from editkit.config.experiment import Experiment, Runtime, Settings
-from editkit.config.identity import config_hash
-from editkit.config.schema import TARGET, Problems, construct, resolve, unknown_option
+from editkit.config.experiment import Experiment, Settings, demand_of
+from editkit.config.identity import TARGET, config_hash
+from editkit.config.schema import Problems, construct, resolve, unknown_option
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.datasets.groups import asked_in_one_batch
 from editkit.editors.base import AbstractEditor
@@ -27,6 +27,8 @@ from editkit.evaluation.base import AbstractEvaluator, AbstractSuite
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
+from editkit.resources.footprint import Demand
+from editkit.resources.runtime import Runtime
 from editkit.restraints.base import (
     PLACES,
     AbstractObjectiveRestraint,
@@ -152,7 +154,7 @@ def locate(config: Any, *, choices: Mapping[str, Any] | None = None) -> Place:
             parts.one(key, expected)
     parts.check_together(settings, editor, parts.one("stats", StatsConfig))
     for problem in editor.lacks() if editor is not None else ():
-        parts.problems.add(problem)
+        parts.problems.add(f"editor.{problem}")
     parts.finish()
     assert settings and model and restraints
     views = tuple(name for name, each in restraints.totals.items() if each.apply_at == "evaluation")
@@ -161,7 +163,7 @@ def locate(config: Any, *, choices: Mapping[str, Any] | None = None) -> Place:
 
 def model_and_stats(
     config: Any, *, choices: Mapping[str, Any] | None = None
-) -> tuple[ModelConfig, AbstractEditor, StatsConfig, Runtime]:
+) -> tuple[ModelConfig, AbstractEditor[Any], StatsConfig, Runtime]:
     """The parts of a configuration that second moments depend on, checked like those of `build`."""
     parts = Parts(plain(config), choices or {})
     found = (
@@ -174,6 +176,32 @@ def model_and_stats(
     model, editor, stats, runtime = found
     assert model and editor and stats and runtime
     return model, editor, stats, runtime
+
+
+def memory_demand(config: Any, *, choices: Mapping[str, Any] | None = None) -> Demand:
+    """The parts of a configuration that memory depends on. Dataset and suite are not read.
+
+    Raises:
+        ConfigError: with all problems of these parts.
+    """
+    parts = Parts({"restraint": {}} | plain(config), choices or {})
+    settings, runtime = parts.settings(), parts.one("runtime", Runtime)
+    model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
+    restraints, stats = parts.restraints(), parts.one("stats", StatsConfig)
+    evaluation = parts.one("evaluation", EditingEvaluator)
+    parts.finish()
+    assert settings and runtime and model and editor and restraints and stats and evaluation
+    return demand_of(
+        model=model,
+        editor=editor,
+        restraints=restraints,
+        stats=stats,
+        solve=settings.solve,
+        runtime=runtime,
+        evaluation=evaluation,
+        edits=settings.edits,
+        batch_size=settings.batch_size,
+    )
 
 
 class Parts:
@@ -201,7 +229,7 @@ class Parts:
             self.problems.add(problem)
         return settings
 
-    def editor_class(self) -> type[AbstractEditor] | None:
+    def editor_class(self) -> type[AbstractEditor[Any]] | None:
         """What an editor can do is known from its class, also where an option of it is wrong."""
         node = self.config.get("editor")
         found = (
@@ -259,6 +287,7 @@ class Parts:
         return Restraints(
             objective=next(iter(objectives.values()), None),
             solve=next(iter(solves.values()), None),
+            solve_name=next(iter(solves), "solve"),
             updates=tuple(
                 each for each in found.values() if isinstance(each, AbstractUpdateRestraint)
             ),
@@ -270,7 +299,10 @@ class Parts:
         )
 
     def check_together(
-        self, settings: Settings | None, editor: AbstractEditor | None, stats: StatsConfig | None
+        self,
+        settings: Settings | None,
+        editor: AbstractEditor[Any] | None,
+        stats: StatsConfig | None,
     ) -> None:
         """Notes what does not fit together, and an outputs' folder that cannot be written to."""
         if (
@@ -343,12 +375,15 @@ class Parts:
         )
 
     def check_edits(
-        self, editor: AbstractEditor | None, data: LoadedDataset | None, settings: Settings | None
+        self,
+        editor: AbstractEditor[Any] | None,
+        data: LoadedDataset | None,
+        settings: Settings | None,
     ) -> None:
         """Notes what keeps the editor from editing these requests."""
         if editor is not None and data is not None and settings is not None:
             for problem in editor.check_requests(data, data.requests[: settings.edits]):
-                self.problems.add(problem)
+                self.problems.add(f"editor.{problem}")
 
     def check(self, suite: AbstractEvaluator | None, model: ModelConfig | None) -> None:
         """Reads the data of the suite's tasks; notes what is missing or malformed, and what the

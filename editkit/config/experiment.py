@@ -13,46 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from editkit.config.schedule import Schedule
 from editkit.datasets.base import LoadedDataset
 from editkit.editors.base import AbstractEditor
-from editkit.errors import ConfigError
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.linalg.recursive import SolveDtype
 from editkit.records.tracker import AbstractTracker
+from editkit.resources.footprint import Corpus, Demand
+from editkit.resources.runtime import Runtime
 from editkit.restraints.base import Restraints
 from editkit.stats.corpus import StatsConfig
 
 if TYPE_CHECKING:
     from editkit.model.load import ModelConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """The machine's part of a run; it changes rounding at most."""
-
-    device: str
-    threads: int | None
-    memory_gb: float | None = None  # that a run may take on the device; None: what is free there
-    statistics: Literal["device", "cpu", "disk"] = (
-        "device"  # where second moments and their factors lie
-    )
-    base: Literal["device", "cpu"] = "device"  # where W_0 of the edited matrices lies
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
-            problems.append(
-                f"runtime.device: {self.device!r} was given; cpu, cuda, cuda:<number> or mps."
-            )
-        if self.threads is not None and self.threads < 1:
-            problems.append(
-                f"runtime.threads: {self.threads} was given; at least 1, or null for torch's own choice."
-            )
-        if self.memory_gb is not None and not self.memory_gb > 0:
-            problems.append(
-                f"runtime.memory_gb: {self.memory_gb} was given; more than 0, or null for what is free on the device."
-            )
-        if problems:
-            raise ConfigError(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +124,7 @@ class Experiment:
 
     name: str
     model: ModelConfig
-    editor: AbstractEditor
+    editor: AbstractEditor[Any]
     restraints: Restraints
     data: LoadedDataset
     evaluation: EditingEvaluator  # its options that are the runner's: timings, how many requests
@@ -177,3 +148,50 @@ class Experiment:
     @property
     def edits(self) -> int:
         return self.schedule.edits
+
+    @property
+    def demand(self) -> Demand:
+        """The parts that memory depends on."""
+        return demand_of(
+            model=self.model,
+            editor=self.editor,
+            restraints=self.restraints,
+            stats=self.stats,
+            solve=self.solve,
+            runtime=self.runtime,
+            evaluation=self.evaluation,
+            edits=self.schedule.edits,
+            batch_size=self.schedule.batch_size,
+        )
+
+
+def demand_of(
+    *,
+    model: ModelConfig,
+    editor: AbstractEditor[Any],
+    restraints: Restraints,
+    stats: StatsConfig,
+    solve: Solve,
+    runtime: Runtime,
+    evaluation: EditingEvaluator,
+    edits: int,
+    batch_size: int,
+) -> Demand:
+    """What the memory estimate reads of these parts."""
+    corpus = Corpus(
+        folder=Path(stats.folder).expanduser(),
+        batch_tokens=stats.batch_tokens,
+        context_length=stats.context_length,
+        is_short=stats.source == "world",
+    )
+    return Demand(
+        model=model,
+        editor=editor,  # type: ignore[arg-type] # its `modules` takes an outline for a model
+        solve=restraints.solve,
+        solve_dtype=solve.dtype,
+        runtime=runtime,
+        edits=edits,
+        batch_size=batch_size,
+        measuring_tokens=evaluation.tokens_per_batch,
+        corpus=corpus,
+    )

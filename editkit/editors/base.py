@@ -1,19 +1,24 @@
-"""The editor's interface: from requests to updates, reading the model and never writing it.
+"""The editor's interface: from edit requests to updates. An editor reads the model and never
+writes it.
 
-The runner owns the order (DESIGN section 1): `contexts` and `init` once a run; `plan` once a batch;
-`propose` once a module, each module seeing the updates of those before it; `observe` when the batch
-is applied.
+The runner owns the order: `contexts` and `init` once a run; `plan` once a batch; `propose` once a
+module, each module after the updates of the modules before it were applied; `observe` after the
+whole batch was applied.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
+from editkit.errors import ConfigError, message
+from editkit.model.tokens import PLACE
+from editkit.resources.workload import REQUEST, EditorMemory, Workload
 from editkit.restraints.base import Place
-from editkit.stats.least_squares import LeastSquares
+from editkit.stats.least_squares import LeastSquares, least_squares
+from editkit.stats.store import Moments
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
@@ -21,108 +26,120 @@ if TYPE_CHECKING:
     from editkit.lazy import torch
     from editkit.linalg.lowrank import Update
     from editkit.model.editable import EditableModel
-    from editkit.stats.store import Moments
     from editkit.targets.objective import Objective
 
-Solve = Callable[[LeastSquares], "Update"]
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One batch of edits, with everything that stays the same while it is made."""
+
+    model: EditableModel
+    requests: tuple[EditRequest, ...]
+    contexts: tuple[str, ...] = (PLACE,)  # templates with one "{}"; the bare prompt comes first
+    state: TensorState = field(default_factory=dict)  # the editor's, from before this batch
+    moments: Moments = field(default_factory=Moments)  # second moments of keys, by module
+    objective: Objective | None = None  # replaces the descent of a target search (EAC)
+    solver: Callable[[LeastSquares], Update] | None = None  # replaces the least squares (D4S)
+
+    def solve(self, problem: LeastSquares) -> Update:
+        """The update that a problem asks for: restrained, or the plain minimiser."""
+        solver = self.solver
+        return least_squares(problem, self.moments) if solver is None else solver(problem)
+
+    @property
+    def request(self) -> EditRequest:
+        """The one request of an editor with `max_batch_size = 1`. Raises ConfigError for more."""
+        if len(self.requests) != 1:
+            problem = "the editor edits one request at a time"
+            raise ConfigError(
+                message("batch_size", problem, got=len(self.requests), fix="set batch_size=1")
+            )
+        return self.requests[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an editor found out about a batch before it writes anything; editors extend it by what
-    they need in `propose`.
+    """What an editor finds for a batch before anything is written.
+
+    Editors extend it by what their `propose` needs.
     """
 
-    summary: Mapping[
-        str, float
-    ]  # goes into StepRecord.target: probability_before, probability_after, steps, loss
-    nonfinite: str | None = None
+    # StepRecord.target: probability_before, probability_after, steps, loss
+    summary: Mapping[str, float] = field(default_factory=dict)
+    nonfinite: str | None = None  # which number is not finite; then nothing is written
 
 
-class AbstractEditor(abc.ABC):
+PlanT = TypeVar("PlanT", bound=Plan)
+
+
+class AbstractEditor(abc.ABC, Generic[PlanT]):
     """A method that turns edit requests into updates of weight matrices.
 
-    Concrete editors are frozen dataclasses: their fields are the options.
+    Concrete editors are frozen dataclasses: their fields are the options. Only `modules` and
+    `propose` have to be written.
     """
 
-    places: ClassVar[frozenset[Place]]  # where a restraint may act on this editor
-    max_batch_size: ClassVar[int | None] = (
-        None  # requests that one batch may hold; None: any number
-    )
-    spans_devices: ClassVar[bool] = (
-        False  # whether it works with model.device_map, a model that lies on several devices
-    )
+    # Where restraints may act on this editor.
+    places: ClassVar[frozenset[Place]] = frozenset({"update", "total"})
+    max_batch_size: ClassVar[int | None] = None  # requests of one batch; None: any number
+    spans_devices: ClassVar[bool] = False  # whether it works with model.device_map
 
     @property
-    @abc.abstractmethod
     def needs_moments(self) -> bool:
-        """Whether second moments of keys are needed: known before a model is loaded."""
+        """Whether second moments of keys are needed. Known before a model is loaded."""
+        return False
 
     def lacks(self) -> list[str]:
-        """What a run of this editor cannot do without and does not have; known before a dataset is
-        read.
-        """
+        """What a run needs and this editor does not have. Known before a dataset is read."""
         return []
 
     def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
-        """What keeps this editor from making these edits, those of `data` that a run would make:
-        known before a model is loaded.
-        """
+        """Why this editor cannot make these edits of `data`. Known before a model is loaded."""
         return []
 
     def provenance(self) -> Mapping[str, object]:
-        """Files besides the model that its edits depend on, as plain values."""
+        """Files besides the model that the edits depend on, as plain values."""
         return {}
+
+    def memory(self, work: Workload) -> EditorMemory:
+        """What planning a batch takes. The default: four copies of each edited matrix in float32,
+        and a gradient through the whole network for two rows of tokens.
+        """
+        matrices = work.num_matrices * 4 * 4 * work.matrix
+        gradient = work.kept(2 * REQUEST, work.architecture.num_layers)
+        return EditorMemory(working=matrices + gradient)
 
     @abc.abstractmethod
     def modules(self, model: EditableModel) -> tuple[str, ...]:
-        """Dotted names of the matrices that are edited, in the order in which they are written.
+        """Dotted names of the edited matrices, in the order in which they are written.
 
-        Raises ConfigError on a layer out of range.
+        Raises:
+            ConfigError: a layer is out of range.
         """
 
-    @abc.abstractmethod
     def moment_modules(self, model: EditableModel) -> tuple[str, ...]:
-        """Names of the matrices whose keys' second moments are needed; empty unless
-        `needs_moments`.
-        """
+        """Names of the matrices whose keys' second moments are needed."""
+        return self.modules(model) if self.needs_moments else ()
 
-    @abc.abstractmethod
     def contexts(self, model: EditableModel, generator: torch.Generator) -> tuple[str, ...]:
-        """Context templates, each with one "{}" for the prompt; sampled once a run on the unedited
-        model and kept in its state.
+        """Context templates, each with one "{}" for the prompt, the bare "{}" first.
+
+        They are sampled once a run on the unedited model and kept in the run's state.
         """
+        return (PLACE,)
 
-    @abc.abstractmethod
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
-        """The state before the first edit."""
+        """The state before the first edit. Raises ConfigError for what a run cannot begin with."""
+        return {}
+
+    def plan(self, step: Step) -> PlanT:
+        """Target vectors and whatever else is computed once a batch; the weights are only read."""
+        return cast(PlanT, Plan())
 
     @abc.abstractmethod
-    def plan(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        contexts: Sequence[str],
-        state: TensorState,
-        objective: Objective | None,
-    ) -> Plan:
-        """Target vectors and whatever else is measured once a batch."""
+    def propose(self, step: Step, module: str, plan: PlanT) -> Update:
+        """The update of one matrix, (O, I), on the weights as they are now."""
 
-    @abc.abstractmethod
-    def propose(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        module: str,
-        plan: Plan,
-        state: TensorState,
-        moments: Moments,
-        solve: Solve,
-    ) -> Update:
-        """The update of one matrix, (O, I), given the weights as they are now."""
-
-    @abc.abstractmethod
-    def observe(
-        self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState
-    ) -> TensorState:
-        """The state after the batch has been applied."""
+    def observe(self, step: Step) -> TensorState:
+        """The state after the batch was applied."""
+        return step.state

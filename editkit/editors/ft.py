@@ -1,27 +1,26 @@
-"""FT: fine-tuning of a matrix on the request itself, held close to where it was.
+"""FT: fine-tuning of matrices on the edit requests, held close to the weights.
 
-    objective    loss                                                              known as
-    target       -log p(target token | prompt, target so far), mean over tokens    FT-M (EasyEdit, arXiv 2308.07269)
-    prompt_last  -log p(target token | prompt), for every token of the target      FT-L (Zhu et al. 2020, arXiv 2012.00363, as
-                                                                                   the code of arXiv
-                                                                                   2202.05262 has
-                                                                                   it)
+    loss         value                                                             name
+    target       -log p(target token | prompt, target so far), mean over tokens    FT-M (2308.07269)
+    prompt_last  -log p(target token | prompt), for every token of the target      FT-L
 
-`prompt_last` reads all tokens of a target from the one distribution behind the prompt: the flaw of
-the published code, right only for targets of one token. It is here for comparison.
+FT-M is EasyEdit's (arXiv 2308.07269). FT-L is Zhu et al. 2020 (arXiv 2012.00363) as the code of
+Meng et al. 2022 (arXiv 2202.05262) has it: it reads all tokens of a target from the one
+distribution after the prompt, which is right for targets of one token alone. It is offered for
+comparison.
 
-Adam moves dW alone; after each step its entries are clipped to +- `norm_constraint`, which keeps W
-in an L-infinity ball around the weights at the call, not around W_0. A batch is one loss, the mean
-over its requests; published code goes through it in chunks. With several layers all matrices move
-together. The update is dense.
+Adam moves dW alone. After each step its entries are clipped to +- `norm_constraint`: W stays in an
+L-infinity ball around the weights at the call, not around W_0. A batch has one loss, the mean over
+its requests; published code splits it into chunks. The matrices of several layers move together.
+The update is dense.
 
 `l1` and `l2` add an elastic net on the update, summed over the matrices,
 
-    loss + l1 * sum |dW| + l2 * |dW|_F^2                                           Xu et al. 2025 (EAC, arXiv 2503.00035), appendix E
+    loss + l1 * sum |dW| + l2 * |dW|_F^2       Xu et al. 2025 (EAC, arXiv 2503.00035), appendix E
 
-its plain form: EAC's weights are saliencies of a target vector's coordinates, and FT searches for
-none. The equation was not checked against the appendix, and no numbers of it are known here: 0, no
-net, is the default. `stop_loss` is compared with the whole sum.
+in its plain form: EAC weighs it by the saliency of a target vector's coordinates, and FT searches
+for no target vector. The equation was not checked against the appendix. The default is 0, no
+elastic net. `stop_loss` is compared with the whole sum.
 
 Shape letters: O d_out, I d_in, B requests, T tokens, M (request, position) pairs, V vocabulary.
 """
@@ -31,104 +30,82 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from editkit.editors.base import AbstractEditor, Plan, Solve
-from editkit.errors import ConfigError
+from editkit.editors.base import AbstractEditor, Plan, Step
+from editkit.errors import OptionError, message
 from editkit.lazy import torch
 from editkit.model.capture import add_to_matrix
-from editkit.model.tokens import PLACE, encode_with_targets, pad
-from editkit.restraints.base import Place
-from editkit.types import EditRequest, TensorState
+from editkit.model.tokens import encode_with_targets, pad
+from editkit.resources.workload import EditorMemory, Workload
+from editkit.types import EditRequest
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
-    from editkit.stats.store import Moments
-    from editkit.targets.objective import Objective
 
-Objective = Literal["target", "prompt_last"]
+Loss = Literal["target", "prompt_last"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FtPlan(Plan):
-    """The updates, all found together; by module, (O, I) float32."""
+    """The updates of all modules, found together: (O, I) float32."""
 
     updates: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ft(AbstractEditor):
-    """Constrained fine-tuning; its options are those of `conf/editor/ft.yaml`.
+class Ft(AbstractEditor[FtPlan]):
+    """Constrained fine-tuning. The options are documented in `conf/editor/ft.yaml`.
 
     Raises:
-        ConfigError: an option is out of range.
+        OptionError: an option is out of range.
     """
 
-    places: ClassVar[frozenset[Place]] = frozenset({"update", "total"})
     spans_devices: ClassVar[bool] = True
 
     name: str
     layers: tuple[int, ...]
-    objective: Objective
+    objective: Loss
     steps: int  # of Adam, at most
     lr: float
-    norm_constraint: float | None  # bound of |dW|, entry by entry; None: no bound
+    norm_constraint: float | None  # bound of each entry of |dW|; None: no bound
     stop_loss: float  # no further step is made below it
     l1: float  # of the elastic net on dW; 0: none
     l2: float
 
     def __post_init__(self) -> None:
         problems = [
-            f"editor.{name} must be positive - got {getattr(self, name)}."
+            message(name, "must be positive", got=getattr(self, name))
             for name in ("steps", "lr")
             if not getattr(self, name) > 0
         ]
         if not self.layers or len(set(self.layers)) < len(self.layers):
+            expected = "at least one layer, each once"
             problems.append(
-                f"editor.layers: at least one layer, each once - got {list(self.layers)}."
+                message("layers", "unusable layers", got=list(self.layers), expected=expected)
             )
         if self.norm_constraint is not None and not self.norm_constraint > 0:
-            problems.append(
-                f"editor.norm_constraint must be positive, or null for no bound - got {self.norm_constraint}."
-            )
+            got, fix = self.norm_constraint, "set a positive bound, or null for none"
+            problems.append(message("norm_constraint", "must be positive", got=got, fix=fix))
         problems += [
-            f"editor.{name} must not be negative, 0 for none - got {getattr(self, name)}."
+            message(name, "must not be negative", got=getattr(self, name), expected="0 for none")
             for name in ("l1", "l2")
             if not 0 <= getattr(self, name) < math.inf
         ]
         if problems:
-            raise ConfigError(problems)
-
-    @property
-    def needs_moments(self) -> bool:
-        return False
+            raise OptionError(problems)
 
     def modules(self, model: EditableModel) -> tuple[str, ...]:
         return model.down_projections(self.layers)
 
-    def moment_modules(self, model: EditableModel) -> tuple[str, ...]:
-        return ()
+    def memory(self, work: Workload) -> EditorMemory:
+        return replace(super().memory(work), columns_per_edit=0)
 
-    def contexts(self, model: EditableModel, generator: torch.Generator) -> tuple[str, ...]:
-        """The bare prompt alone."""
-        return (PLACE,)
-
-    def init(self, model: EditableModel, moments: Moments) -> TensorState:
-        """FT remembers nothing between batches."""
-        return {}
-
-    def plan(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        contexts: Sequence[str],
-        state: TensorState,
-        objective: Objective | None,
-    ) -> FtPlan:
-        """Finds the updates; the weights are only read."""
-        assert objective is None, "FT declares no restraint on the objective"
-        log_probability = log_probabilities(model, requests, self.objective)
+    def plan(self, step: Step) -> FtPlan:
+        """Finds the updates. The weights are only read."""
+        model = step.model
+        log_probability = log_probabilities(model, step.requests, self.objective)
         updates = {
             module: torch.zeros(
                 model.weight(module).shape,
@@ -178,27 +155,12 @@ class Ft(AbstractEditor):
             updates={module: update_OI.detach() for module, update_OI in updates.items()},
         )
 
-    def propose(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        module: str,
-        plan: Plan,
-        state: TensorState,
-        moments: Moments,
-        solve: Solve,
-    ) -> torch.Tensor:
-        assert isinstance(plan, FtPlan)
+    def propose(self, step: Step, module: str, plan: FtPlan) -> torch.Tensor:
         return plan.updates[module]
-
-    def observe(
-        self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState
-    ) -> TensorState:
-        return state
 
 
 def log_probabilities(
-    model: EditableModel, requests: Sequence[EditRequest], objective: Objective
+    model: EditableModel, requests: Sequence[EditRequest], loss: Loss
 ) -> Callable[[], torch.Tensor]:
     """A function that runs the network as it is then: the mean log-probability of a target token by
     request, (B,) float32, in nats.
@@ -207,7 +169,7 @@ def log_probabilities(
         model.tokenizer, [(request.full_prompt, request.target) for request in requests]
     )
     positions: Sequence[Sequence[int]]
-    if objective == "target":
+    if loss == "target":
         rows = [sequence.ids[:-1] for sequence in encoded]
         positions = [range(sequence.start - 1, len(sequence.ids) - 1) for sequence in encoded]
     else:

@@ -21,28 +21,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from editkit.editors.base import AbstractEditor, Plan, Solve
-from editkit.errors import ConfigError
+from editkit.editors.base import AbstractEditor, Plan, Step
+from editkit.errors import OptionError, message
 from editkit.files import file_digest
 from editkit.hypernet.factors import gradient_factors, questions
+from editkit.hypernet.memory import gradient_bytes, network_bytes, training_bytes
 from editkit.hypernet.network import Hypernetwork, NetworkOptions
 from editkit.hypernet.options import TrainingOptions
 from editkit.hypernet.store import SHOWN, Header, load_hypernetwork, read_header, resolve
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
-from editkit.model.tokens import PLACE, encode_with_targets
-from editkit.restraints.base import Place
+from editkit.model.tokens import encode_with_targets
+from editkit.resources.workload import REQUEST, EditorMemory, TrainingMemory, Workload
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
     from editkit.datasets.base import LoadedDataset
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
-    from editkit.targets.objective import Objective
 
-MISSING = "editor.hypernetwork is not set: `editkit train editor=mend model=... dataset=...` trains one and says where it is."
+MISSING = message(
+    "hypernetwork",
+    "not set, and MEND needs a trained one",
+    fix="train one with `editkit train editor=mend model=... dataset=...`, which prints its folder",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +57,12 @@ class MendPlan(Plan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mend(AbstractEditor):
+class Mend(AbstractEditor[MendPlan]):
     """A trained editor; its options are those of `conf/editor/mend.yaml`.
 
     Raises:
         ConfigError: an option is out of range.
     """
-
-    places: ClassVar[frozenset[Place]] = frozenset({"update", "total"})
 
     name: str
     layers: tuple[int, ...]
@@ -77,28 +79,18 @@ class Mend(AbstractEditor):
     def __post_init__(self) -> None:
         problems = []
         if not self.layers or len(set(self.layers)) < len(self.layers):
+            expected = "at least one layer, each once"
             problems.append(
-                f"editor.layers: at least one layer, each once - got {list(self.layers)}."
+                message("layers", "unusable layers", got=list(self.layers), expected=expected)
             )
         if not 0 < self.step_scale < math.inf:
-            problems.append(f"editor.step_scale must be positive - got {self.step_scale}.")
+            problems.append(message("step_scale", "must be positive", got=self.step_scale))
         if problems:
-            raise ConfigError(problems)
-
-    @property
-    def needs_moments(self) -> bool:
-        return False
+            raise OptionError(problems)
 
     def modules(self, model: EditableModel) -> tuple[str, ...]:
-        """In the order of `layers`, and within one in the order in which a pass reaches them."""
+        """In the order of `layers`; within a layer in the order in which a pass reaches them."""
         return model.mlp_matrices(self.layers)
-
-    def moment_modules(self, model: EditableModel) -> tuple[str, ...]:
-        return ()
-
-    def contexts(self, model: EditableModel, generator: torch.Generator) -> tuple[str, ...]:
-        """The bare prompt alone."""
-        return (PLACE,)
 
     def lacks(self) -> list[str]:
         """A hypernetwork that can be read."""
@@ -106,12 +98,12 @@ class Mend(AbstractEditor):
             return [MISSING]
         try:
             read_header(self.hypernetwork)
-        except ConfigError as error:
+        except OptionError as error:
             return list(error.problems)
         return []
 
     def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
-        """No hypernetwork, or one that was trained on some of these requests."""
+        """Refuses a hypernetwork that was trained on some of these requests."""
         if lacking := self.lacks():
             return lacking
         assert self.hypernetwork is not None
@@ -120,55 +112,63 @@ class Mend(AbstractEditor):
         if not leaks:
             return []
         shown = ", ".join(leaks[:SHOWN]) + (", ..." if len(leaks) > SHOWN else "")
-        apart = header.facts.get("held_apart")
-        hint = (
-            f" Its training left the first {apart} requests of its dataset to runs."
-            if apart
-            else ""
-        )
+        held_out = header.facts.get("held_apart")
+        kept = f"the first {held_out} of its dataset were held out; " if held_out else ""
         return [
-            f"editor.hypernetwork: {self.hypernetwork} was trained on {len(leaks)} of the {len(requests)} requests that would be edited "
-            f"({shown}).{hint} Edit others (edits, dataset.order, dataset.limit), or train another with editor.train.held_apart."
+            message(
+                "hypernetwork",
+                f"{self.hypernetwork} was trained on {len(leaks)} of the {len(requests)} requests "
+                "to edit",
+                got=shown,
+                fix=f"{kept}edit other requests (edits, dataset.order, dataset.limit), or train "
+                "one with editor.train.held_apart",
+            )
         ]
 
     def provenance(self) -> Mapping[str, object]:
         if self.hypernetwork is None:
             return {}
         header = read_header(self.hypernetwork)
-        return {
-            "hypernetwork": {
-                "file": self.hypernetwork,
-                "digest": file_digest(resolve(self.hypernetwork)),
-                **header.facts,
-            }
-        }
+        digest = file_digest(resolve(self.hypernetwork))
+        return {"hypernetwork": {"file": self.hypernetwork, "digest": digest, **header.facts}}
+
+    def memory(self, work: Workload) -> EditorMemory:
+        file = None if self.hypernetwork is None else resolve(self.hypernetwork)
+        return EditorMemory(
+            working=gradient_bytes(work, self.network, work.batch_size),
+            columns_per_edit=REQUEST,  # one a token
+            kept=float(file.stat().st_size)
+            if file is not None and file.is_file()
+            else network_bytes(work, self.network),
+        )
+
+    def training_memory(self, work: Workload, *, is_gpu: bool, reading: float) -> TrainingMemory:
+        """What `editkit train` takes; arguments as `hypernet.memory.training_bytes`."""
+        return training_bytes(work, self.network, self.train, is_gpu=is_gpu, reading=reading)
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
-        """Which hypernetwork it is: a run that goes on must go on with the same. Raises ConfigError
-        for one of another model.
+        """The digest of the hypernetwork: a run must resume with the same one.
+
+        Raises:
+            OptionError: the hypernetwork belongs to another model or to other matrices.
         """
         self._network(model, self._digest())
         return {
             "hypernetwork": torch.tensor(list(bytes.fromhex(self._digest())), dtype=torch.uint8)
         }
 
-    def plan(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        contexts: Sequence[str],
-        state: TensorState,
-        objective: Objective | None,
-    ) -> MendPlan:
-        """Finds the updates; the weights are only read. Raises ConfigError where the run began with
-        another hypernetwork.
+    def plan(self, step: Step) -> MendPlan:
+        """Finds the updates; the weights are only read.
+
+        Raises:
+            OptionError: the run began with another hypernetwork.
         """
-        assert objective is None, "MEND declares no restraint on the objective"
-        network = self._network(model, bytes(state["hypernetwork"].tolist()).hex())
+        model = step.model
+        network = self._network(model, bytes(step.state["hypernetwork"].tolist()).hex())
         asked = questions(
             model,
             encode_with_targets(
-                model.tokenizer, [(each.full_prompt, each.target) for each in requests]
+                model.tokenizer, [(each.full_prompt, each.target) for each in step.requests]
             ),
         )
         factors, log_p_B = gradient_factors(model, network.modules, asked)
@@ -187,42 +187,30 @@ class Mend(AbstractEditor):
             summary=summary, nonfinite=None if math.isfinite(loss) else "loss", updates=updates
         )
 
-    def propose(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        module: str,
-        plan: Plan,
-        state: TensorState,
-        moments: Moments,
-        solve: Solve,
-    ) -> LowRank:
-        assert isinstance(plan, MendPlan)
+    def propose(self, step: Step, module: str, plan: MendPlan) -> LowRank:
         return plan.updates[module]
-
-    def observe(
-        self, model: EditableModel, requests: Sequence[EditRequest], state: TensorState
-    ) -> TensorState:
-        return state
 
     def _digest(self) -> str:
         if self.hypernetwork is None:
-            raise ConfigError(MISSING)
-        read_header(self.hypernetwork)  # says what is wrong with the file
+            raise OptionError(MISSING)
+        read_header(self.hypernetwork)  # reports what is wrong with the file
         return file_digest(resolve(self.hypernetwork))
 
     def _network(self, model: EditableModel, digest: str) -> Hypernetwork:
-        """The hypernetwork with this digest, on the model's device, checked against model and
-        layers.
-        """
+        """The hypernetwork with this digest on the model's device, checked against the model."""
         if self.hypernetwork is None:
-            raise ConfigError(MISSING)
+            raise OptionError(MISSING)
         key = (self.hypernetwork, digest, str(model.device))
         if key not in self._loaded:
-            if (found := self._digest()) != digest:
-                raise ConfigError(
-                    f"editor.hypernetwork: {self.hypernetwork} is not the file that this run began with (SHA-256 {found[:12]}..., then "
-                    f"{digest[:12]}...). Put that one back, or start anew with resume=never."
+            if (now := self._digest()) != digest:
+                raise OptionError(
+                    message(
+                        "hypernetwork",
+                        f"{self.hypernetwork} is not the file that this run began with",
+                        got=f"SHA-256 {now[:12]}...",
+                        expected=f"{digest[:12]}...",
+                        fix="restore that file, or start anew with resume=never",
+                    )
                 )
             network, header = load_hypernetwork(self.hypernetwork, device=model.device)
             self._check(model, header)
@@ -233,16 +221,24 @@ class Mend(AbstractEditor):
     def _check(self, model: EditableModel, header: Header) -> None:
         problems = []
         if header.fingerprint != model.fingerprint:
-            made_for = f"{header.model} (fingerprint {header.fingerprint[:12]}...)"
             problems.append(
-                f"editor.hypernetwork: {self.hypernetwork} was trained for {made_for}, not for this {model.name} "
-                f"({model.fingerprint[:12]}...): train one with `editkit train editor=mend model=...`."
+                message(
+                    "hypernetwork",
+                    f"{self.hypernetwork} was trained for another model",
+                    got=f"{model.name}, fingerprint {model.fingerprint[:12]}...",
+                    expected=f"{header.model}, fingerprint {header.fingerprint[:12]}...",
+                    fix="train one with `editkit train editor=mend model=...`",
+                )
             )
-        wanted = self.modules(model)
-        if tuple(header.modules) != wanted:
+        modules = self.modules(model)
+        if tuple(header.modules) != modules:
             problems.append(
-                f"editor.layers: {list(self.layers)} was given, the matrices {', '.join(wanted)}; {self.hypernetwork} edits "
-                f"{', '.join(header.modules)}."
+                message(
+                    "layers",
+                    f"{self.hypernetwork} was trained for other matrices",
+                    got=f"{list(self.layers)}, which are {', '.join(modules)}",
+                    expected=", ".join(header.modules),
+                )
             )
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 from editkit.lazy import torch
 
 TINY = 1e-7  # added to deviations, as in the authors' code
@@ -37,8 +37,10 @@ Shape = tuple[int, int]  # (O, I)
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """What a hypernetwork is made of: `editor.network` in the configuration. Raises ConfigError for
-    what is out of range.
+    """The sizes of a hypernetwork: `editor.network` in the configuration.
+
+    Raises:
+        OptionError: an option is out of range.
     """
 
     rank: int  # of U V; published 1920
@@ -48,11 +50,11 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         problems = []
         if self.rank < 1:
-            problems.append(f"editor.network.rank: {self.rank} was given; at least 1.")
+            problems.append(message("rank", "out of range", got=self.rank, expected="at least 1"))
         if not self.step_size > 0:
-            problems.append(f"editor.network.step_size must be positive - got {self.step_size}.")
+            problems.append(message("step_size", "must be positive", got=self.step_size))
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
+
+AT_LEAST_ONE = (
+    *("steps", "accumulate", "at_once", "validate_every", "patience", "validation"),
+    *("locality_texts", "sequence"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How a hypernetwork is trained: `editor.train` in the configuration. Raises ConfigError for
-    what is out of range.
+    """How a hypernetwork is trained: `editor.train` in the configuration.
+
+    Raises:
+        OptionError: an option is out of range.
     """
 
     steps: int  # of Adam, at most
@@ -33,32 +40,19 @@ class TrainingOptions:
     sequence: int
 
     def __post_init__(self) -> None:
-        least = {
-            name: 1
-            for name in (
-                "steps",
-                "accumulate",
-                "at_once",
-                "validate_every",
-                "patience",
-                "validation",
-                "locality_texts",
-            )
-        }
-        least |= {"sequence": 1, "held_apart": 0}
+        least = dict.fromkeys(AT_LEAST_ONE, 1) | {"held_apart": 0}
         problems = [
-            f"editor.train.{name}: {getattr(self, name)} was given; at least {limit}."
+            message(name, "out of range", got=getattr(self, name), expected=f"at least {limit}")
             for name, limit in least.items()
             if getattr(self, name) < limit
         ]
         problems += [
-            f"editor.train.{name} must be positive and finite - got {getattr(self, name)}."
+            message(name, "must be positive and finite", got=getattr(self, name))
             for name in ("lr", "lr_step_sizes", "edit_weight", "locality_weight", "clip")
             if not 0 < getattr(self, name) < math.inf
         ]
         if self.sequence > self.validation:
-            problems.append(
-                f"editor.train.sequence: {self.sequence} was given; validation={self.validation} edits make no chain that long."
-            )
+            expected = f"at most validation={self.validation}, from which chains are made"
+            problems.append(message("sequence", "too long", got=self.sequence, expected=expected))
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)

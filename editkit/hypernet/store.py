@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 from editkit.files import written_atomically
 from editkit.hypernet.network import Hypernetwork, NetworkOptions
 from editkit.lazy import torch
@@ -101,14 +101,15 @@ def save_hypernetwork(
 
 
 def read_header(path: str) -> Header:
-    """What the file says, its weights unread. Raises ConfigError where there is no such file, or it
-    is none of ours.
+    """The header of the file; the weights are not read.
+
+    Raises:
+        OptionError: there is no such file, or it is not a hypernetwork of editkit.
     """
     file = resolve(path)
     if not file.is_file():
-        raise ConfigError(
-            f"editor.hypernetwork: {path} was given; there is no file {file}. `editkit train editor=mend model=... dataset=...` makes one."
-        )
+        fix = "train one with `editkit train editor=mend model=... dataset=...`"
+        raise OptionError(message("hypernetwork", f"there is no file {file}", got=path, fix=fix))
     try:
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -130,17 +131,14 @@ def read_header(path: str) -> Header:
             facts=found["facts"],
         )
     except (ValueError, KeyError, TypeError, AssertionError, MemoryError) as error:
-        raise ConfigError(
-            f"editor.hypernetwork: {file} is no hypernetwork of editkit's ({type(error).__name__}: {error})."
-        ) from None
+        problem = f"{file} is not a hypernetwork of editkit ({type(error).__name__}: {error})"
+        raise OptionError(message("hypernetwork", problem)) from None
 
 
 def load_hypernetwork(
     path: str, *, device: torch.device | str = "cpu"
 ) -> tuple[Hypernetwork, Header]:
-    """The hypernetwork and what its file says. Raises ConfigError for a file that cannot be
-    read.
-    """
+    """The hypernetwork and the header of its file. Raises OptionError for an unreadable file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -148,8 +146,8 @@ def load_hypernetwork(
     try:
         tensors = load_file(resolve(path), device=str(device))
     except SafetensorError as error:
-        raise ConfigError(
-            f"editor.hypernetwork: {resolve(path)} cannot be read ({error})."
+        raise OptionError(
+            message("hypernetwork", f"cannot read {resolve(path)} ({error})")
         ) from None
     return Hypernetwork(
         shapes=header.modules, options=NetworkOptions(**header.network), tensors=tensors

@@ -1,23 +1,28 @@
-"""Whether a run, or a training, fits into memory, said before anything is loaded:
-`editkit.resources.footprint` counts, this compares and advises.
+"""Whether a run, or a training, fits into memory, before anything is loaded:
+`editkit.resources.footprint` counts the bytes; this file compares them and advises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
-from editkit.model.architecture import (
-    Architecture,
-    architecture_of,
-    facts_without_download,
-    label_of,
+from editkit.model.architecture import Architecture, architecture_of
+from editkit.resources.footprint import (
+    Demand,
+    Footprint,
+    Trained,
+    outline_of,
+    run_footprint,
+    training_footprint,
 )
-from editkit.resources.footprint import Footprint, selected
+
+if TYPE_CHECKING:
+    from editkit.model.load import ModelConfig
 
 GB = 1e9
 PROGRAM = {"cpu": 0.57e9, "cuda": 0.6e9}  # a CUDA context takes memory beside torch's allocator
@@ -34,21 +39,16 @@ class Parts:
     hypernetwork: float = 0.0
     working: float = 0.0
 
+    def by_name(self) -> dict[str, float]:
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
     @property
     def total(self) -> float:
-        return (
-            self.program
-            + self.weights
-            + self.masters
-            + self.statistics
-            + self.hypernetwork
-            + self.working
-        )
+        return sum(self.by_name().values())
 
     def __str__(self) -> str:
-        names = ("program", "weights", "masters", "statistics", "hypernetwork", "working")
         parts = ", ".join(
-            f"{name} {getattr(self, name) / GB:.2g}" for name in names if getattr(self, name)
+            f"{name} {size / GB:.2g}" for name, size in self.by_name().items() if size
         )
         return f"{self.total / GB:.3g} GB ({parts})"
 
@@ -59,17 +59,14 @@ class Estimate:
 
     device: str
     on_device: Parts
-    on_host: (
-        Parts  # beside it, where the device is a GPU; the weights are loaded straight onto that
-    )
-    disk: float  # of statistics, stored or mapped
+    # Beside a GPU, whose weights are loaded straight onto it; empty for another device.
+    on_host: Parts
+    disk: float  # of second moments, stored or mapped
     phases: Mapping[str, float]  # the candidates for `working`
-    limit: float | None  # of the device: runtime.memory_gb, or what is free; None: not known
+    limit: float | None  # of the device: runtime.memory_gb, or the free memory; None: unknown
     advice: tuple[str, ...]
-    host_limit: float | None = (
-        # of the host beside a GPU: what is free; None: not known, as for a GPU of another machine
-        None
-    )
+    # Of the host beside a GPU: its free memory; None: unknown, as for a GPU of another machine.
+    host_limit: float | None = None
     host_advice: tuple[str, ...] = ()
 
     @property
@@ -78,34 +75,39 @@ class Estimate:
 
     def rows(self) -> list[tuple[str, str]]:
         """For a listing."""
-        phases = ", ".join(f"{name} {count / GB:.2g}" for name, count in self.phases.items())
-        found = [
-            (
-                "memory",
-                f"about {self.on_device} on {self.device}{_compared(self.on_device, self.limit)}",
-            )
-        ]
-        found.append(("  working", f"the largest of {phases} GB"))
+        phases = ", ".join(f"{name} {size / GB:.2g}" for name, size in self.phases.items())
+        compared = _compared(self.on_device, self.limit)
+        rows = [("memory", f"about {self.on_device} on {self.device}{compared}")]
+        rows.append(("  working", f"the largest of {phases} GB"))
         if self.on_host.total:
-            found.append(
-                ("  on the host", f"{self.on_host}{_compared(self.on_host, self.host_limit)}")
-            )
-        return found
+            compared = _compared(self.on_host, self.host_limit)
+            rows.append(("  on the host", f"{self.on_host}{compared}"))
+        return rows
 
     def problems(self) -> list[str]:
-        """Why it cannot be run here, and what to do about it."""
-        found = []
+        """Why it cannot run here, and what to do about it."""
+        problems = []
         if not _fits(self.on_device, self.limit):
-            found.append(
-                f"runtime.memory_gb: {self.device} has {(self.limit or 0) / GB:.3g} GB, the run would take about {self.on_device} - "
-                f"{'; '.join(self.advice) or 'a smaller model'}; or runtime.memory_gb=<number> if this is known to be wrong."
+            advice = "; ".join(self.advice) or "a smaller model"
+            problems.append(
+                message(
+                    "runtime.memory_gb",
+                    f"{self.device} has {(self.limit or 0) / GB:.3g} GB, the run would take about "
+                    f"{self.on_device}",
+                    fix=f"{advice}; or runtime.memory_gb=<number> if this is known to be wrong",
+                )
             )
         if not _fits(self.on_host, self.host_limit):
-            found.append(
-                f"runtime.device: beside {self.device} the host has {(self.host_limit or 0) / GB:.3g} GB free, the run would keep about "
-                f"{self.on_host} there - {'; '.join(self.host_advice) or 'a machine with more memory'}."
+            advice = "; ".join(self.host_advice) or "a machine with more memory"
+            problems.append(
+                message(
+                    "runtime.device",
+                    f"beside {self.device} the host has {(self.host_limit or 0) / GB:.3g} GB free, "
+                    f"the run would keep about {self.on_host} there",
+                    fix=advice,
+                )
             )
-        return found
+        return problems
 
 
 def _fits(parts: Parts, limit: float | None) -> bool:
@@ -113,143 +115,144 @@ def _fits(parts: Parts, limit: float | None) -> bool:
 
 
 def _compared(parts: Parts, limit: float | None) -> str:
-    return (
-        ""
-        if limit is None
-        else f"; {limit / GB:.3g} GB there{'' if _fits(parts, limit) else ': DOES NOT FIT'}"
-    )
+    if limit is None:
+        return ""
+    return f"; {limit / GB:.3g} GB there{'' if _fits(parts, limit) else ': DOES NOT FIT'}"
 
 
 def estimated(
-    config: Mapping[str, Any], *, facts: Mapping[str, Any] | None = None, training: bool = False
+    demand: Demand, *, facts: Mapping[str, Any] | None = None, training: Trained | None = None
 ) -> Estimate | None:
-    """The estimate for a composed configuration; None where the model's sizes are not known here.
+    """The estimate; None if the model's sizes are not known here.
 
     Args:
         facts: the model's config.json; None: what is known without a download.
-        training: of `editkit train`, not of a run.
+        training: the editor, for the estimate of its training and not of a run.
 
     Raises:
-        ConfigError: the editor's layers are not set, or the model has none of that number; an
-        option of it is out of range.
+        ConfigError: the model has no layer of a number that the editor chose.
     """
-    architecture = architecture_without_download(config, facts)
-    return (
-        None
-        if architecture is None
-        else _estimate(Footprint(config, architecture, training=training))
-    )
+    architecture = architecture_without_download(demand.model, facts)
+    if architecture is None:
+        return None
+    try:
+        if training is not None:
+            footprint = training_footprint(demand, training, architecture)
+        else:
+            footprint = run_footprint(demand, architecture)
+    except AttributeError:  # a user's editor that needs more of a model than its names
+        return None
+    return _estimate(demand, footprint, architecture, is_training=training is not None)
 
 
-def edited(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The matrices that a composed configuration edits; None where the model's sizes are not known
-    here. Raises as `estimated`.
-    """
-    architecture = architecture_without_download(config)
-    return None if architecture is None else selected(config, architecture)
+def edited(demand: Demand) -> tuple[str, ...] | None:
+    """The edited matrices; None if the model's sizes are not known here. Raises as `estimated`."""
+    architecture = architecture_without_download(demand.model)
+    if architecture is None:
+        return None
+    return demand.editor.modules(outline_of(demand.model, architecture))
 
 
 def architecture_without_download(
-    config: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+    model: ModelConfig, facts: Mapping[str, Any] | None = None
 ) -> Architecture | None:
-    """The sizes of a configuration's model; None where only the hub knows them, or they are named
-    otherwise than is known here.
-    """
-    model = config["model"]
-    facts = facts or facts_without_download(
-        label_of(model.get("name"), str(model["id"])), str(model["id"])
-    )
+    """The sizes of a model; None if only the hub knows them, or their names are unknown here."""
+    facts = facts or model.facts()
     try:
         return None if facts is None else architecture_of(facts)
     except KeyError:
         return None
 
 
-def _estimate(counted: Footprint) -> Estimate:
-    base, moments, phases = counted.base(), counted.moments(), counted.phases()
-    history, history_working = counted.history()
-    learning, waiting = counted.hypernetwork()
-    keeps_moments, keeps_base, is_gpu = (
-        counted.statistics_at == "device",
-        counted.base_at == "device",
-        counted.is_gpu,
-    )
+def _estimate(
+    demand: Demand, counted: Footprint, architecture: Architecture, *, is_training: bool
+) -> Estimate:
+    runtime = demand.runtime
+    is_gpu, keeps_base = runtime.is_gpu, runtime.base_at == "device"
+    keeps_moments = runtime.statistics_at == "device"
+    moments = counted.moments if keeps_moments else 0.0
     on_device = Parts(
         program=PROGRAM["cuda" if is_gpu else "cpu"],
-        weights=counted.weights(),
-        masters=counted.totals() + (base if keeps_base else 0),
-        statistics=(moments if keeps_moments else 0) + history,
-        hypernetwork=learning + (0 if is_gpu else waiting),
-        working=max(max(phases.values()), history_working),
+        weights=counted.weights,
+        masters=counted.totals + (counted.base if keeps_base else 0),
+        statistics=moments + counted.history.kept,
+        hypernetwork=counted.editor + (0 if is_gpu else counted.waiting),
+        working=max(*counted.phases.values(), counted.history.working),
     )
     on_host = Parts(
         program=PROGRAM["cpu"],
-        masters=0 if keeps_base else base,
-        statistics=moments if counted.statistics_at == "cpu" else 0,
-        hypernetwork=waiting,
-        working=counted.copied(),
+        masters=0 if keeps_base else counted.base,
+        statistics=counted.moments if runtime.statistics_at == "cpu" else 0,
+        hypernetwork=counted.waiting,
+        working=counted.copied,
+    )
+    advice = _advice(
+        demand,
+        counted,
+        moments=moments,
+        base=counted.base if keeps_base else 0.0,
+        half_of_weights=architecture.num_parameters * 2,
+        is_training=is_training,
     )
     return Estimate(
-        device=str(counted.runtime["device"]),
+        device=runtime.device,
         on_device=on_device,
         on_host=on_host if is_gpu else Parts(),
-        disk=counted.stored(),
-        phases=phases,
-        limit=_limit(counted),
-        advice=tuple(
-            _advice(counted, moments if keeps_moments else 0, base if keeps_base else 0, phases)
-        ),
+        disk=counted.stored,
+        phases=counted.phases,
+        limit=_limit(demand),
+        advice=tuple(advice),
         host_advice=tuple(_host_advice(on_host)),
     )
 
 
-def _limit(counted: Footprint) -> float | None:
-    if (given := counted.runtime.get("memory_gb")) is not None:
-        return float(given) * GB
-    return None if counted.is_gpu else available()
+def _limit(demand: Demand) -> float | None:
+    if demand.runtime.memory_gb is not None:
+        return demand.runtime.memory_gb * GB
+    return None if demand.runtime.is_gpu else available()
 
 
 def _advice(
-    counted: Footprint, moments: float, base: float, phases: Mapping[str, float]
+    demand: Demand,
+    counted: Footprint,
+    *,
+    moments: float,
+    base: float,
+    half_of_weights: float,
+    is_training: bool,
 ) -> list[str]:
-    found = []
-    if counted.itemsize == 4:
-        found.append(f"model.dtype=bfloat16 (saves {counted.size.num_parameters * 2 / GB:.2g} GB)")
-    if moments and counted.is_gpu:
-        found.append(f"runtime.statistics=cpu or disk (saves {moments / GB:.2g} GB)")
-    if moments and counted.solve == 8:
-        found.append("solve.dtype=float32")
-    if base and counted.is_gpu:
-        found.append(f"runtime.base=cpu (saves {base / GB:.2g} GB)")
-    if counted.training:
-        found.append("a lower editor.network.rank")
-    largest = max(phases, key=lambda name: phases[name])
-    smaller = {
-        "target": "a lower batch_size"
-        if "target" not in counted.editor
-        else "a lower editor.target.tokens_at_once or batch_size",
-        "measuring": "a lower evaluation.tokens_per_batch",
-        "statistics": "a lower stats.batch_tokens, or `editkit stats build` on a larger machine first",
-        "step": "a lower editor.train.at_once",
-    }
-    if largest in smaller:
-        found.append(smaller[largest])
-    if counted.is_gpu and (counted.maker is None or counted.maker.spans_devices):
-        found.append("model.device_map=auto over several GPUs")
-    return found
+    is_gpu, advice = demand.runtime.is_gpu, []
+    if demand.model.dtype == "float32":
+        advice.append(f"model.dtype=bfloat16 (saves {half_of_weights / GB:.2g} GB)")
+    if moments and is_gpu:
+        advice.append(f"runtime.statistics=cpu or disk (saves {moments / GB:.2g} GB)")
+    if moments and demand.solve_dtype == "float64":
+        advice.append("solve.dtype=float32")
+    if base and is_gpu:
+        advice.append(f"runtime.base=cpu (saves {base / GB:.2g} GB)")
+    if is_training:
+        advice.append("a lower editor.network.rank")
+    build = "a lower stats.batch_tokens, or `editkit stats build` on a larger machine first"
+    savings = {"measuring": "a lower evaluation.tokens_per_batch", "statistics": build}
+    largest = max(counted.phases, key=lambda name: counted.phases[name])
+    if (saving := (savings | dict(counted.savings)).get(largest)) is not None:
+        advice.append(saving)
+    if is_gpu and demand.editor.spans_devices:
+        advice.append("model.device_map=auto over several GPUs")
+    return advice
 
 
 def _host_advice(on_host: Parts) -> list[str]:
-    found = []
+    advice = []
     if on_host.statistics:
-        found.append(f"runtime.statistics=disk (saves {on_host.statistics / GB:.2g} GB)")
+        advice.append(f"runtime.statistics=disk (saves {on_host.statistics / GB:.2g} GB)")
     if on_host.masters:
-        found.append(f"runtime.base=device (saves {on_host.masters / GB:.2g} GB)")
-    return found
+        advice.append(f"runtime.base=device (saves {on_host.masters / GB:.2g} GB)")
+    return advice
 
 
 def available() -> float | None:
-    """Bytes of the host that can still be had; None where the system does not tell."""
+    """Bytes of the host that are still free; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -259,58 +262,58 @@ def available() -> float | None:
     )
 
 
-def free_bytes(config: Mapping[str, Any]) -> float | None:
-    """Of the GPU that a configuration asks for, or of all with model.device_map; None for another
-    device, and one that is not here.
+def free_bytes(demand: Demand) -> float | None:
+    """The free bytes of the GPU that is asked for, or of all GPUs with model.device_map; None for
+    another device, and for a GPU that is not here.
     """
-    device = str(config["runtime"]["device"])
-    if not device.startswith("cuda") or not torch.cuda.is_available():
+    device = demand.runtime.device
+    if not demand.runtime.is_gpu or not torch.cuda.is_available():
         return None
     count, number = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
-    wanted = range(count) if config["model"].get("device_map") else [number]
-    return (
-        float(sum(torch.cuda.mem_get_info(index)[0] for index in wanted))
-        if number < count
-        else None
-    )
+    chosen = range(count) if demand.model.device_map else [number]
+    if number >= count:
+        return None
+    return float(sum(torch.cuda.mem_get_info(index)[0] for index in chosen))
 
 
 def here(
-    config: Mapping[str, Any],
+    demand: Demand,
     *,
     facts: Mapping[str, Any] | None = None,
-    training: bool = False,
+    training: Trained | None = None,
     free_bytes: float | None = None,
 ) -> Estimate | None:
-    """The estimate, held against this machine as far as the configuration's device is on it.
+    """The estimate, compared with this machine if the device is on it.
 
-    A GPU that is not here, as on a login node, is held against runtime.memory_gb alone, and this
+    A GPU that is not here, as on a login node, is compared with runtime.memory_gb alone; this
     machine's host is then not the run's.
 
     Args:
-        free_bytes: what is free on the GPU, which says that it is here.
+        free_bytes: the free memory of the GPU, which says that it is here.
     """
-    found = estimated(config, facts=facts, training=training)
-    if found is None or free_bytes is None:
-        return found
+    estimate = estimated(demand, facts=facts, training=training)
+    if estimate is None or free_bytes is None:
+        return estimate
     return replace(
-        found,
-        limit=free_bytes if found.limit is None else found.limit,
-        host_limit=available() if found.on_host.total else None,
+        estimate,
+        limit=free_bytes if estimate.limit is None else estimate.limit,
+        host_limit=available() if estimate.on_host.total else None,
     )
 
 
 def require_fit(
-    config: Mapping[str, Any],
+    demand: Demand,
     *,
     facts: Mapping[str, Any] | None = None,
-    training: bool = False,
+    training: Trained | None = None,
     free_bytes: float | None = None,
 ) -> Estimate | None:
-    """The estimate of a run that is about to load its model, as `here`. Raises ConfigError, with
-    what to do, where it does not fit.
+    """The estimate of a run that is about to load its model, as `here`.
+
+    Raises:
+        ConfigError: it does not fit; the message says what to do.
     """
-    found = here(config, facts=facts, training=training, free_bytes=free_bytes)
-    if found is not None and (problems := found.problems()):
+    estimate = here(demand, facts=facts, training=training, free_bytes=free_bytes)
+    if estimate is not None and (problems := estimate.problems()):
         raise ConfigError(problems)
-    return found
+    return estimate

@@ -1,30 +1,30 @@
-"""AlphaEdit: updates that lie in the null space of the keys of common text, and that spare the keys
-of earlier edits.
+"""AlphaEdit: updates in the null space of the keys of common text, which also spare the keys of
+earlier edits.
 
 Fang et al. 2024, "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models" (arXiv
-2410.02355), the closed form of its section 3.3. With U_0 the eigenvectors of C = E[k k^T] whose
-eigenvalues lie below a threshold, P = U_0 U_0^T and G = sum of K K^T over earlier edits,
+2410.02355), the closed form of section 3.3. U_0 are the eigenvectors of C = E[k k^T] whose
+eigenvalues lie below a threshold, P = U_0 U_0^T, and G = sum of K K^T over earlier edits. Then
 
-    D = R K^T P ((G + K K^T) P + l2 I)^-1 = R (I + K^T A^-1 K)^-1 K^T A^-1      A^-1 = P (P G P + l2 I)^-1 P
+    D = R K^T P ((G + K K^T) P + l2 I)^-1 = R (I + K^T A^-1 K)^-1 K^T A^-1
+    A^-1 = P (P G P + l2 I)^-1 P
 
-The right-hand side needs no I x I system: A^-1 begins as P / l2 and gains K by K, as in
-`editkit.linalg.recursive`, in the coordinates of the null space where its basis is what is kept.
+The right-hand side needs no I x I system. A^-1 begins as P / l2 and is updated by each batch of
+keys, as in `editkit.linalg.recursive`. It is stored in the coordinates of the null space if that
+has the smaller basis.
 
-The authors' code measures the keys for G again after each batch. They are those that were solved
-for: what enters a matrix depends on the matrices below it alone, and MEMIT writes from below, each
-layer's keys being measured after the layers under it were written. So nothing is measured twice
-here. The editor's weight on C has no part in this.
+The authors' code measures the keys of G again after each batch. They are the keys of the solve: the
+input of a matrix depends on the matrices below it alone, and MEMIT writes from below and measures
+each layer's keys after the layers under it were written. So no key is measured twice here. The
+editor's weight on C is not used.
 
-Differs from the authors' code: float64 by default (they solve a system that is not symmetric in
-float32), the eigenvectors come from the second moments that belong to the model at hand, and the
-history is a run's own, not a process's.
+Differs from the authors' code: float64 by default (they solve a non-symmetric system in float32);
+the eigenvectors belong to the second moments of this model; the history belongs to the run.
 
-Memory: at most I x I / 2 x 8 bytes a matrix for the null space or its complement, and the history
-as for D4S, with R for I where the null space is the smaller of the two; half of it all with
-`solve.dtype=float32`. Before the first edit one eigendecomposition a matrix, in float64.
+Memory: at most I x I / 2 x 8 bytes a matrix for the basis, and the history as for D4S, with R
+instead of I if the null space has the smaller basis. `solve.dtype=float32` halves both. Before the
+first edit there is one eigendecomposition a matrix, in float64.
 
-Shape letters: I d_in, N edits of a batch, R dimensions of the null space or its complement,
-whichever has fewer.
+Shape letters: I d_in, N edits of a batch, R dimensions of the smaller of null space and complement.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 from editkit.lazy import torch
-from editkit.linalg.recursive import Prior, memory_of, times, with_memory
+from editkit.linalg.recursive import Prior, memory_numbers, memory_of, times, with_memory
+from editkit.resources.workload import SolveMemory, Workload
 from editkit.restraints.base import AbstractSolveRestraint
 from editkit.stats.least_squares import LeastSquares
 
@@ -51,7 +52,7 @@ class AlphaEdit(AbstractSolveRestraint):
     """The null-space projection in the least squares.
 
     Raises:
-        ConfigError: an option is out of range.
+        OptionError: an option is out of range.
     """
 
     threshold: float  # eigenvalues of C below it span the null space
@@ -62,16 +63,27 @@ class AlphaEdit(AbstractSolveRestraint):
 
     def __post_init__(self) -> None:
         problems = [
-            f"restraint.alphaedit.{name} must be positive - got {getattr(self, name)}."
+            message(name, "must be positive", got=getattr(self, name))
             for name in ("threshold", "l2")
             if not getattr(self, name) > 0
         ]
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
+
+    def memory(self, work: Workload) -> SolveMemory:
+        """The history, and at most half a matrix for the null space. Its eigendecomposition works
+        in float64.
+        """
+        size = work.architecture.inner
+        numbers, _ = memory_numbers(size, work.edits)
+        kept = work.num_matrices * (numbers + size * size / 2) * work.solve_bytes
+        return SolveMemory(kept=kept, working=float(3 * size * size * 8))
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
-        """The null space of each matrix's keys, as a basis of it or of its complement. Raises
-        ConfigError where there is none.
+        """The null space of each matrix's keys, as a basis of it or of its complement.
+
+        Raises:
+            OptionError: no eigenvalue of a second moment lies below the threshold.
         """
         state: dict[str, torch.Tensor] = {}
         for module in moments.by_module:
@@ -79,14 +91,14 @@ class AlphaEdit(AbstractSolveRestraint):
         return state
 
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:
-        """The update, given in the residuals' dtype. `problem.weight` is not used."""
+        """The update in the residuals' dtype. `problem.weight` is not used."""
         memory = memory_of(state, problem.module)
         return memory.solve(problem.keys_IN, problem.residuals_ON, self._prior(problem, state)).to(
             dtype=problem.residuals_ON.dtype
         )
 
     def observe(self, problem: LeastSquares, state: TensorState, moments: Moments) -> TensorState:
-        """The keys that were solved for join the history."""
+        """Adds the solved problem's keys to the history."""
         memory = memory_of(state, problem.module).plus(
             problem.keys_IN, self._prior(problem, state), dtype=moments.dtype
         )
@@ -99,9 +111,15 @@ class AlphaEdit(AbstractSolveRestraint):
         )
         size, inside = len(values_I), int((values_I < limit).sum())
         if inside == 0:
-            raise ConfigError(
-                f"restraint.alphaedit.threshold: no eigenvalue of the second moment of {module} lies below {limit:.3g} - they are "
-                f"{float(values_I[0]):.3g} to {float(values_I[-1]):.3g} - raise it, or set threshold_unit=relative."
+            smallest, largest = float(values_I[0]), float(values_I[-1])
+            raise OptionError(
+                message(
+                    "threshold",
+                    f"no eigenvalue of the second moment of {module} lies below {limit:.3g}",
+                    got=self.threshold,
+                    expected=f"above the smallest of {smallest:.3g} to {largest:.3g}",
+                    fix="raise it, or set threshold_unit=relative",
+                )
             )
         if 2 * inside <= size:
             name, basis_IR = "null_space", vectors_II[:, :inside]

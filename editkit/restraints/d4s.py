@@ -6,18 +6,17 @@ Huang et al. 2024, "Reasons and Solutions for the Decline in Model Performance a
 W_0, the edited matrix is W_0 + S (lambda C + G)^-1: MEMIT's solution for the whole sequence, from
 two sums whose size does not depend on its length.
 
-Here residuals are measured on the model as it is, and so the same matrix is reached by adding R K^T
-(lambda C + G)^-1 to what is there (the proof is in `editkit.linalg.recursive`): the first sum is
-the current matrix itself, and of the second only the inverse is kept, in coordinates in which
-common text's keys are white.
+Here residuals are measured on the model as it is. The same matrix is then reached by adding
+R K^T (lambda C + G)^-1 to the current matrix (proof in `editkit.linalg.recursive`). The first sum
+is the current matrix itself. Of the second sum only the inverse is stored, in whitened coordinates.
 
 Differs from the authors' code: it restores W_0 after every edit and adds the whole solution again,
-for I^3 operations an edit; there the residual is the one at W_0, here that of the edited model, for
-which the target was searched; and it measures the residual once for all layers, which writes it
-2.28 times for five layers. The last is the editor's to choose: `editor.spread=published_code`.
+which costs I^3 operations an edit. There the residual is the one at W_0; here it is that of the
+edited model, for which the target was searched. It measures the residual once for all layers and so
+writes it 2.28 times for five layers; `editor.spread=published_code` does the same.
 
-Memory: I x I x 8 bytes a matrix (0.33 GB at GPT-2 XL, 1.6 GB at LLaMA-3-8B) and 32 columns, I x 8
-bytes an edit until a quarter of that is reached; half of it with `solve.dtype=float32`.
+Memory: I x I x 8 bytes a matrix (0.33 GB at GPT-2 XL, 1.6 GB at LLaMA-3-8B) and 32 columns. Until
+the factor has a quarter of I columns, 2 x I x 8 bytes an edit. `solve.dtype=float32` halves it.
 
 Shape letters: O d_out, I d_in, N edits of a batch.
 """
@@ -27,7 +26,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from editkit.linalg.recursive import memory_of, with_memory
+from editkit.linalg.recursive import memory_numbers, memory_of, with_memory
+from editkit.resources.workload import SolveMemory, Workload
 from editkit.restraints.base import AbstractSolveRestraint
 from editkit.stats.least_squares import LeastSquares, weighted
 
@@ -42,26 +42,28 @@ if TYPE_CHECKING:
 class D4S(AbstractSolveRestraint):
     """The history of keys joins lambda C in the least squares."""
 
+    def memory(self, work: Workload) -> SolveMemory:
+        size = work.architecture.inner
+        numbers, is_matrix = memory_numbers(size, work.edits)
+        return SolveMemory(
+            kept=work.num_matrices * numbers * work.solve_bytes,
+            working=float(size * size * work.solve_bytes) if is_matrix else 0.0,
+        )
+
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
-        """No history. A second moment that cannot be inverted is found here (ConfigError), before
-        the first edit.
-        """
+        """No history. Raises ConfigError for a second moment that cannot be inverted."""
         for module in moments.by_module:
             moments.factorise(module)
         return {}
 
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:
-        """R K^T (lambda C + G)^-1, G with these keys in it, given in the residuals' dtype."""
-        memory = memory_of(state, problem.module)
-        return memory.solve(problem.keys_IN, problem.residuals_ON, weighted(problem, moments)).to(
-            dtype=problem.residuals_ON.dtype
-        )
+        """R K^T (lambda C + G)^-1, with these keys in G; in the residuals' dtype."""
+        memory, prior = memory_of(state, problem.module), weighted(problem, moments)
+        update = memory.solve(problem.keys_IN, problem.residuals_ON, prior)
+        return update.to(dtype=problem.residuals_ON.dtype)
 
     def observe(self, problem: LeastSquares, state: TensorState, moments: Moments) -> TensorState:
-        """The keys that were solved for join the history; they are not measured again, as in the
-        authors' code.
-        """
-        memory = memory_of(state, problem.module).plus(
-            problem.keys_IN, weighted(problem, moments), dtype=moments.dtype
-        )
+        """Adds the solved problem's keys to the history. They are not measured again."""
+        prior = weighted(problem, moments)
+        memory = memory_of(state, problem.module).plus(problem.keys_IN, prior, dtype=moments.dtype)
         return with_memory(state, problem.module, memory)

@@ -37,7 +37,7 @@ class Trajectory:
     """Everything that a run is made of, except how far it has come."""
 
     model: EditableModel
-    editor: AbstractEditor
+    editor: AbstractEditor[Any]
     restraints: Restraints
     requests: tuple[EditRequest, ...]
     evaluators: Mapping[str, AbstractEvaluator]
@@ -47,23 +47,17 @@ class Trajectory:
     on_collapse: Literal["stop", "continue"] = "stop"
     timings: tuple[str, ...] = ("milestone",)  # also "immediate" and "final"
     rollback: bool = False  # every batch on the unedited model
-    max_requests: int | None = (
-        # measured at a milestone; None: all edits so far, as with rollback, where each is measured
-        # once
-        None
-    )
+    # measured at a milestone; None: all edits so far, as with rollback, where each is measured once
+    max_requests: int | None = None
     block_size: int | None = None  # of the blocks of edits that evaluations tell apart
     dataset: str | None = None  # its digest
-    contexts: tuple[str, ...] | None = (
-        None  # that a new run begins with; None: the editor is asked when it begins
-    )
-    inputs: Mapping[str, str] = field(
-        default_factory=dict
-    )  # digests of what is read besides the configuration (`editkit.runner.inputs`)
+    # that a new run begins with; None: the editor is asked when it begins
+    contexts: tuple[str, ...] | None = None
+    # digests of what is read besides the configuration (`editkit.runner.inputs`)
+    inputs: Mapping[str, str] = field(default_factory=dict)
     peaks: Peaks = field(default_factory=Peaks)  # the memory of each phase
-    should_stop: Callable[[], bool] = field(
-        default=lambda: False
-    )  # asked at every step's end: save and leave?
+    # asked at every step's end: save and leave?
+    should_stop: Callable[[], bool] = field(default=lambda: False)
 
     @property
     def notes_every_step(self) -> bool:

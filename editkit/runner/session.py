@@ -182,7 +182,7 @@ def prepare(
     data = of_dataset(experiment.data.provenance())
     require_same(began_with, data, source=experiment.data.origin)
     require_device(runtime.device)
-    require_fit(experiment.config, free_bytes=free_bytes(experiment.config))
+    require_fit(experiment.demand, free_bytes=free_bytes(experiment.demand))
     peaks = Peaks(runtime.device)
     with peaks.phase("load"):
         model = experiment.model.load(runtime.device)

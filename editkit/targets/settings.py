@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
+from editkit.resources.workload import PROMPT, REQUEST, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +34,39 @@ class TargetSettings:
     tokens_at_once: int = 8192
 
     def __post_init__(self) -> None:
-        positive = [
-            name
-            for name in ("steps", "lr", "clamp", "tokens_at_once")
+        positive = ("steps", "lr", "clamp", "tokens_at_once")
+        not_negative = ("weight_decay", "kl_factor")
+        problems = [
+            message(name, "must be positive", got=getattr(self, name))
+            for name in positive
             if not getattr(self, name) > 0
         ]
-        negative = [name for name in ("weight_decay", "kl_factor") if not getattr(self, name) >= 0]
-        problems = [
-            f"editor.target.{name} must be positive - got {getattr(self, name)}."
-            for name in positive
-        ]
         problems += [
-            f"editor.target.{name} must not be negative - got {getattr(self, name)}."
-            for name in negative
+            message(name, "must not be negative", got=getattr(self, name))
+            for name in not_negative
+            if not getattr(self, name) >= 0
         ]
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
+
+    def working_bytes(self, work: Workload, *, context_lengths: Sequence[tuple[int, int]]) -> float:
+        """What the search for a batch's targets takes beside the weights.
+
+        Args:
+            context_lengths: (tokens, number of texts) of the sampled contexts.
+        """
+        size = work.architecture
+        rows = 2 + sum(texts for _, texts in context_lengths)  # of a request: clean, KL, contexts
+        longest = max((tokens for tokens, _ in context_lengths), default=0) + REQUEST
+        at_once = min(rows * work.batch_size, self.tokens_at_once // longest)
+        num_rows = max(rows, at_once)
+        above = size.num_layers - 1 - max(work.layers, default=0)
+        tokens = num_rows * (longest if self.exact else PROMPT[1])
+        keys_and_values = 2 * size.num_key_value_heads * size.head_width * above
+        prefix = num_rows * longest * keys_and_values * work.weight_bytes
+        return (
+            work.kept(tokens, size.num_layers if self.exact else above)
+            + prefix
+            + work.logits(num_rows)
+            + work.forward(num_rows * longest, longest)
+        )

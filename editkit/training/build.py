@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.config.build import Parts, folder_name
+from editkit.config.build import Parts, folder_name, memory_demand
 from editkit.config.compose import plain
-from editkit.config.experiment import Runtime, Settings
+from editkit.config.experiment import Settings
 from editkit.config.identity import config_hash
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.editors.base import AbstractEditor
@@ -17,6 +17,8 @@ from editkit.editors.mend import Mend
 from editkit.hypernet.examples import Split, split
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
+from editkit.resources.footprint import Demand
+from editkit.resources.runtime import Runtime
 
 KEPT = (
     "model",
@@ -43,6 +45,7 @@ class Training:
     name: str
     folder: Path  # outputs/<experiment_name>/<model>-<editor>-training-<hash>/seed<k>
     config: Mapping[str, Any]  # resolved, plain values
+    demand: Demand  # the parts that memory depends on
 
 
 def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> Training:
@@ -104,6 +107,7 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
         / f"{name}-{digits}"
         / f"seed{settings.seed}",
         config=kept,
+        demand=memory_demand(config, choices=choices),
     )
 
 

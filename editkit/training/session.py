@@ -88,7 +88,7 @@ def _execute(job: Training, received: Received) -> int:
     )
     require_same(began_with, inputs, source=job.data.origin)
     require_device(job.runtime.device)
-    require_fit(job.config, training=True, free_bytes=free_bytes(job.config))
+    require_fit(job.demand, training=job.editor, free_bytes=free_bytes(job.demand))
     model = job.model.load(job.runtime.device)
     inputs[MODEL] = model.fingerprint
     require_same(began_with, {MODEL: model.fingerprint}, source=job.model.id)

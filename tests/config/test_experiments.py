@@ -123,7 +123,7 @@ def test_mend_is_refused_before_a_sweep_starts_until_it_has_a_hypernetwork_and_t
         return locate(found.config, choices=found.choices).folder
 
     with pytest.raises(
-        ConfigError, match=r"editor\.hypernetwork is not set: `editkit train editor=mend"
+        ConfigError, match=r"editor\.hypernetwork: not set, .* Fix: train one with `editkit train editor=mend"
     ):
         place("experiment=prune/table1")
     with pytest.raises(ConfigError, match=r"editor\.hypernetwork: .*there is no file"):

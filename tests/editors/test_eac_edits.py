@@ -14,10 +14,10 @@ from editkit.model.editable import EditableModel
 from editkit.restraints.eac import Eac
 from editkit.stats.least_squares import least_squares
 from editkit.targets.search import search_target
-from tests.editors.test_rome import refuse_to_solve, rome
+from tests.editors.test_rome import rome
 from tests.restraints.test_eac import eac
 from tests.support.helpers import KINDS, Kind, request, tiny_model
-from tests.support.methods import memit, model_moments
+from tests.support.methods import memit, model_moments, step
 from tests.targets.test_search import CONTEXTS, settings, subject_at_the_end
 
 
@@ -27,9 +27,9 @@ def rome_edit(kind: Kind, keys: Any, restraint: Eac | None) -> tuple[RomePlan, L
         rome(keys=keys, target=settings(steps=1) if restraint is None else settings()),
     )
     [module] = editor.modules(model)
-    plan = editor.plan(model, [request()], CONTEXTS, {}, restraint)
+    plan = editor.plan(step(model, [request()], CONTEXTS, objective=restraint))
     return plan, editor.propose(
-        model, [request()], module, plan, {}, model_moments(model, [module]), refuse_to_solve
+        step(model, [request()], CONTEXTS, moments=model_moments(model, [module])), module, plan
     )
 
 
@@ -59,11 +59,19 @@ def test_memits_first_layer_writes_the_anchors_rows_alone(kind: Kind, variant: s
     modules = editor.modules(model)
     moments = model_moments(model, modules)
     asked = [request(0), request(1)]
-    plan = editor.plan(model, asked, CONTEXTS, {}, eac(variant=variant))
+    plan = editor.plan(step(model, asked, CONTEXTS, objective=eac(variant=variant)))
     anchors_ON = plan.residuals_ON != 0
     assert anchors_ON.sum(dim=0).tolist() == [7, 7] if variant == "paper" else [1, 1]
     update = editor.propose(
-        model, asked, modules[0], plan, {}, moments, lambda each: least_squares(each, moments)
+        step(
+            model,
+            asked,
+            CONTEXTS,
+            moments=moments,
+            solver=lambda each: least_squares(each, moments),
+        ),
+        modules[0],
+        plan,
     )
     assert isinstance(update, LowRank)
     assert torch.equal(update.dense().any(dim=1), anchors_ON.any(dim=1))
@@ -91,7 +99,7 @@ def test_an_edit_with_it_makes_the_target_more_probable_in_the_model_itself(
     modules, asked = editor.modules(model), [subject_at_the_end()]
     moments = model_moments(model, modules)
     before = probability(model)
-    plan = editor.plan(model, asked, CONTEXTS, {}, eac(l2=0.0))
+    plan = editor.plan(step(model, asked, CONTEXTS, objective=eac(l2=0.0)))
     assert torch.equal(model.weight(modules[0]), tiny_model(kind).weight(modules[0])), (
         "planning reads"
     )
@@ -100,7 +108,15 @@ def test_an_edit_with_it_makes_the_target_more_probable_in_the_model_itself(
         model.apply(
             module,
             editor.propose(
-                model, asked, module, plan, {}, moments, lambda each: least_squares(each, moments)
+                step(
+                    model,
+                    asked,
+                    CONTEXTS,
+                    moments=moments,
+                    solver=lambda each: least_squares(each, moments),
+                ),
+                module,
+                plan,
             ),
         )
     assert probability(model) > 1.2 * before

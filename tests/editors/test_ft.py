@@ -11,6 +11,7 @@ from editkit.model.editable import EditableModel
 from editkit.model.tokens import encode_with_target
 from editkit.types import EditRequest
 from tests.support.helpers import KINDS, request, requests, tiny_model
+from tests.support.methods import step
 
 OBJECTIVES = ("target", "prompt_last")
 
@@ -31,13 +32,13 @@ def ft(**changes: Any) -> Ft:
 
 
 def plan_of(model: EditableModel, editor: Ft, asked: list[EditRequest]) -> Any:
-    return editor.plan(model, asked, editor.contexts(model, torch.Generator()), {}, None)
+    return editor.plan(step(model, asked, editor.contexts(model, torch.Generator())))
 
 
 def propose(
     model: EditableModel, editor: Ft, asked: list[EditRequest], module: str, plan: Any
 ) -> torch.Tensor:
-    return editor.propose(model, asked, module, plan, {}, None, None)  # type: ignore[arg-type]
+    return editor.propose(step(model, asked), module, plan)  # type: ignore[arg-type]
 
 
 def plain_loss(model: EditableModel, asked: list[EditRequest], objective: str) -> torch.Tensor:
@@ -217,6 +218,6 @@ def test_the_same_call_twice_gives_the_same_bits() -> None:
 def test_options_out_of_range_are_named() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"(?s)editor\.lr.*editor\.layers.*editor\.norm_constraint.*editor\.l1.*editor\.l2",
+        match=r"(?s)lr:.*layers:.*norm_constraint:.*l1:.*l2:",
     ):
         ft(lr=0.0, layers=(1, 1), norm_constraint=-1.0, l1=-1.0, l2=float("inf"))

@@ -22,6 +22,7 @@ from editkit.model.tokens import encode_with_target, encode_with_targets
 from editkit.types import EditRequest
 from tests.support.helpers import KINDS, Kind, requests, tiny_model
 from tests.support.hypernets import facts, mend, network_options, random_network, saved
+from tests.support.methods import step
 
 LASTS = ("linear", "relu")
 
@@ -121,8 +122,8 @@ def test_the_update_is_the_dense_sum_of_transformed_gradients(
         assert error < 1e-4
         if path is not None:
             editor = mend(path)
-            plan = editor.plan(model, requests(1), ("{}",), editor.init(model, None), None)  # type: ignore[arg-type]
-            update = editor.propose(model, requests(1), module, plan, {}, None, None)  # type: ignore[arg-type]
+            plan = editor.plan(step(model, requests(1), ("{}",), state=editor.init(model, None)))  # type: ignore[arg-type]
+            update = editor.propose(step(model, requests(1)), module, plan)  # type: ignore[arg-type]
             assert isinstance(update, LowRank)
             assert update.rank == sum(bool((d_O != 0).any()) for _, d_O in pairs)
             assert float((update.dense() - wanted_OI).norm() / wanted_OI.norm()) < 1e-4
@@ -174,7 +175,7 @@ def test_no_gradient_and_no_update_is_ever_formed_as_a_matrix(kind: Kind, tmp_pa
     shapes = {tuple(model.weight(module).shape) for module in editor.modules(model)}
     known = {parameter.untyped_storage().data_ptr() for parameter in model.network.parameters()}
     with NewMatrices(shapes | {shape[::-1] for shape in shapes}, known) as watch:
-        editor.plan(model, requests(), ("{}",), state, None)
+        editor.plan(step(model, requests(), ("{}",), state=state))
     assert not watch.found
 
 
@@ -187,7 +188,7 @@ def test_planning_leaves_the_weights_alone_and_a_batch_is_the_sum_of_its_request
     state = editor.init(model, None)  # type: ignore[arg-type]
 
     def plan(edits: list[EditRequest]) -> Any:
-        return editor.plan(model, edits, ("{}",), state, None)
+        return editor.plan(step(model, edits, ("{}",), state=state))
 
     together, alone = plan(requests()), [plan([each]) for each in requests()]
     for module in editor.modules(model):
@@ -197,7 +198,7 @@ def test_planning_leaves_the_weights_alone_and_a_batch_is_the_sum_of_its_request
         torch.equal(tensor, before[name]) for name, tensor in model.network.state_dict().items()
     )
     whole = mend(editor.hypernetwork)
-    other = whole.plan(model, requests(1), ("{}",), state, None).updates
+    other = whole.plan(step(model, requests(1), ("{}",), state=state)).updates
     for module, update in alone[0].updates.items():
         assert torch.equal(update.dense() * 2, other[module].dense())
 
@@ -276,11 +277,11 @@ def test_a_hypernetwork_of_another_model_or_of_other_layers_is_refused(tmp_path:
     path = saved(model, tmp_path)
     with pytest.raises(
         ConfigError,
-        match=r"editor.hypernetwork: .* was trained for tiny-gpt2 \(fingerprint .*\), not for this tiny-gpt2",
+        match=r"hypernetwork: .* was trained for another model \(got 'tiny-gpt2, fingerprint .*; expected tiny-gpt2, fing",
     ):
         mend(path).init(tiny_model("gpt2", seed=1), None)  # type: ignore[arg-type]
     with pytest.raises(
-        ConfigError, match=r"editor.layers: \[0, 2\] was given, .* edits .*h\.1\.mlp"
+        ConfigError, match=r"layers: .* was trained for other matrices \(got .\[0, 2\].*; expected .*h\.1\.mlp"
     ):
         mend(path, layers=(0, 2)).init(model, None)  # type: ignore[arg-type]
 
@@ -291,7 +292,7 @@ def test_a_run_goes_on_with_the_hypernetwork_that_it_began_with_alone(tmp_path: 
     state = mend(path).init(model, None)  # type: ignore[arg-type]
     saved(model, tmp_path, trained=tuple(facts(1)))
     with pytest.raises(ConfigError, match="is not the file that this run began with"):
-        mend(path).plan(model, requests(1), ("{}",), state, None)
+        mend(path).plan(step(model, requests(1), ("{}",), state=state))
 
 
 def config(*overrides: str) -> dict[str, Any]:
@@ -306,12 +307,13 @@ def test_no_file_and_a_file_of_something_else_are_told_before_a_model_is_loaded(
             build(config(*overrides))
         return str(raised.value)
 
-    assert "editor.hypernetwork is not set: `editkit train editor=mend" in refused(
-        "editor.hypernetwork=null"
+    assert (
+        "editor.hypernetwork: not set, and MEND needs a trained one. Fix: train one with `editkit train editor=mend"
+        in refused("editor.hypernetwork=null")
     )
     assert "there is no file" in refused(f"editor.hypernetwork={tmp_path / 'none'}")
     (tmp_path / "wrong.safetensors").write_bytes(b"12345678 no safetensors")
-    assert "is no hypernetwork of editkit's" in refused(
+    assert "is not a hypernetwork of editkit" in refused(
         f"editor.hypernetwork={tmp_path / 'wrong.safetensors'}"
     )
 
@@ -324,7 +326,7 @@ def test_a_run_that_edits_what_was_trained_on_is_refused_with_the_ids(tmp_path: 
     path = saved(model, tmp_path, trained=known[2:9])
     with pytest.raises(
         ConfigError,
-        match=r"was trained on 1 of the 3 requests that would be edited \(world/2\).*first 3 requests",
+        match=r"was trained on 1 of the 3 requests to edit \(got 'world/2'\).*first 3 of its dataset",
     ):
         build(config(f"editor.hypernetwork={path}"))
     build(config(f"editor.hypernetwork={path}", "edits=2"))
@@ -334,8 +336,8 @@ def test_a_run_that_edits_what_was_trained_on_is_refused_with_the_ids(tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"layers": ()}, "editor.layers: at least one layer"),
-        ({"step_scale": 0.0}, "editor.step_scale must be positive"),
+        ({"layers": ()}, "layers: unusable layers .*at least one layer"),
+        ({"step_scale": 0.0}, "step_scale: must be positive"),
     ],
 )
 def test_what_is_out_of_range_is_named(changes: dict[str, Any], told: str) -> None:

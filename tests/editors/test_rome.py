@@ -18,6 +18,7 @@ from editkit.stats.store import Moments, SecondMoment
 from editkit.targets.keys import keys_and_outputs
 from editkit.types import EditRequest
 from tests.support.helpers import KINDS, Kind, request, requests, tiny_model
+from tests.support.methods import step
 from tests.targets.test_search import CONTEXTS, settings, subject_at_the_end
 
 Keys = Literal["averaged", "original", "clean"]
@@ -56,8 +57,8 @@ def propose(
 ) -> tuple[RomePlan, LowRank]:
     [module] = editor.modules(model)
     moments = moments if moments is not None else moments_of(model, module)
-    plan = editor.plan(model, [asked], CONTEXTS, {}, None)
-    return plan, editor.propose(model, [asked], module, plan, {}, moments, refuse_to_solve)
+    plan = editor.plan(step(model, [asked], CONTEXTS))
+    return plan, editor.propose(step(model, [asked], CONTEXTS, moments=moments), module, plan)
 
 
 def refuse_to_solve(problem: Any) -> Any:
@@ -130,10 +131,10 @@ def test_without_contexts_the_three_kinds_of_keys_agree() -> None:
     for keys in KEYS:
         editor = rome(keys=keys)
         [module] = editor.modules(model)
-        plan = editor.plan(model, [asked], ("{}",), {}, None)
+        plan = editor.plan(step(model, [asked], ("{}",)))
         updates.append(
             editor.propose(
-                model, [asked], module, plan, {}, moments_of(model, module), refuse_to_solve
+                step(model, [asked], moments=moments_of(model, module)), module, plan
             ).dense()
         )
     assert torch.equal(updates[0], updates[1])
@@ -203,7 +204,7 @@ def test_an_edit_makes_its_target_probable(kind: Kind, bos: bool) -> None:
     [module] = editor.modules(model)
     model.edit([module])
     model.apply(module, update)
-    after = editor.plan(model, [asked], CONTEXTS, {}, None).summary["probability_before"]
+    after = editor.plan(step(model, [asked], CONTEXTS)).summary["probability_before"]
     assert after > 10 * before
     assert plan.summary["probability_after"] > 10 * before
 
@@ -245,7 +246,7 @@ def test_a_broken_network_is_told_and_nothing_is_raised() -> None:
     model = tiny_model("gpt2")
     with torch.no_grad():
         model.network.transformer.h[2].mlp.c_proj.weight.fill_(float("nan"))
-    plan = rome().plan(model, [request()], CONTEXTS, {}, None)
+    plan = rome().plan(step(model, [request()], CONTEXTS))
     assert plan.nonfinite == "loss"
 
 
@@ -261,14 +262,14 @@ def test_contexts_are_seeded_and_begin_with_the_bare_prompt() -> None:
 
 
 def test_options_that_cannot_work_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"editor\.layers"):
+    with pytest.raises(ConfigError, match=r"layers:"):
         rome(layers=(1, 2))
-    with pytest.raises(ConfigError, match=r"editor\.context_lengths"):
+    with pytest.raises(ConfigError, match=r"context_lengths:"):
         rome(context_lengths=((0, 5),))
     with pytest.raises(ConfigError, match="layers 0 to 2"):
         rome(layers=(3,)).modules(tiny_model("gpt2"))
     with pytest.raises(ConfigError, match="batch_size"):
-        rome().plan(tiny_model("gpt2"), requests(2), CONTEXTS, {}, None)
+        rome().plan(step(tiny_model("gpt2"), requests(2), CONTEXTS))
 
 
 def test_a_subject_that_occurs_twice_is_edited_where_the_prompt_has_it() -> None:

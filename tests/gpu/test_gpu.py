@@ -155,7 +155,7 @@ def test_a_model_over_two_gpus_edits_like_one_on_one(device: str) -> None:
     request = requests_for(SHAPE, 1)[0]
     method = editor("rome")
     plans = [
-        method.plan(model, [request], ("{}", "Mugo. {}"), {}, None) for model in (whole, parted)
+        method.plan(step(model, [request], ("{}", "Mugo. {}"))) for model in (whole, parted)
     ]
     torch.testing.assert_close(
         plans[1].target.vector_O.cpu(), plans[0].target.vector_O.cpu(), rtol=1e-3, atol=1e-4

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from editkit.config.build import memory_demand
 from editkit.config.compose import compose
 from editkit.errors import ConfigError
 from editkit.model.architecture import architecture_of, facts_without_download, known_facts
 from editkit.model.families import family_of
 from editkit.model.network import empty_network
 from editkit.resources.estimate import estimated, require_fit
+from editkit.resources.footprint import Demand
 from editkit.resources.peak_memory import Peaks
 from editkit.stats.collect import MomentSum
 from editkit.stats.store import MomentKey, Moments, mapped_into, read, write
@@ -40,6 +42,11 @@ def settings_of_a_search() -> TargetSettings:
 
 def composed(*overrides: str) -> dict[str, Any]:
     return compose(list(overrides)).config
+
+
+def demand(*overrides: str) -> Demand:
+    composed = compose(list(overrides))
+    return memory_demand(composed.config, choices=composed.choices)
 
 
 def test_parameters_and_shapes_are_those_of_the_network_that_transformers_builds() -> None:
@@ -95,9 +102,7 @@ def test_known_models_have_their_published_sizes() -> None:
 
 def test_weights_masters_and_statistics_are_counted_to_the_byte() -> None:
     found = estimated(
-        composed(
-            "model=llama3-8b", "editor=memit", "runtime=cuda", "model.dtype=bfloat16", "edits=3"
-        )
+        demand("model=llama3-8b", "editor=memit", "runtime=cuda", "model.dtype=bfloat16", "edits=3")
     )
     assert found is not None
     matrix, square = 4096 * 14336, 14336**2
@@ -110,20 +115,20 @@ def test_weights_masters_and_statistics_are_counted_to_the_byte() -> None:
 
 
 def test_what_is_kept_elsewhere_leaves_the_device() -> None:
-    near = estimated(composed("model=llama3-8b", "editor=memit", "runtime=gpu80"))
-    far = estimated(composed("model=llama3-8b", "editor=memit", "runtime=gpu24"))
+    near = estimated(demand("model=llama3-8b", "editor=memit", "runtime=gpu80"))
+    far = estimated(demand("model=llama3-8b", "editor=memit", "runtime=gpu24"))
     assert near is not None and far is not None
     assert far.on_device.statistics == 0 and far.on_host.statistics == near.on_device.statistics
     assert far.on_device.masters + far.on_host.masters == near.on_device.masters
     mapped = estimated(
-        composed("model=llama3-8b", "editor=memit", "runtime=gpu80", "runtime.statistics=disk")
+        demand("model=llama3-8b", "editor=memit", "runtime=gpu80", "runtime.statistics=disk")
     )
     assert mapped is not None and mapped.on_host.statistics == 0 and mapped.disk > near.disk
 
 
 def test_rome_without_covariance_and_ft_need_no_statistics_and_d4s_remembers() -> None:
     def statistics(*overrides: str) -> float:
-        found = estimated(composed("model=gpt2-xl", "runtime=cuda", *overrides))
+        found = estimated(demand("model=gpt2-xl", "runtime=cuda", *overrides))
         assert found is not None
         return found.on_device.statistics
 
@@ -136,19 +141,19 @@ def test_rome_without_covariance_and_ft_need_no_statistics_and_d4s_remembers() -
 
 def test_a_run_that_does_not_fit_is_refused_with_advice() -> None:
     with pytest.raises(ConfigError) as caught:
-        require_fit(composed("model=llama3-8b", "editor=d4s", "runtime=gpu24"))
+        require_fit(demand("model=llama3-8b", "editor=d4s", "runtime=gpu24"))
     text = str(caught.value)
     assert "runtime.memory_gb: cuda has 23 GB, the run would take about" in text
     assert "model.dtype=bfloat16 (saves 16 GB)" in text and "device_map=auto" in text
     assert require_fit(
-        composed("model=llama3-8b", "editor=d4s", "runtime=gpu80", "model.dtype=bfloat16")
+        demand("model=llama3-8b", "editor=d4s", "runtime=gpu80", "model.dtype=bfloat16")
     )
     with pytest.raises(ConfigError, match="cuda has 10 GB"):
-        require_fit(composed("model=llama2-7b", "editor=rome", "runtime=cuda"), free_bytes=10e9)
+        require_fit(demand("model=llama2-7b", "editor=rome", "runtime=cuda"), free_bytes=10e9)
 
 
 def test_a_model_that_only_the_hub_knows_is_not_guessed() -> None:
-    assert estimated(composed("model=hf", "model.id=somebody/something")) is None
+    assert estimated(demand("model=hf", "model.id=somebody/something")) is None
 
 
 def test_statistics_mapped_from_disk_solve_to_the_same_bits_and_leave_no_file(

@@ -8,16 +8,24 @@ import pytest
 import torch
 
 from editkit.config.compose import compose
-from editkit.editors.memit import ascent_of, average_keys
 from editkit.errors import ConfigError
 from editkit.restraints.alphaedit import AlphaEdit
 from editkit.restraints.base import Restraints
 from editkit.runner.checkpoint import RunState, load_state, save_state
 from editkit.runner.loop import run_edits
 from editkit.stats.least_squares import LeastSquares
+from editkit.targets.keys import average_keys, layerwise
 from tests.support.fakes import trajectory
 from tests.support.helpers import KINDS, requests, tiny_model
-from tests.support.methods import Watched, memit, model_moments, moments_of, noise, second_moment
+from tests.support.methods import (
+    Watched,
+    memit,
+    model_moments,
+    moments_of,
+    noise,
+    second_moment,
+    step,
+)
 
 ROWS, SIZE = 10, 32
 C = second_moment(SIZE, seed=3)  # eigenvalues from 0.01 to 1
@@ -90,7 +98,7 @@ def test_a_singular_second_moment_is_welcome() -> None:
 
 
 def test_options_out_of_range_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"alphaedit\.threshold(.|\n)*alphaedit\.l2"):
+    with pytest.raises(ConfigError, match=r"threshold:(.|\n)*l2:"):
         alphaedit(0.0, l2=-1.0)
 
 
@@ -133,11 +141,11 @@ def test_keys_measured_again_after_the_batch_are_those_that_were_solved_for(kind
     states = [event for event in run_edits(run) if isinstance(event, RunState)]
     after_first = tiny_model(kind)
     after_first.edit(run.editor.modules(after_first))
-    texts = run.editor.plan(after_first, run.batch(1), states[0].contexts, {}, None).texts
+    texts = run.editor.plan(step(after_first, run.batch(1), states[0].contexts)).texts
 
     def measured() -> list[torch.Tensor]:
         return [
-            average_keys(ascent_of(after_first, texts), layer, run.editor._context_weights)
+            average_keys(layerwise(after_first, texts), layer, run.editor.context_weights)
             for layer in run.editor.layers
         ]
 

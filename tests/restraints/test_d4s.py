@@ -19,7 +19,15 @@ from editkit.stats.least_squares import LeastSquares
 from editkit.stats.store import Moments, SecondMoment
 from tests.support.fakes import trajectory
 from tests.support.helpers import KINDS, requests, tiny_model
-from tests.support.methods import Watched, memit, model_moments, moments_of, noise, second_moment
+from tests.support.methods import (
+    Watched,
+    memit,
+    model_moments,
+    moments_of,
+    noise,
+    second_moment,
+    step,
+)
 
 ROWS, SIZE, WEIGHT = 10, 32, 2.0
 C = second_moment(SIZE, seed=3)
@@ -102,12 +110,15 @@ def test_the_published_codes_spread_overshoots_with_d4s_as_well(
     model.edit(editor.modules(model))
     moments = model_moments(model, editor.modules(model))
     plan, state = (
-        editor.plan(model, requests(1), ("{}", "She was. {}", "It is. {}"), {}, None),
+        editor.plan(step(model, requests(1), ("{}", "She was. {}", "It is. {}"))),
         watched.init(model, moments),
     )
     for module in editor.modules(model):
         solve = partial(watched.solve, state=state, moments=moments)
-        model.apply(module, editor.propose(model, requests(1), module, plan, {}, moments, solve))
+        model.apply(
+            module,
+            editor.propose(step(model, requests(1), moments=moments, solver=solve), module, plan),
+        )
     asked_for = torch.stack([problem.residuals_ON for problem in watched.problems]).sum(dim=0)
     torch.testing.assert_close(asked_for, times * plan.residuals_ON, rtol=1e-4, atol=1e-6)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from editkit.editors.base import Plan, Step
 from editkit.errors import ConfigError
 from editkit.linalg.lowrank import LowRank, dense
 from editkit.restraints.base import Norms, Restraints
@@ -51,8 +52,8 @@ def test_an_update_that_is_short_enough_is_the_very_same(norm: Any, order: Any) 
 class Insistent(FakeEditor):
     """Proposes the same large update at every step, along the first singular vectors of W_0."""
 
-    def propose(self, model: Any, requests: Any, module: str, *rest: Any) -> LowRank:
-        u_OK, _, v_KI = torch.linalg.svd(model.base(module))
+    def propose(self, step: Step, module: str, plan: Plan) -> LowRank:
+        u_OK, _, v_KI = torch.linalg.svd(step.model.base(module))
         return LowRank(1000 * u_OK[:, :1], v_KI[:1].T.contiguous())
 
 
@@ -89,5 +90,5 @@ def test_an_update_that_is_not_finite_stays_as_it_is(norm: Any) -> None:
 
 
 def test_a_ratio_of_zero_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"norm_cap\.ratio"):
+    with pytest.raises(ConfigError, match=r"ratio: must be positive"):
         NormCap(norm="spectral", ratio=0.0)

@@ -70,5 +70,5 @@ def test_an_update_that_is_not_finite_stays_so() -> None:
 
 
 def test_options_out_of_range_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"rect\.keep(.|\n)*rect\.epsilon"):
+    with pytest.raises(ConfigError, match=r"keep:(.|\n)*epsilon:"):
         Rect(keep=20, epsilon=0)

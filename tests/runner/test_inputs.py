@@ -17,6 +17,7 @@ import torch
 
 from editkit.config.build import Experiment, build
 from editkit.config.compose import compose, plain
+from editkit.editors.base import Step
 from editkit.errors import ConfigError
 from editkit.evaluation.harness.suite import Suite
 from editkit.evaluation.perplexity import Perplexity
@@ -39,13 +40,10 @@ class WithMoments(FakeEditor):
     def needs_moments(self) -> bool:
         return True
 
-    def moment_modules(self, model: Any) -> tuple[str, ...]:
-        return self.modules(model)
-
-    def plan(self, model: Any, requests: Any, *rest: Any) -> Any:
-        if requests[0].id == self.stops_at:
+    def plan(self, step: Step) -> Any:
+        if step.requests[0].id == self.stops_at:
             raise KeyboardInterrupt
-        return super().plan(model, requests, *rest)
+        return super().plan(step)
 
 
 SUITE = {

@@ -6,41 +6,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from editkit.config.schedule import Schedule
-from editkit.editors.base import AbstractEditor, Plan
+from editkit.editors.base import AbstractEditor, Plan, Step
 from editkit.evaluation.base import AbstractEvaluator, Measurement
 from editkit.linalg.lowrank import LowRank
-from editkit.restraints.base import Place, Restraints
+from editkit.restraints.base import Restraints
 from editkit.runner.plan import Trajectory
 from editkit.stats.store import Moments
 from editkit.types import EditRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class FakeEditor(AbstractEditor):
+class FakeEditor(AbstractEditor[Plan]):
     """Adds a random rank-one update a step; draws from torch's global generator, so that a resumed
     run must restore it.
     """
 
-    places: ClassVar[frozenset[Place]] = frozenset({"update", "total"})
     layers: tuple[int, ...] = (0, 1)
     scale: float = 0.01
     fails_at: str = ""  # id of a request whose update is not finite
     calls: list[str] | None = None
 
-    @property
-    def needs_moments(self) -> bool:
-        return False
-
     def modules(self, model: Any) -> tuple[str, ...]:
         return tuple(model.family.down_projection(layer) for layer in self.layers)
-
-    def moment_modules(self, model: Any) -> tuple[str, ...]:
-        return ()
 
     def contexts(self, model: Any, generator: torch.Generator) -> tuple[str, ...]:
         return ("{}", f"{int(torch.randint(1000, (1,), generator=generator))}. {{}}")
@@ -48,34 +40,21 @@ class FakeEditor(AbstractEditor):
     def init(self, model: Any, moments: Moments) -> Mapping[str, torch.Tensor]:
         return {"seen": torch.zeros(1)}
 
-    def plan(
-        self, model: Any, requests: Sequence[EditRequest], contexts: Any, state: Any, objective: Any
-    ) -> Plan:
+    def plan(self, step: Step) -> Plan:
         self._note("plan")
-        return Plan(summary={"loss": float(state["seen"])})
+        return Plan(summary={"loss": float(step.state["seen"])})
 
-    def propose(
-        self,
-        model: Any,
-        requests: Sequence[EditRequest],
-        module: str,
-        plan: Plan,
-        state: Any,
-        moments: Moments,
-        solve: Any,
-    ) -> LowRank:
+    def propose(self, step: Step, module: str, plan: Plan) -> LowRank:
         self._note(f"propose {module}")
-        rows, columns = model.weight(module).shape
+        rows, columns = step.model.weight(module).shape
         left_OR = torch.randn(rows, 1) * self.scale
-        if any(request.id == self.fails_at for request in requests):
+        if any(request.id == self.fails_at for request in step.requests):
             left_OR[0] = float("nan")
         return LowRank(left_OR, torch.randn(columns, 1))
 
-    def observe(
-        self, model: Any, requests: Sequence[EditRequest], state: Any
-    ) -> Mapping[str, torch.Tensor]:
+    def observe(self, step: Step) -> Mapping[str, torch.Tensor]:
         self._note("observe")
-        return {"seen": state["seen"] + len(requests)}
+        return {"seen": step.state["seen"] + len(step.requests)}
 
     def _note(self, call: str) -> None:
         if self.calls is not None:
@@ -111,7 +90,7 @@ def trajectory(
     model: Any,
     requests: Sequence[EditRequest],
     *,
-    editor: AbstractEditor | None = None,
+    editor: AbstractEditor[Any] | None = None,
     restraints: Restraints | None = None,
     milestones: tuple[int, ...] = (0, 2, 6),
     batch_size: int = 1,

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from editkit.editors.base import Step
 from editkit.editors.memit import Memit
 from editkit.restraints.base import AbstractSolveRestraint
 from editkit.stats.least_squares import LeastSquares
 from editkit.stats.store import Moments, SecondMoment
 from editkit.targets.settings import TargetSettings
+from editkit.types import EditRequest
 
 
 def noise(*shape: int, seed: int) -> torch.Tensor:
@@ -48,6 +50,24 @@ def model_moments(model: Any, modules: Sequence[str]) -> Moments:
             name: second_moment(model.weight(name).shape[1], seed=seed)
             for seed, name in enumerate(modules)
         }
+    )
+
+
+def step(
+    model: Any,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str] = ("{}",),
+    *,
+    moments: Moments | None = None,
+    **options: Any,
+) -> Step:
+    """A step as the runner makes one."""
+    return Step(
+        model=model,
+        requests=tuple(requests),
+        contexts=tuple(contexts),
+        moments=moments or Moments(),
+        **options,
     )
 
 

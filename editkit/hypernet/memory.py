@@ -1,0 +1,80 @@
+"""The bytes that a hypernetwork takes, in a run and while it is trained.
+
+`working` figures are models of what a pass keeps. Their constants were measured with GPT-2 on a CPU
+and carry a reserve for other families.
+"""
+
+from __future__ import annotations
+
+from editkit.hypernet.measure import ROWS
+from editkit.hypernet.network import NetworkOptions, num_bytes
+from editkit.hypernet.options import TrainingOptions
+from editkit.resources.workload import LOGITS, PROMPT, REQUEST, TrainingMemory, Workload
+
+# Copies of a matrix's factors while a hypernetwork transforms them; of its hidden layer half as
+# many.
+TRANSFORMED = 8
+
+
+def gradient_bytes(
+    work: Workload, network: NetworkOptions, edits: int, *, num_learning: int = 1
+) -> float:
+    """A pass of so many edits forward and backward, its factors in float32, and what a
+    hypernetwork computes from them.
+
+    Args:
+        num_learning: matrices for which autograd keeps that computation.
+    """
+    tokens = edits * REQUEST
+    hidden = TRANSFORMED / 2 * min(network.rank, work.both)
+    learning = num_learning * (TRANSFORMED * work.both + hidden)
+    factors = 4 * tokens * (work.num_matrices * 4 * work.both + learning)
+    passes = work.kept(tokens, work.blocks_with_gradient) + work.forward(tokens, REQUEST)
+    return passes + factors + work.logits(edits * PROMPT[1])
+
+
+def network_bytes(work: Workload, network: NetworkOptions) -> float:
+    """The tensors of a new hypernetwork for these matrices."""
+    return float(num_bytes(work.shapes, network))
+
+
+def training_bytes(
+    work: Workload,
+    network: NetworkOptions,
+    options: TrainingOptions,
+    *,
+    is_gpu: bool,
+    reading: float,
+) -> TrainingMemory:
+    """What training takes: a step, the validation, and a checkpoint, whose copies are on the host.
+
+    Args:
+        reading: what loading a model takes for a moment.
+    """
+    one = network_bytes(work, network)
+    rank = min(network.rank, work.both)
+    is_chain, tokens = options.sequence > 1, REQUEST * options.locality_texts
+    # Each row of a chain is measured together with an earlier edit of it.
+    rows = min(options.at_once, options.accumulate) * (2 if is_chain else 1)
+    validated = min(ROWS, options.validation)
+    factors = 4 * work.num_matrices * REQUEST * work.both * options.sequence  # of a chain's edits
+    logits = tokens * work.architecture.vocabulary * 4  # of all tokens of an edit's locality texts
+    locality = (2 * LOGITS + 2) * logits + work.kept(tokens, work.blocks_with_gradient)
+    step = gradient_bytes(work, network, rows, num_learning=work.num_matrices) + rows * locality
+    optimiser = 2 * rank * work.both * 4  # temporary tensors of Adam
+    copied = 3 * one
+    phases = {
+        "weights read": reading,
+        "step": step + (options.accumulate * factors if is_chain else 0) + optimiser,
+        "validation": gradient_bytes(work, network, validated)
+        + validated * ((LOGITS + 2) * logits + factors),
+    }
+    if not is_gpu:
+        phases["checkpoint"] = copied + reading
+    return TrainingMemory(
+        kept=4 * one,  # itself, its gradient, two moments
+        on_host=2 * one,  # the first one and the best one
+        copied=copied,
+        phases=phases,
+        saving={"step": "a lower editor.train.at_once"},
+    )

@@ -1,0 +1,170 @@
+"""One step: a batch of edits is planned, solved module by module, restrained and applied.
+
+`apply_batch` is the only place of the package that asks an editor for updates and writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from editkit.editors.base import AbstractEditor, Plan, Step
+from editkit.errors import keys_under
+from editkit.linalg.lowrank import is_finite
+from editkit.linalg.spectral import Spectrum, extreme_singular_values
+from editkit.linalg.telemetry import module_record
+from editkit.resources.stopwatch import Stopwatch
+from editkit.restraints.base import AbstractTotalRestraint, Norms, Restraints
+from editkit.runner.checkpoint import RunState, generator_states
+from editkit.runner.measure import corrections
+from editkit.runner.plan import Trajectory
+from editkit.stats.least_squares import LeastSquares, least_squares
+from editkit.types import StepRecord
+
+if TYPE_CHECKING:
+    from editkit.linalg.lowrank import Update
+    from editkit.types import TensorState
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppliedBatch:
+    """A batch after its updates were written."""
+
+    plan: Plan
+    updates: Mapping[str, tuple[Update, float]]  # by module, each with its rounding error
+    problems: tuple[LeastSquares, ...]  # the least squares that were solved, in order
+    nonfinite: str | None  # the first number that was not finite; nothing was written from there on
+
+
+def apply_batch(
+    step: Step,
+    editor: AbstractEditor[Any],
+    restraints: Restraints,
+    *,
+    base_sigma_max: Mapping[str, float],
+    solve_state: TensorState,
+    clock: Stopwatch,
+) -> AppliedBatch:
+    """Plans a batch and writes its updates into the model, module by module.
+
+    Args:
+        step: without a solver; the restraint on the solve is added here.
+        base_sigma_max: sigma_max(W_0) by module.
+        solve_state: the state of the restraint on the solve, from before this batch.
+    """
+    model, problems, solver = step.model, list[LeastSquares](), restraints.solve
+
+    def solve(problem: LeastSquares) -> Update:
+        problems.append(problem)
+        if solver is None:
+            return least_squares(problem, step.moments)
+        return solver.solve(problem, solve_state, step.moments)
+
+    step = replace(step, solver=solve)
+    with clock.phase("target"), keys_under("editor"):
+        plan = editor.plan(step)
+    nonfinite = plan.nonfinite
+    updates: dict[str, tuple[Update, float]] = {}
+    for module in editor.modules(model) if nonfinite is None else ():
+        with clock.phase("solve"):
+            update = editor.propose(step, module, plan)
+            weight_OI = model.weight(module)
+            norms = Norms(sigma_max=base_sigma_max[module], frobenius=model.base_frobenius(module))
+            for restraint in restraints.updates:
+                update = restraint.restrain(update.to(device=weight_OI.device), weight_OI, norms)
+            if not is_finite(update):
+                nonfinite = f"update of {module}"
+                break
+        with clock.phase("apply"):
+            updates[module] = (update, model.apply(module, update))
+    return AppliedBatch(plan=plan, updates=updates, problems=tuple(problems), nonfinite=nonfinite)
+
+
+def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord, RunState]:
+    """The record of one step and the state after it. The only writes are `model.apply`."""
+    model, requests, clock = run.model, run.batch(number), Stopwatch(run.model.device, run.peaks)
+    step = Step(
+        model=model,
+        requests=requests,
+        contexts=state.contexts,
+        state=state.editor,
+        moments=run.moments,
+        objective=run.restraints.objective,
+    )
+    batch = apply_batch(
+        step,
+        run.editor,
+        run.restraints,
+        base_sigma_max=state.base_sigma_max,
+        solve_state=state.solve,
+        clock=clock,
+    )
+    with clock.phase("solve"):
+        editor_state, solve_state = state.editor, state.solve
+        if batch.nonfinite is None:
+            editor_state = run.editor.observe(step)
+            if run.restraints.solve is not None:
+                for problem in batch.problems:
+                    solve_state = run.restraints.solve.observe(problem, solve_state, run.moments)
+    for restraint in run.restraints.totals.values():
+        is_due = restraint.every and number % restraint.every == 0
+        if restraint.apply_at == "every" and is_due:
+            with clock.phase("restrain"):
+                restrain_trajectory(run, restraint, state)
+    with clock.phase("telemetry"):
+        spectra: Mapping[str, Spectrum] = state.spectra
+        modules: Mapping[str, Mapping[str, float]] = {}
+        if run.schedule.has_telemetry(number):
+            spectra = {
+                module: extreme_singular_values(model.weight(module), start)
+                for module, start in state.spectra.items()
+            }
+            modules = describe(run, spectra, batch.updates)
+    record = StepRecord(
+        step=number,
+        requests=tuple(request.id for request in requests),
+        seconds=clock.seconds,
+        target=batch.plan.summary,
+        modules=modules,
+        nonfinite=batch.nonfinite or model.nonfinite_module(),
+    )
+    state = replace(
+        state,
+        step=number,
+        totals=model.totals(),
+        editor=editor_state,
+        solve=solve_state,
+        spectra=spectra,
+        rng=generator_states(),
+    )
+    return record, state
+
+
+def restrain_trajectory(
+    run: Trajectory, restraint: AbstractTotalRestraint, state: RunState
+) -> None:
+    """Writes a restrained total back into the model, so that later edits are made on it."""
+    for module, correction in corrections(
+        restraint, run.model.totals(), state.base_sigma_max
+    ).items():
+        run.model.apply(module, correction)
+
+
+def describe(
+    run: Trajectory,
+    spectra: Mapping[str, Spectrum],
+    updates: Mapping[str, tuple[Update, float]],
+) -> dict[str, Mapping[str, float]]:
+    """The telemetry of every edited matrix."""
+    records: dict[str, Mapping[str, float]] = {}
+    for module, spectrum in spectra.items():
+        update, rounding_error = updates.get(module, (None, 0.0))
+        records[module] = module_record(
+            run.model.weight(module),
+            spectrum,
+            update=update,
+            total=run.model.total(module),
+            rounding_error=rounding_error,
+        )
+    return records
