@@ -1,19 +1,20 @@
-"""MEND: one backward pass, and a trained hypernetwork turns the gradient's factors into an update
-(Mitchell et al. 2022, arXiv 2110.11309).
+"""MEND: one backward pass, and a trained hypernetwork turns the factors of the gradient into an
+update (Mitchell et al. 2022, arXiv 2110.11309).
 
-    -log p(target | prompt), mean over the target's tokens        one pass, on the weights as they are
-    x_t, d_t of every token t                                     what goes into a matrix, and the gradient of what comes out
-    W - alpha * sum_t d~_t x~_t^T                                 Eq. 4; the pairs come from `editkit.hypernet.network`
+    -log p(target | prompt), mean over the target's tokens    one pass on the current weights
+    x_t, d_t of every token t                                 the inputs of a matrix, and the
+                                                              gradients of its outputs
+    W - alpha * sum_t d~_t x~_t^T                             Eq. 4; `editkit.hypernet.network`
+                                                              computes the pairs
 
-The update is a `LowRank` of one column a token whose gradient is not zero; no gradient is formed as
-a matrix. A batch adds up the updates of its requests, each as if it were alone, as the paper does
-(section 3.1). Differs from the paper in nothing that is edited; the sign of alpha is told in
-`network`.
+The update is a `LowRank` with one column for each token whose gradient is not zero. No gradient is
+formed as a matrix. The update of a batch is the sum of the updates of its requests, each computed
+alone, as in the paper (section 3.1). `network` explains the sign of alpha.
 
 A hypernetwork belongs to one model (by its fingerprint), to its matrices, and to requests that it
-has not seen.
+was not trained on.
 
-Shape letters: O d_out, I d_in, B requests, T tokens, R tokens that count.
+Shape letters: O d_out, I d_in, B requests, T tokens.
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ MISSING = message(
 
 @dataclass(frozen=True, kw_only=True)
 class MendPlan(Plan):
-    """The updates, all from one pass, by module."""
+    """The updates by module, all from one pass."""
 
     updates: Mapping[str, LowRank]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mend(AbstractEditor[MendPlan]):
-    """A trained editor; its options are those of `conf/editor/mend.yaml`.
+    """A trained editor. The options are documented in `conf/editor/mend.yaml`.
 
     Raises:
-        ConfigError: an option is out of range.
+        OptionError: an option is out of range.
     """
 
     name: str
@@ -70,8 +71,8 @@ class Mend(AbstractEditor[MendPlan]):
     step_scale: float
     network: NetworkOptions
     train: TrainingOptions
-    # The file that is in use, by its path, digest and device: a real model's is hundreds of
-    # megabytes, and every edit needs it.
+    # The loaded file by path, digest and device. A real model's takes hundreds of megabytes, and
+    # every edit needs it.
     _loaded: dict[tuple[str, str, str], tuple[Hypernetwork, Header]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
@@ -165,18 +166,19 @@ class Mend(AbstractEditor[MendPlan]):
         """
         model = step.model
         network = self._network(model, bytes(step.state["hypernetwork"].tolist()).hex())
-        asked = questions(
+        texts = questions(
             model,
             encode_with_targets(
-                model.tokenizer, [(each.full_prompt, each.target) for each in step.requests]
+                model.tokenizer,
+                [(request.full_prompt, request.target) for request in step.requests],
             ),
         )
-        factors, log_p_B = gradient_factors(model, network.modules, asked)
+        factors, log_p_B = gradient_factors(model, network.modules, texts)
         updates = {}
         with torch.no_grad():
-            for module, each in factors.items():
-                counts_BT = each.counts_N
-                left_BTO, right_BTI = network.transform(module, each)
+            for module, pairs in factors.items():
+                counts_BT = pairs.counts_N
+                left_BTO, right_BTI = network.transform(module, pairs)
                 updates[module] = LowRank(
                     (self.step_scale * left_BTO[counts_BT]).T.contiguous(),
                     right_BTI[counts_BT].T.contiguous(),

@@ -60,7 +60,7 @@ class KeepsHistory(Protocol):
     def memory(self, work: Workload) -> SolveMemory: ...
 
 
-class Trained(NeedsMemory, Protocol):
+class Trained(Protocol):
     """What the estimate asks of an editor that is trained."""
 
     def training_memory(

@@ -1,5 +1,5 @@
-"""The most memory held in each phase of a run: the process's resident set on a CPU, what torch
-allocated on a GPU.
+"""The peak memory of each phase of a run: the resident set of the process on a CPU, the bytes
+allocated by torch on a GPU.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ from pathlib import Path
 
 from editkit.lazy import torch
 
-BETWEEN = "measuring"  # what lies between a step's phases: evaluation, and writing checkpoints
+BETWEEN = "measuring"  # the time between phases: evaluation, and writing checkpoints
 
 
 def reset_peak_memory(device: str) -> None:
-    """From here on the peak is counted anew, where the system lets it."""
+    """Restarts the count of the peak, if the system allows it."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text(
-                "5"
-            )  # Linux: the resident set's high-water mark
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: clears the high-water mark
 
 
 def peak_memory(device: str) -> int:
-    """Bytes; 0 where the system cannot tell."""
+    """Bytes; 0 if the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -36,7 +34,7 @@ def peak_memory(device: str) -> int:
 
 
 class Peaks:
-    """Notes the peak of each named phase; phases do not nest. With no device it notes nothing."""
+    """Records the peak of each named phase; phases do not nest. Without a device it records nothing."""
 
     def __init__(self, device: str | None = None) -> None:
         self._device = device
@@ -55,7 +53,7 @@ class Peaks:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """By phase, up to now."""
+        """The peaks so far, by phase."""
         self._turn(self._now)
         return dict(self._bytes)
 

@@ -9,19 +9,19 @@ from contextlib import AbstractContextManager, contextmanager
 from editkit.lazy import torch
 from editkit.resources.peak_memory import Peaks
 
-PHASE = "editkit."  # what the names of phases begin with in a profile
+PHASE = "editkit."  # prefix of the names of phases in a profile
 
 
 def measured(name: str) -> AbstractContextManager[object]:
-    """Gives a part of a step a name in torch's profile (`editkit bench --profile`); microseconds
-    where none is taken.
+    """Names a part of a step in torch's profile (`editkit bench --profile`). It costs microseconds
+    without a profiler.
     """
     return torch.profiler.record_function(PHASE + name)
 
 
 class Stopwatch:
-    """Adds up the wall time of named phases; waits for the GPU at a phase's end, so that work is
-    charged to the phase that asked for it.
+    """Adds up the wall time of named phases. It waits for the GPU at the end of a phase, so that
+    work counts for the phase that launched it.
     """
 
     def __init__(self, device: torch.device, peaks: Peaks | None = None) -> None:

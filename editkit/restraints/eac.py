@@ -1,35 +1,39 @@
-"""EAC: a target vector that differs from the model's own in few coordinates only, the editing
+"""EAC: the target vector differs from the model's own value in a few coordinates only, the editing
 anchors.
 
 Xu et al. 2025, "Constraining Sequential Model Editing with Editing Anchor Compression" (arXiv
-2503.00035, Findings of NAACL 2025). Two descents over the loss of every search
+2503.00035, Findings of NAACL 2025). Two descents over the loss of each search
 (`editkit.targets.search`):
 
-    search     all of delta is free; from the gradients g_t on the way, each coordinate's saliency s = |mean_t(g_t) * delta|
-    anchors    the coordinates whose score is at or above its `gamma`-th percentile
-    retrain    delta is free at the anchors and zero elsewhere; a scored elastic net is added to the loss:
-               l1 * sum_i |delta_i| / (s_i + epsilon) + l2 * |delta|^2                      lambda and mu in the paper
+    search     all of delta is free. From the gradients g_t, the saliency of each coordinate is
+               s = |mean_t(g_t) * delta|
+    anchors    the coordinates whose score is at or above the `gamma`-th percentile
+    retrain    delta is free at the anchors and zero elsewhere. A scored elastic net is added to the
+               loss: l1 * sum_i |delta_i| / (s_i + epsilon) + l2 * |delta|^2
+               (lambda and mu in the paper)
 
-`l2_unit: relative` writes l2 * |delta|^2 / |v|^2 for the last term. Differs from the paper, as its
-formula stands: its values of mu are those of `v_weight_decay` in the editors' files, which stands
-over |v|^2 in published code; without that, 0.5 * |delta|^2 outweighs the rest of the loss a
-hundredfold where |delta| is a few times ten, and takes the edit back.
+`l2_unit: relative` makes the last term l2 * |delta|^2 / |v|^2. Differs from the paper as its
+formula stands: its values of mu are those of `v_weight_decay` in the editors' files, which is
+divided by |v|^2 in published code. Without that, 0.5 * |delta|^2 outweighs the rest of the loss a
+hundredfold where |delta| is a few tens, and the edit is lost.
 
-So ROME's update differs from that of delta = 0 in the anchors' rows of the matrix alone, and
-MEMIT's first layer writes no others. Steps are counted as in a plain search, by how often the loss
-is taken: 10 + 10 steps are 20 passes forward and 19 back, 10 of them in the first descent, as
-`target.steps` of 20 are. The editor's own `target.steps` has no say.
+ROME's update therefore differs from that of delta = 0 in the anchors' rows of the matrix alone, and
+MEMIT's first layer writes no other rows. Steps count evaluations of the loss, as in a plain search:
+10 + 10 steps are 20 forward and 19 backward passes, 10 of them in the first descent, the same as
+`target.steps` = 20. The editor's own `target.steps` is not used.
 
-`variant: published_code` is what the authors' code does instead. It fixes the numbers, has no l2,
-and its two programs differ:
+`variant: published_code` follows the authors' code. It fixes the numbers and has no l2. Its two
+programs differ:
 
-    ROME     20 % of the coordinates; retraining goes on from delta at the anchors; the l1 term is computed and shown, but not added
-    MEMIT    5 % of them; retraining starts from zero and takes 15 updates; the l1 term is added
+    ROME     20 % of the coordinates; retraining starts from delta at the anchors; the l1 term is
+             computed and displayed, but not added
+    MEMIT    5 % of the coordinates; retraining starts from zero and takes 15 updates; the l1 term
+             is added
 
-It moves after every loss, so 10 + 10 and 10 + 15 times; here one more pass forward tells where that
-ends.
+It updates after every loss, so 10 + 10 and 10 + 15 times. Here one more forward pass measures the
+loss at the end.
 
-Shape letters: N requests, K those of them that still go on, O width of the target vector.
+Shape letters: N requests, K the requests that are still optimised, O width of the target vector.
 """
 
 from __future__ import annotations
@@ -40,12 +44,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from editkit.errors import OptionError
+from editkit.errors import OptionError, message
 from editkit.lazy import torch
 from editkit.restraints.base import AbstractObjectiveRestraint
 
 if TYPE_CHECKING:
     from editkit.targets.descent import Descent, Penalty, TargetProblem
+    from editkit.targets.objective import Site
 
 Variant = Literal["paper", "published_code"]
 Unit = Literal["absolute", "relative"]
@@ -54,7 +59,7 @@ Selector = Literal["saliency", "gradient", "magnitude", "random"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """What a search for a target vector of some size is made of."""
+    """The numbers of a search for a target vector of some size."""
 
     updates_search: int
     num_anchors: int
@@ -66,8 +71,7 @@ class Numbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Eac(AbstractObjectiveRestraint):
-    """Restrains the target vector to its anchors; its options are those of
-    `conf/restraint/eac.yaml`.
+    """Restrains the target vector to its anchors. `conf/restraint/eac.yaml` documents the options.
 
     Raises:
         OptionError: an option is out of range.
@@ -79,8 +83,8 @@ class Eac(AbstractObjectiveRestraint):
     l2: float
     l2_unit: Unit
     epsilon: float
-    steps_search: int  # how often the loss is taken, each time followed by an update
-    steps_retrain: int  # how often the loss is taken; updates lie between, so one fewer
+    steps_search: int  # evaluations of the loss, each followed by an update
+    steps_retrain: int  # evaluations of the loss; one update fewer
     selector: Selector
     saliency: bool
     elastic_net: bool
@@ -90,39 +94,33 @@ class Eac(AbstractObjectiveRestraint):
         problems = []
         for name, kinds in {"variant": Variant, "l2_unit": Unit, "selector": Selector}.items():
             if getattr(self, name) not in get_args(kinds):
+                allowed = ", ".join(get_args(kinds))
                 problems.append(
-                    f"{name}: there is no such - given {getattr(self, name)!r} - allowed: {', '.join(get_args(kinds))}"
+                    message(name, "unknown choice", got=getattr(self, name), expected=allowed)
                 )
         if not 0 <= self.gamma < 100:
-            problems.append(
-                f"gamma: must be a percentile - given {self.gamma} - allowed: 0 to below 100; 80 keeps the top 20 %"
-            )
+            expected = "a percentile, 0 to below 100; 80 keeps the top 20 %"
+            problems.append(message("gamma", "out of range", got=self.gamma, expected=expected))
         for name in ("l1", "l2"):
             if not 0 <= getattr(self, name) < math.inf:
-                problems.append(
-                    f"{name}: must be a weight - given {getattr(self, name)} - allowed: 0 or more"
-                )
+                got = getattr(self, name)
+                problems.append(message(name, "out of range", got=got, expected="0 or more"))
         if not 0 < self.epsilon < math.inf:
-            problems.append(
-                f"epsilon: must be positive, a saliency of 0 is divided by it - given {self.epsilon} - published: 1e-6"
-            )
+            expected = "a positive number, as a saliency may be 0; published: 1e-6"
+            problems.append(message("epsilon", "out of range", got=self.epsilon, expected=expected))
         for name, fewest in {"steps_search": 1, "steps_retrain": 2}.items():
             if getattr(self, name) < fewest:
-                problems.append(
-                    f"{name}: too few, delta would not move - given {getattr(self, name)} - allowed: {fewest} or more"
-                )
+                got, expected = getattr(self, name), f"{fewest} or more, so that delta moves"
+                problems.append(message(name, "out of range", got=got, expected=expected))
         if not self.saliency and self.selector != "saliency":
-            problems.append(
-                f"selector: has no effect where saliency=false frees every coordinate - given {self.selector!r}"
-            )
+            problem = "has no effect with saliency=false, which frees every coordinate"
+            problems.append(message("selector", problem, got=self.selector))
         if problems:
             raise OptionError(problems)
 
-    def search(
-        self, problem: TargetProblem, *, request_ids: Sequence[str], site: Literal["mlp", "block"]
-    ) -> Descent:
-        """Both descents; for a request that never moved in the first, or met a number that is not
-        finite, the first alone.
+    def search(self, problem: TargetProblem, *, request_ids: Sequence[str], site: Site) -> Descent:
+        """Both descents. A request whose delta never moved in the first descent, or whose loss was
+        not finite there, keeps the first one's result.
         """
         numbers = self.numbers(problem.initial_NO.shape[1], site)
         first = problem.descend(updates=numbers.updates_search, final_loss=False)
@@ -138,7 +136,7 @@ class Eac(AbstractObjectiveRestraint):
             penalty=self.penalty(first, numbers, problem.initial_NO) if self.elastic_net else None,
         )
 
-    def numbers(self, size: int, site: Literal["mlp", "block"]) -> Numbers:
+    def numbers(self, size: int, site: Site) -> Numbers:
         """For a target vector of that size; the authors' ROME searches at an MLP, their MEMIT at a
         block.
         """

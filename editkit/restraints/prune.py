@@ -1,21 +1,21 @@
-"""PRUNE: the singular values of the sum of updates, held back where they exceed the largest one of
-the unedited matrix.
+"""PRUNE: the singular values of the total are reduced where they exceed the largest singular value
+of the unedited matrix.
 
-Ma et al. 2024, "Perturbation-Restrained Sequential Model Editing" (arXiv 2405.16821). With D = W_N
-- W_0 = U S V^T and s = sigma_max(W_0), every S_i >= s becomes F(S_i) and the model that is
-evaluated has W_0 + U F(S) V^T:
+Ma et al. 2024, "Perturbation-Restrained Sequential Model Editing" (arXiv 2405.16821). With
+D = W_N - W_0 = U S V^T and s = sigma_max(W_0), every S_i >= s becomes F(S_i). The evaluated model
+has W_0 + U F(S) V^T:
 
     log      F(S) = log_alpha(S) + s - log_alpha(s)
     linear   F(S) = S / 2 + s / 2
 
-Both are continuous at s; the authors' code offers both, and alpha in {e, 2, 1.5, 1.2}. Only
-triplets above s change, so the correction sum_i (F(S_i) - S_i) u_i v_i^T has their number as its
-rank and comes from the factors of D; the authors take four full singular value decompositions a
-matrix.
+Both are continuous at s. The authors' code offers both, and alpha in {e, 2, 1.5, 1.2}. Only
+triplets above s change: the correction sum_i (F(S_i) - S_i) u_i v_i^T has their number as its rank
+and is computed from the factors of D. The authors compute four full singular value decompositions
+a matrix.
 
-Differs from the authors' code (edit_load.py): F has slope 1 / (s ln alpha) at s, so for s < 1 / ln
-alpha it enlarges what it should restrain; there in silence, here an error unless `allow_amplify`.
-And D keeps the singular values that theirs drops as numerically zero.
+Differs from the authors' code (edit_load.py): F has slope 1 / (s ln alpha) at s, so for
+s < 1 / ln alpha it enlarges singular values. Their code does so silently; here it is an error
+unless `allow_amplify`. And D keeps the singular values that their code drops as numerically zero.
 
 Shape letters: O d_out, I d_in, K number of singular triplets.
 """
@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from editkit.errors import OptionError
+from editkit.errors import OptionError, message
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.linalg.total import Total
@@ -39,8 +39,7 @@ ApplyAt = Literal["evaluation", "end", "every"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(AbstractTotalRestraint):
-    """Restrains the total of each matrix by itself. `alpha` is the base of the logarithm; `linear`
-    does not use it.
+    """Restrains the total of each matrix. `alpha` is the base of the logarithm; `linear` has none.
 
     Raises:
         OptionError: an option is out of range.
@@ -54,44 +53,35 @@ class Prune(AbstractTotalRestraint):
 
     def __post_init__(self) -> None:
         problems = []
-        if self.function not in get_args(Function):
-            problems.append(
-                f"function: no such function - given {self.function!r} - allowed: {', '.join(get_args(Function))}"
-            )
+        for name, kinds in {"function": Function, "apply_at": ApplyAt}.items():
+            if getattr(self, name) not in get_args(kinds):
+                allowed = ", ".join(get_args(kinds))
+                problems.append(
+                    message(name, "unknown choice", got=getattr(self, name), expected=allowed)
+                )
         if not (math.isfinite(self.alpha) and self.alpha > 1):
-            problems.append(
-                f"alpha: a base of the logarithm must exceed 1 - given {self.alpha} - the paper's: 1.2, 1.5, 2, e"
-            )
-        if self.apply_at not in get_args(ApplyAt):
-            problems.append(
-                f"apply_at: no such time - given {self.apply_at!r} - allowed: {', '.join(get_args(ApplyAt))}"
-            )
+            expected = "above 1, as a base of the logarithm; the paper's: 1.2, 1.5, 2, e"
+            problems.append(message("alpha", "out of range", got=self.alpha, expected=expected))
         if self.apply_at == "every" and (self.every is None or self.every < 1):
-            problems.append(
-                f"every: apply_at=every wants a number of steps - given {self.every} - allowed: 1 or more"
-            )
+            expected = "a number of steps, at least 1, with apply_at=every"
+            problems.append(message("every", "out of range", got=self.every, expected=expected))
         if self.apply_at != "every" and self.every is not None:
-            problems.append(
-                f"every: has no effect with apply_at={self.apply_at} - given {self.every} - set every=null or apply_at=every"
-            )
+            problem = f"has no effect with apply_at={self.apply_at}"
+            fix = "set every=null or apply_at=every"
+            problems.append(message("every", problem, got=self.every, fix=fix))
         if problems:
             raise OptionError(problems)
 
     def check(self, base_sigma_max: Mapping[str, float]) -> list[str]:
-        """The matrices on which F would enlarge singular values (or has no value), with what to
-        do.
-        """
-        return [
-            problem
-            for module, sigma in base_sigma_max.items()
-            if (problem := self._problem(module, sigma)) is not None
-        ]
+        """The matrices on which F would enlarge singular values or has no value."""
+        found = (self._problem(module, sigma) for module, sigma in base_sigma_max.items())
+        return [problem for problem in found if problem is not None]
 
     def correction(self, total: Total, base_sigma_max: float) -> LowRank | None:
-        """What to add to the total D so that it becomes F(D), in float64; None where no singular
+        """The low-rank correction that turns the total D into F(D), in float64; None if no singular
         value exceeds sigma_max(W_0).
 
-        A total that is not finite has no singular values and is left as it is.
+        A total that is not finite has no singular values and stays as it is.
         """
         if total.is_zero or not total.is_finite():
             return None
@@ -117,11 +107,16 @@ class Prune(AbstractTotalRestraint):
         if self.function == "linear":
             return None
         if not sigma > 0:
-            return f"function: the logarithm needs sigma_max(W_0) > 0 - {module} has {sigma} - use function=linear"
+            problem = f"the logarithm needs sigma_max(W_0) > 0, and {module} has {sigma}"
+            return message("function", problem, fix="use function=linear")
         limit = 1 / math.log(self.alpha)
         if sigma >= limit or self.allow_amplify:
             return None
-        return (
-            f"alpha: F would enlarge singular values of {module} - sigma_max(W_0) = {sigma:.4g} is below 1/ln(alpha) = {limit:.4g} for "
-            f"alpha = {self.alpha:g} - use alpha >= {math.exp(1 / sigma):.4g}, function=linear, or allow_amplify=true"
+        return message(
+            "alpha",
+            f"F would enlarge singular values of {module}, as sigma_max(W_0) = {sigma:.4g} is "
+            f"below 1/ln(alpha) = {limit:.4g}",
+            got=self.alpha,
+            expected=f"at least {math.exp(1 / sigma):.4g}",
+            fix="raise alpha, or set function=linear or allow_amplify=true",
         )
