@@ -166,13 +166,8 @@ class Mend(AbstractEditor[MendPlan]):
         """
         model = step.model
         network = self._network(model, bytes(step.state["hypernetwork"].tolist()).hex())
-        texts = questions(
-            model,
-            encode_with_targets(
-                model.tokenizer,
-                [(request.full_prompt, request.target) for request in step.requests],
-            ),
-        )
+        prompts = [(request.full_prompt, request.target) for request in step.requests]
+        texts = questions(model, encode_with_targets(model.tokenizer, prompts))
         factors, log_p_B = gradient_factors(model, network.modules, texts)
         updates = {}
         with torch.no_grad():

@@ -34,7 +34,9 @@ def peak_memory(device: str) -> int:
 
 
 class Peaks:
-    """Records the peak of each named phase; phases do not nest. Without a device it records nothing."""
+    """Records the peak of each named phase. Phases do not nest. Without a device nothing is
+    recorded.
+    """
 
     def __init__(self, device: str | None = None) -> None:
         self._device = device
