@@ -1,6 +1,4 @@
-"""The computation of second moments on the screen: what it will take, how far it is, how long it
-still takes.
-"""
+"""Progress of the collection of second moments on the screen, with the estimated time left."""
 
 from __future__ import annotations
 
@@ -13,18 +11,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-LINE_EVERY_S = 30.0  # where there is no terminal
+LINE_EVERY_S = 30.0  # without a terminal
 
 
 class Collecting:
-    """Takes what `stats.build.fill_store` tells; on stderr."""
+    """Shows on stderr what `stats.build.fill_store` reports."""
 
     def __init__(self, console: Console, bar: Progress) -> None:
         self._console, self._bar = console, bar
         self._start: tuple[float, int] | None = (
             None  # when this process began, and how many documents were done before
         )
-        self._said = 0.0
+        self._last_line_at = 0.0
 
     def announce(self, sentence: str) -> None:
         self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
@@ -33,22 +31,22 @@ class Collecting:
         now = time.monotonic()
         if self._start is None:
             self._start = (now, done)
-            self._said = now
+            self._last_line_at = now
             if self._console.is_terminal:
                 self._bar.add_task("documents", total=of, completed=done, left="")
             return
         left = left_text(now - self._start[0], done=done - self._start[1], remaining=of - done)
         if self._console.is_terminal:
             self._bar.update(self._bar.task_ids[0], completed=done, left=left)
-        elif now - self._said >= LINE_EVERY_S or done == of:
-            self._said = now
+        elif now - self._last_line_at >= LINE_EVERY_S or done == of:
+            self._last_line_at = now
             self.announce(f"documents {done} of {of}{', ' + left if left else ''}")
 
 
 @contextlib.contextmanager
 def collecting() -> Iterator[Collecting]:
-    """A bar on a terminal, a line now and then elsewhere; nothing where nothing has to be
-    computed.
+    """A progress bar on a terminal, a line every 30 seconds elsewhere. Nothing is shown if nothing
+    is computed.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -67,7 +65,7 @@ def collecting() -> Iterator[Collecting]:
 
 
 def left_text(seconds: float, *, done: int, remaining: int) -> str:
-    """How long the rest takes at the pace so far; empty where nothing can be said, or is left."""
+    """The remaining time at the pace so far; empty if it is unknown or nothing remains."""
     if done <= 0 or remaining <= 0:
         return ""
     left = seconds / done * remaining

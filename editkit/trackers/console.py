@@ -1,14 +1,14 @@
-"""What a person sees of a run: progress, warnings, and the final table.
+"""A run on the console: progress, warnings and the final table.
 
-A line at every milestone, and on a terminal a progress bar below. rich is imported when it is
-needed: naming this tracker costs nothing.
+There is a line for each milestone and, on a terminal, a progress bar. rich is imported when a run
+is opened, so that choosing this tracker costs nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 from editkit.records.tracker import AbstractTracker, RunInfo, Status
 from editkit.trackers.display import Display, say_warning
 from editkit.trackers.watch import Watch
@@ -17,12 +17,16 @@ from editkit.types import EvalRecord, StepRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Console(AbstractTracker):
-    """Shows a run on stdout. The thresholds say when a person is warned, see `Watch`."""
+    """Shows a run on stdout. `Watch` explains the thresholds of its warnings.
+
+    Raises:
+        OptionError: a threshold is out of range.
+    """
 
     condition_ratio: float = 100.0  # times the condition number of the unedited matrix
     loss_ratio: float = 10.0  # times the running median of the loss
-    loss_window: int = 50  # how many losses that median runs over
-    # The run that is on display, or none: the options are frozen, what they open is not.
+    loss_window: int = 50  # number of losses in that median
+    # The run on display, if any. The options are frozen; this list is not.
     _open: list[Display] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -32,11 +36,11 @@ class Console(AbstractTracker):
             "loss_window": self.loss_window,
         }
         if wrong := [
-            f"tracker.{name}: {value} was given; a number of at least 1 is needed."
+            message(name, "out of range", got=value, expected="at least 1")
             for name, value in given.items()
             if not value >= 1
         ]:
-            raise ConfigError(wrong)
+            raise OptionError(wrong)
 
     def open(self, run: RunInfo) -> None:
         assert not self._open, "a tracker watches one run at a time"

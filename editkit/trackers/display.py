@@ -1,4 +1,4 @@
-"""One run on the screen: what the `Console` tracker opens."""
+"""One run on the screen, opened by the `Console` tracker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENDINGS = {
 
 
 def say_warning(text: str, *, out: Console | None = None) -> None:
-    """Shows a warning, above the progress bar where there is one."""
+    """Shows a warning, above the progress bar if there is one."""
     from rich.console import Console
 
     (out or Console(highlight=False)).print(
@@ -35,8 +35,8 @@ def say_warning(text: str, *, out: Console | None = None) -> None:
 
 
 class Display:
-    """Follows one run's records. Holds those of the milestones only: a run of 10,000 edits must not
-    fill the memory.
+    """Follows the records of one run. It keeps those of milestones only, so that a run of 10,000
+    edits does not fill the memory.
     """
 
     def __init__(self, info: RunInfo, watch: Watch) -> None:
@@ -48,13 +48,13 @@ class Display:
         self._steps: dict[int, StepRecord] = {}  # the measured ones, by step
         self._evals: dict[tuple[object, ...], EvalRecord] = {}
         self._last: StepRecord | None = None
-        self._condition = math.nan  # the newest that was measured, the largest over the matrices
-        self._seconds, self._edits = 0.0, 0  # spent on edits in this session, measuring left out
+        self._condition = math.nan  # the latest measured one, the maximum over the matrices
+        self._seconds, self._edits = 0.0, 0  # spent on edits in this session, without measuring
         self._started = time.monotonic()
         if info.resumed_at:
             self._recall()
-        past = f", going on after step {info.resumed_at}" if info.resumed_at else ""
-        self._say(f"{info.name}: {info.edits} {info.unit}; views: {', '.join(info.views)}{past}")
+        past = f", resumed after step {info.resumed_at}" if info.resumed_at else ""
+        self._print(f"{info.name}: {info.edits} {info.unit}; views: {', '.join(info.views)}{past}")
         self._bar: Progress | None = (
             _progress(self._out, info.unit) if self._out.is_terminal else None
         )
@@ -65,7 +65,7 @@ class Display:
             self._bar.start()
 
     def step(self, record: StepRecord) -> None:
-        self._say_milestone()
+        self._print_milestone()
         self._last = record
         for text in self._watch.look(record):
             self.warn(text)
@@ -97,7 +97,7 @@ class Display:
     def close(self, status: Status) -> None:
         from editkit.report.show import Summary
 
-        self._say_milestone()
+        self._print_milestone()
         if self._bar is not None:
             self._bar.stop()
         title = f"{self._info.name}: {ENDINGS[status]}"
@@ -105,21 +105,21 @@ class Display:
         try:
             self._out.print(Summary(title=title, table=self._table(list(self._evals.values()))))
         except ConfigError as error:  # a table that cannot be drawn must not cost the run
-            self._say(f"{title}; no table: {error}")
+            self._print(f"{title}; no table: {error}")
         if self._watch.num_nonfinite:
             self.warn(f"{self._watch.num_nonfinite} steps had numbers that are not finite")
-        self._say(f"records, state and figures: {self._info.folder}")
+        self._print(f"records, state and figures: {self._info.folder}")
 
     def _recall(self) -> None:
-        """What came before this session, from the run's files: the final table and the thresholds
-        are those of the whole run.
+        """Reads the records of earlier sessions, so that the final table and the thresholds cover
+        the whole run.
         """
         from editkit.records.reader import load_run
 
         try:
             past = load_run(self._info.folder)
         except ConfigError as error:
-            self.warn(f"the table will begin after step {self._info.resumed_at}: {error}")
+            self.warn(f"the table begins after step {self._info.resumed_at}: {error}")
             return
         self._evals = {
             _identity(record): record
@@ -129,16 +129,16 @@ class Display:
         measured = {0} | {record.step for record in self._evals.values()}
         for record in past.steps:
             if record.step <= self._info.resumed_at:
-                list(self._watch.look(record))  # it warned of these then
+                list(self._watch.look(record))  # their warnings were shown then
                 if record.step in measured:
                     self._steps[record.step] = record
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._out.print(text, markup=False, soft_wrap=True)
 
-    def _say_milestone(self) -> None:
-        """A line when a milestone's measurements are complete, which is known when something else
-        comes.
+    def _print_milestone(self) -> None:
+        """Prints a line for a milestone once its measurements are complete, which the next record
+        shows.
         """
         if self._last is None:
             return
@@ -162,7 +162,7 @@ class Display:
                     f"{column.title} {text}" for column, text, cell in measured if cell is not None
                 )
             )
-        self._say(" | ".join(parts))
+        self._print(" | ".join(parts))
 
     def _table(self, evals: list[EvalRecord]) -> Table:
         edits = {record.step: self._edits_at(record.step) for record in evals}
@@ -173,12 +173,12 @@ class Display:
         return min(step * self._info.batch_size, self._info.edits)
 
     def _figures(self) -> list[str]:
-        """How fast, how long still, and how the last edit went."""
+        """Seconds an edit, the time left, and the loss of the last edit."""
         figures = []
         if self._edits and self._last is not None:
             remaining = self._info.edits - self._edits_at(self._last.step)
-            # The wall time, measuring included: later milestones measure more edits, so this is a
-            # little too hopeful.
+            # Wall time, measuring included. Later milestones measure more edits, so the time left
+            # is somewhat underestimated.
             left_s = (time.monotonic() - self._started) / self._edits * remaining
             figures.append(f"{self._seconds / self._edits:.2f} s/edit")
             if remaining:
@@ -189,7 +189,7 @@ class Display:
 
 
 def _identity(record: EvalRecord) -> tuple[object, ...]:
-    """What one measurement is of: a run that goes on may repeat the last milestone."""
+    """Identifies a measurement: a resumed run may repeat the last milestone."""
     part = (record.block, record.subset)
     return (
         record.step,

@@ -1,6 +1,4 @@
-"""A tracker that fails is left out from then on, and the run goes on: nothing that only watches may
-cost a run.
-"""
+"""A tracker that fails is switched off, and the run continues: an observer must not cost a run."""
 
 from __future__ import annotations
 
@@ -13,22 +11,23 @@ from editkit.types import EvalRecord, SampleRecord, StepRecord
 log = logging.getLogger(__name__)
 
 
-def attempt(what: str, action: Callable[[], object], complain: Callable[[str], object]) -> bool:
-    """Whether it went well; if not, it is said in a sentence."""
+def attempt(what: str, action: Callable[[], object], warn: Callable[[str], object]) -> bool:
+    """Whether the action succeeded. A failure is reported in one sentence."""
     try:
         action()
     except Exception as error:
         reason = " ".join(str(error).split())
-        complain(
-            f"{what} failed and is left out from now on; the run and its files go on ({type(error).__name__}: {reason})"
+        warn(
+            f"{what} failed and is switched off; the run and its files are not affected "
+            f"({type(error).__name__}: {reason})"
         )
         return False
     return True
 
 
 class Guarded(AbstractTracker):
-    """Passes everything on to one tracker until that fails. Stops a run only where a person stops
-    it.
+    """Forwards every call to one tracker until that fails. Only a person's interrupt passes
+    through.
     """
 
     def __init__(self, tracker: AbstractTracker) -> None:
@@ -36,26 +35,26 @@ class Guarded(AbstractTracker):
         self._works = True
 
     def open(self, run: RunInfo) -> None:
-        self._pass_on(lambda: self._tracker.open(run))
+        self._forward(lambda: self._tracker.open(run))
 
     def step(self, record: StepRecord) -> None:
-        self._pass_on(lambda: self._tracker.step(record))
+        self._forward(lambda: self._tracker.step(record))
 
     def evaluation(self, record: EvalRecord) -> None:
-        self._pass_on(lambda: self._tracker.evaluation(record))
+        self._forward(lambda: self._tracker.evaluation(record))
 
     def samples(self, record: SampleRecord) -> None:
-        self._pass_on(lambda: self._tracker.samples(record))
+        self._forward(lambda: self._tracker.samples(record))
 
     def warning(self, text: str) -> None:
         if self._works:
-            self._pass_on(lambda: self._tracker.warning(text))
+            self._forward(lambda: self._tracker.warning(text))
         else:
             log.warning(text)
 
     def close(self, status: Status) -> None:
-        self._pass_on(lambda: self._tracker.close(status))
+        self._forward(lambda: self._tracker.close(status))
 
-    def _pass_on(self, call: Callable[[], object]) -> None:
+    def _forward(self, call: Callable[[], object]) -> None:
         if self._works:
             self._works = attempt(f"the tracker {type(self._tracker).__name__}", call, log.warning)

@@ -1,4 +1,4 @@
-"""Nothing on the screen: for sweeps, where the files say it all."""
+"""No output: for sweeps, whose results are read from files."""
 
 from __future__ import annotations
 

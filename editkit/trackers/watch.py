@@ -1,6 +1,4 @@
-"""Signs that a run is going wrong: a condition number or a loss that runs away. Values in,
-sentences out.
-"""
+"""Warning signs of a run: a condition number or a loss that grows without bound."""
 
 from __future__ import annotations
 
@@ -11,17 +9,17 @@ from collections.abc import Iterator
 
 from editkit.types import StepRecord
 
-MIN_LOSSES = 5  # before that many the median says nothing
-REPEAT = 10.0  # having warned of a value, be silent until it is this many times worse
+MIN_LOSSES = 5  # fewer give no useful median
+REPEAT = 10.0  # the next warning comes when the value is this many times worse
 
 
 class Watch:
-    """Looks at one run's steps in order.
+    """Watches the steps of one run in order.
 
-    Warns of a matrix whose condition number passes `condition_ratio` times that of step 0, and of a
-    loss above `loss_ratio` times the median of the last `loss_window` losses; again only when it is
-    ten times worse, so that a run of thousands of edits does not drown in warnings. Of numbers that
-    are not finite it warns at the 1st, 10th, 100th... step that has them.
+    It warns of a matrix whose condition number exceeds `condition_ratio` times that of step 0, and
+    of a loss above `loss_ratio` times the median of the last `loss_window` losses. It repeats a
+    warning when the value is ten times worse, so that a run of thousands of edits has few warnings.
+    It warns of numbers that are not finite at the 1st, 10th, 100th... step that has them.
     """
 
     def __init__(self, *, condition_ratio: float, loss_ratio: float, loss_window: int) -> None:
@@ -33,7 +31,7 @@ class Watch:
         self.num_nonfinite = 0
 
     def look(self, record: StepRecord) -> Iterator[str]:
-        """What a person should know of this step."""
+        """The warnings of this step."""
         if record.step == 0:
             self._unedited = {
                 module: figures["condition_number"]
@@ -48,12 +46,18 @@ class Watch:
                 figures.get("condition_number", math.nan),
             )
             if self._is_news(f"condition of {module}", now, self._condition_ratio * before):
-                yield f"step {record.step}: condition number of {module} {now:.3g}, {now / before:.3g} times the unedited {before:.3g}"
+                yield (
+                    f"step {record.step}: condition number of {module} {now:.3g}, "
+                    f"{now / before:.3g} times the unedited {before:.3g}"
+                )
         loss = record.target.get("loss", math.nan)
         if len(self._losses) >= MIN_LOSSES:
             median = statistics.median(self._losses)
             if self._is_news("loss", loss, self._loss_ratio * median):
-                yield f"step {record.step}: loss {loss:.3g}, {loss / median:.3g} times the median {median:.3g} of those before"
+                yield (
+                    f"step {record.step}: loss {loss:.3g}, {loss / median:.3g} times the median "
+                    f"{median:.3g} of those before"
+                )
         if math.isfinite(loss):
             self._losses.append(loss)
 
@@ -72,7 +76,8 @@ class Watch:
             self.num_nonfinite += 1
             if math.log10(self.num_nonfinite).is_integer():
                 again = f" (the {self.num_nonfinite}th such step)" if self.num_nonfinite > 1 else ""
-                yield f"step {record.step}: {where} is not finite{again}; requests {', '.join(record.requests)}"
+                requests = ", ".join(record.requests)
+                yield f"step {record.step}: {where} is not finite{again}; requests {requests}"
 
     def _is_news(self, name: str, value: float, limit: float) -> bool:
         if not (

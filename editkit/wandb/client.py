@@ -1,4 +1,4 @@
-"""One W&B run, as the tracker and `editkit push` write it. wandb is imported when one is opened."""
+"""One W&B run, as the tracker and `editkit push` write it. wandb is imported when it is opened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.files import read_object, write_atomically
 from editkit.records.reader import load_run
 from editkit.report.labels import labels
@@ -19,13 +19,14 @@ from editkit.types import SampleRecord
 from editkit.wandb.history import STEP, evaluation_table, sample_key, sample_table
 
 Mode = Literal["online", "offline", "disabled"]
-MARKER = "wandb.json"  # in a run's folder: where its W&B run is
+MARKER = "wandb.json"  # in a run's folder: the location of its W&B run
 MAX_TAG = 64  # characters, W&B's limit
+INSTALL = "pip install 'editkit[wandb]'"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a run is sent to, and what goes with its numbers."""
+    """The destination of a run, and what is sent besides its numbers."""
 
     mode: Mode
     project: str
@@ -39,27 +40,27 @@ class Target:
 
 
 def require_wandb() -> str | None:
-    """What is missing, in a sentence; None if nothing is."""
+    """The reason why W&B cannot be used; None if it can."""
     if importlib.util.find_spec("wandb") is None:
-        return "wandb is not installed: pip install 'editkit[wandb]'."
+        return "wandb is not installed"
     return None
 
 
 def run_id(folder: Path) -> str:
-    """The id of a cell's W&B run: experiment, name with the configuration's hash, and seed,
-    wherever the outputs are.
+    """The id of a cell's W&B run. It is made of experiment, name with the configuration's hash, and
+    seed; the outputs' folder has no part in it.
     """
     cell = "/".join(folder.absolute().parts[-3:])
     return hashlib.sha256(cell.encode()).hexdigest()[:16]
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """What `wandb.json` says; empty where there is none that can be read."""
+    """The content of `wandb.json`; empty if it cannot be read."""
     return read_object(folder / MARKER)
 
 
 class WandbRun:
-    """An open W&B run. Everything may raise; whoever calls decides what that means."""
+    """An open W&B run. Every method may raise W&B's errors; the caller handles them."""
 
     def __init__(
         self, folder: Path, config: Mapping[str, Any], target: Target, *, id: str, resume: bool
@@ -67,8 +68,10 @@ class WandbRun:
         """Opens it.
 
         Args:
-            folder: the cell's. config: resolved. resume: whether to go on in a run of this id. W&B
-            then ignores rows of steps that it has; otherwise such a run is replaced.
+            folder: of the cell.
+            config: resolved.
+            resume: whether to continue a run of this id. W&B then ignores rows of steps that it
+                has; otherwise such a run is replaced.
         """
         import wandb
 
@@ -115,8 +118,8 @@ class WandbRun:
         self._run.define_metric("*", step_metric=STEP)
 
     def mark(self, *, pushed: str | None) -> None:
-        """Notes in the cell's folder where its W&B run is; `pushed` is the digest of the files that
-        it holds completely.
+        """Writes the location of the W&B run into the cell's folder. `pushed` is the digest of the
+        files that were sent completely.
         """
         url = self._run.url if self._target.mode == "online" else None
         where = {
@@ -131,7 +134,7 @@ class WandbRun:
         )
 
     def log(self, row: Mapping[str, Any], *, step: int) -> None:
-        """Adds to the row of a step; W&B keeps it open until a later step comes."""
+        """Adds to the row of a step. W&B keeps a row open until a later step comes."""
         self._run.log(dict(row), step=step)
 
     def samples(self, record: SampleRecord) -> None:
@@ -151,8 +154,8 @@ class WandbRun:
             )
 
     def conclude(self, *, failed: bool) -> None:
-        """Sends what the cell's folder holds in the end (table of evaluations, figures, artifacts),
-        and waits for the upload.
+        """Sends the table of evaluations, figures and artifacts from the cell's folder, and waits
+        for the upload.
         """
         import wandb
 
@@ -176,7 +179,7 @@ class WandbRun:
         self.finish(failed=failed)
 
     def finish(self, *, failed: bool) -> None:
-        """Closes it; rows that were logged are sent or stay on the disk."""
+        """Closes it. Logged rows are sent, or stay on the disk."""
         self._run.finish(exit_code=int(failed))
 
     def _log_artifacts(self) -> None:
@@ -197,22 +200,23 @@ class WandbRun:
 
 
 def sweep_run_id() -> str | None:
-    """The id that `wandb agent` has chosen, where it started this process."""
+    """The id that `wandb agent` chose, if it started this process."""
     return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 def checked(target: Target, key: str = "tracker") -> None:
-    """Raises ConfigError for values that W&B would refuse later, or if it is not installed."""
+    """Raises ConfigError for values that W&B would refuse later, and if it is not installed."""
     problems = []
     if target.mode != "disabled" and (missing := require_wandb()):
-        problems.append(f"{key}=wandb: {missing}")
+        problems.append(message(f"{key}=wandb", missing, fix=INSTALL))
     if not target.project:
-        problems.append(f"{key}.project: a name is needed.")
+        problems.append(message(f"{key}.project", "must be a name", got=target.project))
     if target.max_samples < 0:
-        problems.append(f"{key}.max_samples: {target.max_samples} was given; at least 0.")
-    if target.timeout_s <= 0:
+        got = target.max_samples
         problems.append(
-            f"{key}.timeout_s: {target.timeout_s} was given; more than 0 seconds are needed."
+            message(f"{key}.max_samples", "out of range", got=got, expected="0 or more")
         )
+    if target.timeout_s <= 0:
+        problems.append(message(f"{key}.timeout_s", "must be positive", got=target.timeout_s))
     if problems:
         raise ConfigError(problems)

@@ -1,8 +1,7 @@
 """The papers' panels as a W&B workspace: condition number, L1 norm, editing metrics and tasks
 against edits, grouped by restraint.
 
-The definition is made by W&B's own library and written as a file; saving it on W&B is one more
-call.
+W&B's own library makes the definition, which is written as a file. One more call saves it on W&B.
 """
 
 from __future__ import annotations
@@ -14,30 +13,32 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.files import write_atomically
 from editkit.records.reader import RunRecords
 from editkit.report.tables import EDITING_ORDER, is_summarised
+from editkit.wandb.client import INSTALL
 from editkit.wandb.history import EDITS, STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
-VIEW = "[^/]+"  # any view: a line each
+VIEW = "[^/]+"  # any view; each has its own line
 WEIGHTS = {
     "condition number (PRUNE, Figure 2)": ("condition_number", True),
-    "L1 norm (D4S and EAC: what grows with the edits)": ("l1_norm", False),
+    "L1 norm (D4S and EAC: it grows with the edits)": ("l1_norm", False),
 }
 
 
 def workspace(runs: Sequence[RunRecords], *, project: str, entity: str, name: str) -> Workspace:
-    """The workspace; its panels are those for what `runs` have measured, or for what any run may
-    measure where there are none.
+    """The workspace, with panels for the measurements of `runs`. Without runs it has panels for all
+    known metrics.
 
-    Raises ConfigError where W&B's library is missing.
+    Raises:
+        ConfigError: W&B's library is missing.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
-        raise ConfigError("editkit dashboard needs wandb-workspaces: pip install 'editkit[wandb]'.")
+        raise ConfigError(message("dashboard", "wandb-workspaces is not installed", fix=INSTALL))
     import wandb_workspaces.workspaces as ws
 
     sections = [
@@ -102,7 +103,7 @@ def _weight_panels() -> list[Any]:
 
 
 def _editing_sections(runs: Sequence[RunRecords]) -> Iterable[Section]:
-    """A section per protocol: protocols never share a panel."""
+    """A section for each protocol: protocols never share a panel."""
     records = [
         record
         for run in runs
@@ -130,7 +131,7 @@ def _editing_sections(runs: Sequence[RunRecords]) -> Iterable[Section]:
 
 
 def _task_sections(runs: Sequence[RunRecords]) -> Iterable[Section]:
-    """A section per suite, a panel per task and metric."""
+    """A section for each suite, a panel for each task and metric."""
     keys = {
         (record.suite or "", record.task or "", record.metric)
         for run in runs
@@ -159,7 +160,7 @@ def _section(name: str, panels: list[Any]) -> Section:
 def _panel(title: str, pattern: str, *, log: bool = False, percent: bool = False) -> Any:
     import wandb_workspaces.reports.v2 as wr
 
-    return wr.LinePlot(
+    return wr.LinePlot(  # type: ignore[attr-defined] # re-exported without saying so
         title=title,
         x=EDITS,
         metric_regex=pattern,

@@ -1,8 +1,8 @@
-"""From records to the rows of a W&B history: one row a step, named values in it. Values in, values
-out; shared by the tracker and `push`.
+"""From records to the rows of a W&B history: one row a step, with named values. The tracker and
+`push` share it.
 
 Names: `edit/...` of a step, `weights/<metric>/<view>` over all edited matrices,
-`modules/<module>/<metric>` of one (and the view, where it is a restrained one),
+`modules/<module>/<metric>` of one matrix (and the view, if it is a restrained one),
 `editing/<protocol>/<metric>/<view>`, `downstream/<suite>/<task>/<metric>/<view>`, `language/...`.
 """
 
@@ -16,25 +16,25 @@ from typing import Any
 from editkit.types import EvalRecord, SampleRecord, StepRecord
 
 STEP, EDITS = "edit/step", "edit/edits"
-# How a figure of several matrices becomes one.
+# How the figures of several matrices are combined.
 SUMMED: Mapping[str, Callable[[list[float]], float]] = {"condition_number": max, "l1_norm": sum}
 
 
 class History:
-    """Makes the row of each step. Holds the weights of the step at hand only, which come matrix by
-    matrix.
+    """Makes the row of each step. It keeps the weights of the current step only, which arrive
+    matrix by matrix.
     """
 
     def __init__(self, *, trajectory: str, edits: int = 0) -> None:
-        """`trajectory` is the name of the trajectory's own view; `edits` are in the model
-        already.
+        """`trajectory` is the name of the trajectory's own view; `edits` is the number of edits
+        made before.
         """
         self._trajectory = trajectory
         self._edits = edits
         self._weights: dict[tuple[str, str], list[float]] = {}  # by view and metric
 
     def step(self, record: StepRecord) -> dict[str, float]:
-        """What a step adds to its row."""
+        """The values of a step."""
         self._weights.clear()
         self._edits += len(record.requests)
         row: dict[str, float] = {STEP: record.step, EDITS: self._edits}
@@ -51,14 +51,14 @@ class History:
         return row
 
     def evaluation(self, record: EvalRecord) -> dict[str, float]:
-        """What a measurement adds to the row of its step."""
+        """The values of a measurement, for the row of its step."""
         value = math.nan if record.value is None else record.value
         row: dict[str, float] = {STEP: record.step}
         if record.kind == "weights":
             row[f"modules/{_path(str(record.task))}/{record.metric}/{record.view}"] = value
             return row | self._over_matrices(record.view, record.metric, value)
-        # Of tasks and perplexity it says how a whole run edits: with rollback or without. Their
-        # lines begin at step 0 either way.
+        # The timing of tasks and perplexity says whether the run uses rollback. Their lines begin
+        # at step 0 either way.
         timing = (
             record.timing
             if record.kind == "editing" and record.timing not in ("before", "milestone")
@@ -103,9 +103,7 @@ def rows(
 
 
 def evaluation_table(evals: Iterable[EvalRecord]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of a table of all measurements; columns that no record fills are left
-    out.
-    """
+    """Columns and rows of a table of all measurements, without empty columns."""
     import dataclasses
 
     names = [field.name for field in dataclasses.fields(EvalRecord)]
@@ -121,8 +119,8 @@ def evaluation_table(evals: Iterable[EvalRecord]) -> tuple[list[str], list[list[
 def sample_table(
     rows: Iterable[Mapping[str, Any]], limit: int
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns and the first `limit` rows of a table of samples; what is no plain value is written
-    as JSON.
+    """Columns and the first `limit` rows of a table of samples. Nested values are written as
+    JSON.
     """
     first = [row for row, _ in zip(rows, range(limit), strict=False)]
     columns = list(dict.fromkeys(name for row in first for name in row))
@@ -144,12 +142,12 @@ def sample_key(record: SampleRecord) -> str:
 
 
 def _more(record: EvalRecord) -> tuple[str | None, ...]:
-    """Further fields by which two measurements of one name may differ."""
+    """Further fields in which two measurements of one name may differ."""
     return record.block, record.subset, record.variant
 
 
 def _path(module: str) -> str:
-    """W&B takes a dot in a name for nesting."""
+    """The module's name with slashes: W&B reads a dot in a name as nesting."""
     return module.replace(".", "/")
 
 

@@ -1,7 +1,7 @@
-"""`editkit push`: sends the files of runs to W&B, whatever a live tracker did or did not send.
+"""`editkit push`: sends the files of runs to W&B, independently of what a live tracker sent.
 
-The W&B run has the same id as the live one's and is replaced as a whole, so nothing is there twice.
-What was sent completely is noted in the run's `wandb.json` with a digest of its files; the same
+The W&B run has the id of the live one and is replaced as a whole, so nothing appears twice.
+`wandb.json` in the run's folder holds a digest of the files that were sent completely; the same
 files are not sent again.
 """
 
@@ -25,8 +25,8 @@ SENT = ("steps.jsonl", "evals.jsonl", "config.yaml", "DONE", "FAILED.json")
 
 
 def push(folder: Path, target: Target, *, force: bool = False) -> Outcome:
-    """Sends one run, unless W&B has it (`force`: also then) or a process is writing it. Raises what
-    W&B raises.
+    """Sends one run, unless W&B has it already (`force` overrides that) or a process is writing it.
+    It may raise W&B's errors.
     """
     with _unless_written(folder) as is_free:
         if not is_free:
@@ -34,8 +34,7 @@ def push(folder: Path, target: Target, *, force: bool = False) -> Outcome:
         records, digest, marker = load_run(folder), _digest(folder, target), read_marker(folder)
         if marker.get("pushed") == digest and marker.get("mode") == target.mode and not force:
             return "there already"
-        # A run that a sweep's agent had started keeps the id that the agent chose; otherwise the id
-        # is the cell's.
+        # A run started by a sweep's agent keeps the agent's id; otherwise the id is the cell's.
         sent = WandbRun(
             folder, records.config, target, id=marker.get("id") or run_id(folder), resume=False
         )
@@ -55,7 +54,7 @@ def push(folder: Path, target: Target, *, force: bool = False) -> Outcome:
 
 
 def _digest(folder: Path, target: Target) -> str:
-    """Of the files that are sent, and of where to."""
+    """Of the files that are sent, and of their destination."""
     hashed = hashlib.sha256(
         repr(
             (target.project, target.entity, target.artifacts, target.figures, target.max_samples)
@@ -75,7 +74,7 @@ def _digest(folder: Path, target: Target) -> str:
 
 @contextlib.contextmanager
 def _unless_written(folder: Path) -> Iterator[bool]:
-    """Gives whether no other process holds the run's lock; none can take it inside.
+    """Whether no other process holds the run's lock. Within, no process can take it.
 
     A file system without locks counts as locked: half a run would be sent.
     """

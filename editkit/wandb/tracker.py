@@ -1,8 +1,8 @@
-"""Weights & Biases beside the run's files. Whatever goes wrong here is said once, and the run goes
-on.
+"""Weights & Biases in addition to the run's files. A failure here is reported once, and the run
+continues.
 
-One W&B run a cell, also where many share a process: its id is made of the cell's folder, so that a
-run that was cut off goes on in it and `editkit push` finds it again. The x axis of everything is
+Each cell has one W&B run, also if many cells share a process. Its id is made of the cell's folder,
+so that a resumed run continues in it and `editkit push` finds it again. The x axis of all panels is
 `edit/step`.
 """
 
@@ -20,8 +20,8 @@ from editkit.wandb.history import History
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb(AbstractTracker):
-    """Sends a run to W&B, and passes everything on to the tracker `beside` it (the console, as a
-    rule).
+    """Sends a run to W&B, and forwards every call to a second tracker, `beside` (usually the
+    console).
     """
 
     beside: AbstractTracker
@@ -34,7 +34,7 @@ class Wandb(AbstractTracker):
     figures: bool
     artifacts: bool
     timeout_s: float
-    # The W&B run that is open, or none: the options are frozen, what they open is not.
+    # The open W&B run, if any. The options are frozen; this list is not.
     _open: list[tuple[WandbRun, History]] = field(
         init=False, repr=False, compare=False, default_factory=list
     )
@@ -43,9 +43,8 @@ class Wandb(AbstractTracker):
         checked(self._target)
 
     def open(self, run: RunInfo) -> None:
-        self._attempt(
-            lambda: self._begin(run)
-        )  # first: what W&B prints would break the console's progress bar
+        # First, since W&B's output would break the console's progress bar.
+        self._attempt(lambda: self._begin(run))
         self.beside.open(run)
 
     def step(self, record: StepRecord) -> None:

@@ -145,7 +145,7 @@ def test_after_a_resume_the_table_holds_the_whole_run(
     write_records(tmp_path, end=6)
     watch_run(Console(), tmp_path, begin=7)
     resumed = capsys.readouterr().out
-    assert "going on after step 6" in resumed
+    assert "resumed after step 6" in resumed
     assert resumed[resumed.index("tiny-rome: done") :] == whole[whole.index("tiny-rome: done") :]
 
 
@@ -153,7 +153,7 @@ def test_a_lost_record_file_costs_the_table_not_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     watch_run(Console(), tmp_path, begin=7)
-    assert "the table will begin after step 6" in capsys.readouterr().out
+    assert "the table begins after step 6" in capsys.readouterr().out
 
 
 def test_a_run_that_was_cut_off_before_any_milestone_says_so(
@@ -240,9 +240,9 @@ def test_numbers_that_are_not_finite_are_warned_of_with_their_requests():
 def test_options_are_checked_and_frozen():
     with pytest.raises(ConfigError) as caught:
         Console(condition_ratio=0.5, loss_window=0)
-    assert [problem.split(" was given")[0] for problem in caught.value.problems] == [
-        "tracker.condition_ratio: 0.5",
-        "tracker.loss_window: 0",
+    assert [problem.split(";")[0] for problem in caught.value.problems] == [
+        "condition_ratio: out of range (got 0.5",
+        "loss_window: out of range (got 0",
     ]
     with pytest.raises(FrozenInstanceError):
         Console().loss_ratio = 1.0  # type: ignore[misc]
@@ -252,7 +252,7 @@ def test_only_options_can_be_set_from_a_configuration():
     problems = Problems()
     assert construct({"loss_ratio": 5.0}, "tracker", Console, problems) == Console(loss_ratio=5.0)
     construct({"_open": []}, "tracker", Console, problems)
-    assert problems.found == [
+    assert problems.messages == [
         "tracker._open is not an option of Console. Options: condition_ratio, loss_ratio, loss_window."
     ]
 

@@ -294,7 +294,7 @@ def test_a_wandb_that_fails_is_told_once_and_the_rest_goes_on(
     watch(tracker(beside, mode="online"), cell(tmp_path))
     warned = [text for text in beside.heard if "W&B" in text]
     assert warned == [
-        "W&B failed and is left out from now on; the run and its files go on (CommError: no network at all)"
+        "W&B failed and is switched off; the run and its files are not affected (CommError: no network at all)"
     ]
     assert [text for text in beside.heard if text not in warned] == [
         "open",
@@ -319,7 +319,7 @@ def test_any_tracker_that_fails_is_left_out(caplog: pytest.LogCaptureFixture) ->
     guarded.warning("still heard")
     assert failing.heard == []
     assert [record.getMessage() for record in caplog.records] == [
-        "the tracker Failing failed and is left out from now on; the run and its files go on (RuntimeError: a full disk)",
+        "the tracker Failing failed and is switched off; the run and its files are not affected (RuntimeError: a full disk)",
         "still heard",
     ]
 
@@ -425,7 +425,7 @@ def test_the_dashboard_has_the_papers_panels_against_edits_grouped_by_restraint(
     }
     for title in (
         "condition number (PRUNE, Figure 2)",
-        "L1 norm (D4S and EAC: what grows with the edits)",
+        "L1 norm (D4S and EAC: it grows with the edits)",
         "efficacy",
         "entailment: accuracy",
     ):
