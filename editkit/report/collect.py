@@ -1,4 +1,4 @@
-"""`editkit collect`: every measurement of many runs as one tidy table, a line each."""
+"""`editkit collect`: the measurements of many runs as one tidy table, one line each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.files import write_atomically
 from editkit.records.reader import RunRecords
 from editkit.report.compare.subjects import Measured, measured
@@ -34,17 +34,21 @@ LABELS = (
     "folder",
 )
 FIELDS = tuple(field.name for field in dataclasses.fields(EvalRecord) if field.name != "view")
-RENAMED = {"dataset": "dataset_digest", "requests": "requests_digest"}  # beside the label `dataset`
+RENAMED = {
+    "dataset": "dataset_digest",
+    "requests": "requests_digest",
+}  # the label `dataset` has that name
 COLUMNS = (*LABELS, "edits", *(RENAMED.get(name, name) for name in FIELDS))
 
 
 def collect(runs: Iterable[RunRecords], *, every_step: bool = False) -> pandas.DataFrame:
-    """The measurements of all runs, nothing averaged: columns `COLUMNS`, missing (<NA>) where a
-    number was not finite.
+    """All measurements of all runs, without averaging. The columns are `COLUMNS`; a number that is
+    not finite is missing (<NA>).
 
-    The weights of the trajectory, which steps record, are lines of the kind "weights" with the
-    matrix as the task, as those of restrained views are: at measured steps, or at every step if
-    asked for. `edit` lines hold the target search's figures and the seconds.
+    The weights of the trajectory come from the step records. They are lines of the kind "weights"
+    with the matrix as the task, like those of restrained views: at measured steps, or at every step
+    with `every_step`. Lines of the kind "edit" hold the figures of the target search and the
+    seconds.
     """
     import pandas
 
@@ -54,11 +58,12 @@ def collect(runs: Iterable[RunRecords], *, every_step: bool = False) -> pandas.D
 
 
 def save(table: pandas.DataFrame, to: Path) -> None:
-    """Writes parquet or csv, after the name's ending. Raises ConfigError for another one, or where
-    pyarrow is missing.
+    """Writes parquet or csv by the file's suffix. Raises ConfigError for another suffix, and for
+    parquet without pyarrow.
     """
     if to.suffix not in (".parquet", ".csv"):
-        raise ConfigError(f"--to: {to} was given; a name that ends in .parquet or .csv is needed.")
+        expected = "a name that ends in .parquet or .csv"
+        raise ConfigError(message("--to", "unknown file type", got=str(to), expected=expected))
     if to.suffix == ".csv":
         write_atomically(to, table.to_csv(index=False).encode())
         return
@@ -66,9 +71,8 @@ def save(table: pandas.DataFrame, to: Path) -> None:
     try:
         table.to_parquet(buffer, index=False)
     except ImportError:
-        raise ConfigError(
-            f"--to: {to} needs pyarrow: pip install 'editkit[report]', or take a name that ends in .csv."
-        ) from None
+        fix = "pip install 'editkit[report]', or choose a name that ends in .csv"
+        raise ConfigError(message("--to", f"{to} needs pyarrow", fix=fix)) from None
     write_atomically(to, buffer.getvalue())
 
 

@@ -1,12 +1,12 @@
-"""Summaries as text for papers and pages: Markdown, LaTeX (booktabs), HTML. Values in, text out."""
+"""Summaries as text for papers and pages: Markdown, LaTeX (booktabs) and HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
-from editkit.report.compare.against_published import HEAD as BESIDE
-from editkit.report.compare.against_published import Beside, cells_of, notes_of
+from editkit.report.compare.against_published import HEAD as PUBLISHED_HEAD
+from editkit.report.compare.against_published import PublishedComparison, cells_of, notes_of
 from editkit.report.compare.significance import Comparison
 from editkit.report.compare.summary import Mean, Summary, SummaryColumn, SummaryRow, text_of
 
@@ -25,7 +25,7 @@ _LATEX = {
 
 
 def caption(table: Summary) -> str:
-    """What the numbers are, in a sentence."""
+    """The caption: protocol, aggregation, units and marks."""
     what = (
         f"Protocol '{table.protocol}', over all edits so far"
         if table.is_editing and table.protocol
@@ -105,11 +105,11 @@ def html(table: Summary) -> str:
     return f"<table><caption>{escape(caption(table))}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def beside_markdown(found: Sequence[Beside]) -> str:
-    """Published numbers beside measured ones, a GitHub table for each preset."""
+def published_markdown(found: Sequence[PublishedComparison]) -> str:
+    """Published and measured numbers: a GitHub table for each preset."""
     parts = []
     for preset, each in _by_preset(found).items():
-        lines = [BESIDE, ["---"] * len(BESIDE), *(cells_of(row) for row in each)]
+        lines = [PUBLISHED_HEAD, ["---"] * len(PUBLISHED_HEAD), *(cells_of(row) for row in each)]
         notes = "".join(f"\n{note}\n" for note in notes_of(each))
         parts.append(
             f"### {preset}\n\n"
@@ -119,17 +119,17 @@ def beside_markdown(found: Sequence[Beside]) -> str:
     return "\n".join(parts)
 
 
-def beside_latex(found: Sequence[Beside]) -> str:
-    """Published numbers beside measured ones, a table for booktabs for each preset."""
+def published_latex(found: Sequence[PublishedComparison]) -> str:
+    """Published and measured numbers: a booktabs table for each preset."""
     lines = []
     for preset, each in _by_preset(found).items():
         lines += [
             r"\begin{table}",
             r"\centering",
-            rf"\begin{{tabular}}{{{'l' * len(BESIDE)}}}",
+            rf"\begin{{tabular}}{{{'l' * len(PUBLISHED_HEAD)}}}",
             r"\toprule",
         ]
-        lines += [" & ".join(tex(text) for text in BESIDE) + r" \\", r"\midrule"]
+        lines += [" & ".join(tex(text) for text in PUBLISHED_HEAD) + r" \\", r"\midrule"]
         lines += [" & ".join(tex(text) for text in cells_of(row)) + r" \\" for row in each]
         caption = " ".join([f"{preset}: published and measured.", *notes_of(each)])
         lines += [
@@ -142,8 +142,8 @@ def beside_latex(found: Sequence[Beside]) -> str:
     return "\n".join(lines)
 
 
-def _by_preset(found: Sequence[Beside]) -> dict[str, list[Beside]]:
-    together: dict[str, list[Beside]] = {}
+def _by_preset(found: Sequence[PublishedComparison]) -> dict[str, list[PublishedComparison]]:
+    together: dict[str, list[PublishedComparison]] = {}
     for each in found:
         together.setdefault(each.published.preset, []).append(each)
     return together
@@ -165,12 +165,12 @@ def comparison_rows(found: Sequence[Comparison]) -> list[list[str]]:
 
 
 def p_text(p: float | None) -> str:
-    """A p as papers print it."""
+    """A p value in the form of papers."""
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def tex(text: str) -> str:
-    """Text for LaTeX, without the letters that it would take for commands."""
+    """Text for LaTeX, with its special characters escaped."""
     escaped = "".join(_LATEX.get(letter, letter) for letter in text.replace("\\", "/"))
     return escaped.replace("±", r"$\pm$")
 

@@ -1,4 +1,4 @@
-"""What a run is called in tables and dashboards: short names out of its resolved configuration."""
+"""The labels of a run in tables and dashboards: short names from its resolved configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NONE = "none"
 
 
 def labels(config: Mapping[str, Any]) -> Labels:
-    """model, editor, restraint, dataset, suite; `?` where the configuration does not say."""
+    """Model, editor, restraint, dataset and suite; `?` for what the configuration lacks."""
     restraints = [
         restraint_label(name, node) for name, node in (config.get("restraint") or {}).items()
     ]
@@ -34,9 +34,7 @@ def model_label(config: Mapping[str, Any]) -> str:
 
 
 def restraint_label(name: str, node: Any) -> str:
-    """The restraint's name; one on the total that acts elsewhere than in what is measured says
-    where.
-    """
+    """The restraint's name, with its `apply_at` if that is not `evaluation`."""
     apply_at = node.get("apply_at") if isinstance(node, Mapping) else None
     if apply_at == "every":
         return f"{name} every {node.get('every')}"

@@ -1,6 +1,4 @@
-"""The page: one HTML file that holds everything that it shows, plotly's script included. Values in,
-text out.
-"""
+"""The page: one self-contained HTML file, plotly's script included."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from pathlib import Path
 
 from editkit.records.reader import RunRecords
 from editkit.report import formats
-from editkit.report.compare.against_published import HEAD, Beside, cells_of, notes_of
+from editkit.report.compare.against_published import HEAD, PublishedComparison, cells_of, notes_of
 from editkit.report.compare.collapse import Collapses
 from editkit.report.compare.significance import Comparison
 from editkit.report.compare.summary import Summary
@@ -46,7 +44,7 @@ class Content:
     tables: Sequence[Summary]
     comparisons: Mapping[str, Sequence[Comparison]]  # by the table's title
     drawings: Sequence[tuple[str, str]]  # title, fragment
-    published: Sequence[Beside]
+    published: Sequence[PublishedComparison]
     collapses: Sequence[Collapses]
 
 
@@ -128,10 +126,10 @@ def _summaries(content: Content) -> Iterable[str]:
             yield f"<details><summary>{escape(table.title)}</summary>{body}</details>"
 
 
-def _published(found: Sequence[Beside]) -> Iterable[str]:
+def _published(found: Sequence[PublishedComparison]) -> Iterable[str]:
     if not found:
         return
-    yield "<h2>Beside the published numbers</h2>"
+    yield "<h2>PublishedComparison the published numbers</h2>"
     if any(each.is_stand_in for each in found):
         yield (
             "<p class='note'>Where a bundled model stands in for the paper's (scale=tiny), compare the effect, not the numbers: which row "

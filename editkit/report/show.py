@@ -96,11 +96,11 @@ class Summary:
             yield _band(self.table, texts, places)
         yield Text(caption(self.table), style="italic")
         for comparison in self.comparisons:
-            yield _beside(comparison)
+            yield _protocol_table(comparison)
         yield from map(Text, self.notes)
 
 
-def _beside(comparison: Comparison) -> RichTable:
+def _protocol_table(comparison: Comparison) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text

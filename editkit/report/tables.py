@@ -235,7 +235,7 @@ def markdown(table: Table, *, stderr: bool = False) -> str:
 
 
 def caption(table: Table) -> str:
-    """What the numbers are, in one line."""
+    """The caption: protocol, units and marks."""
     over = (
         "each batch alone on the unedited model" if table.has_rollback else "over all edits so far"
     )
@@ -250,7 +250,7 @@ def caption(table: Table) -> str:
 
 
 def formatted(table: Table, row: Row, *, stderr: bool = False) -> list[str]:
-    """A row's numbers as text."""
+    """The numbers of a row as text."""
     return [
         _text(cell, column, stderr=stderr)
         for cell, column in zip(row.cells, table.columns, strict=True)
@@ -258,7 +258,7 @@ def formatted(table: Table, row: Row, *, stderr: bool = False) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Three or four figures, as a person reads them: 41.2, 1,234, 3.1e+07."""
+    """Three or four significant digits: 41.2, 1,234, 3.1e+07."""
     if not math.isfinite(value):
         return "n/f"
     if value != 0 and not 1e-2 <= abs(value) < 1e6:

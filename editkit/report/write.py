@@ -9,14 +9,13 @@ from pathlib import Path
 from editkit.files import write_atomically
 from editkit.records.find import load_runs
 from editkit.report import formats
-from editkit.report.compare.against_published import beside
+from editkit.report.compare.against_published import compare_with_published
 from editkit.report.compare.collapse import collapses
 from editkit.report.compare.published import load_published
 from editkit.report.compare.significance import compare
 from editkit.report.compare.subjects import measured, pairs
 from editkit.report.compare.summary import summaries
-from editkit.report.figures import curves, heatmaps, scatter
-from editkit.report.figures import print_sheets as plates
+from editkit.report.figures import curves, heatmaps, print_sheets, scatter
 from editkit.report.figures.panels import sheets
 from editkit.report.page import Content, page
 
@@ -25,7 +24,7 @@ PAGE = "report.html"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What a report consists of."""
+    """The files of a report."""
 
     page: Path
     figures: tuple[Path, ...]
@@ -54,7 +53,7 @@ def report(
     subjects, notes = measured(runs)
     tables, twins = summaries(subjects), pairs(subjects)
     found = list(sheets(subjects))
-    numbers = beside(subjects, load_published(published))
+    numbers = compare_with_published(subjects, load_published(published))
     blocks, clouds = list(heatmaps.heatmaps(subjects)), scatter.scatters(subjects)
     drawings = [
         *((sheet.title, curves.draw(sheet)) for sheet in found),
@@ -71,22 +70,22 @@ def report(
         published=numbers,
         collapses=tuple(collapses(subjects)),
     )
-    plotted = {sheet.name: plates.draw(sheet) for sheet in found}
+    plotted = {sheet.name: print_sheets.draw(sheet) for sheet in found}
     plotted |= {each.name: heatmaps.draw(each) for each in blocks} | {
         each.name: scatter.draw(each) for each in clouds
     }
     figures = [
         path
         for name, figure in plotted.items()
-        for path in plates.save(figure, to / "figures", name)
+        for path in print_sheets.save(figure, to / "figures", name)
     ]
     texts: dict[str, Callable[[], str]] = {
         "summary.md": lambda: "\n".join(formats.markdown(table) for table in tables),
         "summary.tex": lambda: "\n".join(formats.latex(table) for table in tables),
     }
     if numbers:
-        texts["published.md"] = lambda: formats.beside_markdown(numbers)
-        texts["published.tex"] = lambda: formats.beside_latex(numbers)
+        texts["published.md"] = lambda: formats.published_markdown(numbers)
+        texts["published.tex"] = lambda: formats.published_latex(numbers)
     written = []
     for name, make in texts.items():
         written.append(to / "tables" / name)

@@ -1,4 +1,4 @@
-"""The papers' numbers beside the measured ones, collapse points, and files of numbers that cannot
+"""The papers' numbers next to the measured ones, collapse points, and files of numbers that cannot
 be read.
 """
 
@@ -11,7 +11,7 @@ import pytest
 from editkit.errors import ConfigError
 from editkit.records.find import load_runs
 from editkit.report import formats
-from editkit.report.compare.against_published import HEAD, beside, cells_of, notes_of
+from editkit.report.compare.against_published import HEAD, cells_of, notes_of
 from editkit.report.compare.collapse import collapses
 from editkit.report.compare.published import load_published
 from editkit.report.compare.subjects import Measured, measured
@@ -49,7 +49,7 @@ def test_published_numbers_stand_beside_those_of_the_preset_that_repeats_them(
         "d4s/table2_gptj,D4S,Table 2,ROME,3.5,,gptj-6b,rome,none,world,4,total_sigma_max,",
         "d4s/table9,D4S,Table 9,ROME,1,%,gptj-6b,rome,none,world,4,efficacy,",
     )
-    found = beside(subjects_in(tmp_path / "runs"), load_published([path]))
+    found = compare_with_published(subjects_in(tmp_path / "runs"), load_published([path]))
     assert [each.measured.mean if each.measured else None for each in found] == [
         pytest.approx(60.0),
         None,
@@ -68,7 +68,9 @@ def test_a_bundled_model_stands_in_at_the_milestones_of_the_same_place(tmp_path:
         f"d4s/table2_gptj,D4S,Table 2,ROME,9,%,gptj-6b,rome,none,zsre,{edits},efficacy,probability"
         for edits in (500, 1000)
     ]
-    found = beside(subjects_in(tmp_path / "runs"), load_published([published(tmp_path, *lines)]))
+    found = compare_with_published(
+        subjects_in(tmp_path / "runs"), load_published([published(tmp_path, *lines)])
+    )
     assert [
         (each.published.edits, each.edits, each.measured.mean if each.measured else None)
         for each in found
@@ -88,7 +90,9 @@ def test_two_datasets_of_one_row_are_told_apart_also_where_one_stands_in_for_bot
         f"d4s/table3,D4S,Table 3,ROME,{v},%,gptj-6b,rome,none,{d},4,efficacy,probability"
         for d, v in (("counterfact", 32.8), ("mquake", 17))
     ]
-    found = beside(subjects_in(tmp_path / "runs"), load_published([published(tmp_path, *lines)]))
+    found = compare_with_published(
+        subjects_in(tmp_path / "runs"), load_published([published(tmp_path, *lines)])
+    )
     rows = [dict(zip(HEAD, cells_of(each), strict=True)) for each in found]
     assert len(HEAD) == len(set(HEAD))
     assert [
@@ -98,8 +102,10 @@ def test_two_datasets_of_one_row_are_told_apart_also_where_one_stands_in_for_bot
         ("counterfact", "32.8 %", "world", "25.0"),
         ("mquake", "17 %", "world", "25.0"),
     ]
-    assert "| mquake | 4 | 17 % | tiny-gptj | world | 4 | 25.0 |" in formats.beside_markdown(found)
-    assert r"mquake & 4 & 17 \% & tiny-gptj & world & 4 & 25.0 \\" in formats.beside_latex(found)
+    assert "| mquake | 4 | 17 % | tiny-gptj | world | 4 | 25.0 |" in formats.published_markdown(
+        found
+    )
+    assert r"mquake & 4 & 17 \% & tiny-gptj & world & 4 & 25.0 \\" in formats.published_latex(found)
 
 
 def test_the_only_published_number_of_edits_is_compared_with_a_stand_ins_last_milestone(
@@ -114,7 +120,9 @@ def test_the_only_published_number_of_edits_is_compared_with_a_stand_ins_last_mi
         evals_of(efficacy={"unrestrained": 0.1}, entailment=0.9, steps=(0, 1, 2)),
     )
     line = "d4s/table4,D4S,Table 4,D4S,43,%,llama2-7b,rome,none,zsre,10000,entailment,"
-    (found,) = beside(subjects_in(tmp_path / "runs"), load_published([published(tmp_path, line)]))
+    (found,) = compare_with_published(
+        subjects_in(tmp_path / "runs"), load_published([published(tmp_path, line)])
+    )
     assert (found.edits, found.measured and found.measured.mean) == (4, 90.0)
 
 
@@ -138,9 +146,13 @@ def test_effective_edits_end_at_the_collapse_point_and_name_its_threshold(
     )
     add_run(tmp_path / "runs", config, evals)
     line = "d4s/figure4,D4S,Section 4.2,ROME,100,edits,gptj-6b,rome,none,world,,effective_edits,probability"
-    (found,) = beside(subjects_in(tmp_path / "runs"), load_published([published(tmp_path, line)]))
+    (found,) = compare_with_published(
+        subjects_in(tmp_path / "runs"), load_published([published(tmp_path, line)])
+    )
     assert cells_of(found)[-1] == measured
-    assert "of 0.45 or more" in notes_of([found])[0] and "0.45" in formats.beside_markdown([found])
+    assert "of 0.45 or more" in notes_of([found])[0] and "0.45" in formats.published_markdown(
+        [found]
+    )
 
 
 def test_the_collapse_points_of_all_subjects_are_a_table_seed_by_seed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The papers' numbers beside the measured ones.
+"""The papers' numbers next to the measured ones.
 
 The runs of a preset are named after it, with `-tiny` behind where a bundled model stands in for the
 paper's (`scale=tiny`); those show the effect, not the number.
@@ -33,26 +33,28 @@ HEAD = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
-    """A published number and what the runs give for it; `measured` is None where no run has it."""
+class PublishedComparison:
+    """A published number and the runs' number for it; `measured` is None if no run has it."""
 
     published: Published
     measured: Mean | None
     model: str
     dataset: str
-    edits: int | None  # what was measured; a stand-in's may differ
+    edits: int | None  # of the measured number; a stand-in may have other milestones
     is_stand_in: bool
     is_lower_bound: bool = False  # of what was measured
     remark: str = ""  # on how it was measured
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences that a reader needs to compare the two."""
+        """Remarks that a comparison of the two needs."""
         said = (self.published.note, self.remark if self.measured is not None else "")
         return tuple(f"{self.published.metric}: {each}" for each in said if each)
 
 
-def beside(subjects: Sequence[Measured], published: Sequence[Published]) -> tuple[Beside, ...]:
+def compare_with_published(
+    subjects: Sequence[Measured], published: Sequence[Published]
+) -> tuple[PublishedComparison, ...]:
     """Every published number of the presets that are among the runs."""
     found = []
     for preset in dict.fromkeys(row.preset for row in published if row.preset):
@@ -65,12 +67,12 @@ def beside(subjects: Sequence[Measured], published: Sequence[Published]) -> tupl
                     each for each in subjects if each.run.config.get("experiment_name") == given
                 ]
                 found += [
-                    _beside(row, here, rows, is_stand_in=given.endswith(TINY)) for row in rows
+                    _comparison(row, here, rows, is_stand_in=given.endswith(TINY)) for row in rows
                 ]
     return tuple(found)
 
 
-def cells_of(each: Beside) -> list[str]:
+def cells_of(each: PublishedComparison) -> list[str]:
     """The cells of a table's row, in the order of HEAD."""
     row, is_measured = each.published, each.measured is not None
     column = SummaryColumn(title=row.metric, is_fraction=False, better=None)
@@ -97,8 +99,8 @@ def cells_of(each: Beside) -> list[str]:
     ]
 
 
-def notes_of(found: Iterable[Beside]) -> list[str]:
-    """What has to be said below a table of these rows, each once."""
+def notes_of(found: Iterable[PublishedComparison]) -> list[str]:
+    """The remarks below a table of these rows, each once."""
     return list(dict.fromkeys(note for each in found for note in each.notes))
 
 
@@ -107,9 +109,9 @@ def _whole(counts: Mean) -> str:
     return f"{counts.mean:,.0f}" + (f" ± {counts.sd:,.0f}" if counts.sd else "")
 
 
-def _beside(
+def _comparison(
     row: Published, here: Sequence[Measured], rows: Sequence[Published], *, is_stand_in: bool
-) -> Beside:
+) -> PublishedComparison:
     alike = [
         each
         for each in here
@@ -140,7 +142,7 @@ def _beside(
         )
         values = [value for each in alike if (value := _value(each, row, edits)) is not None]
     scale = 100.0 if row.unit == "%" else 1.0
-    return Beside(
+    return PublishedComparison(
         published=row,
         measured=Mean(values=tuple(scale * value for value in values)) if values else None,
         model=first[0].model if first else "",

@@ -31,7 +31,7 @@ class CollapsePoint:
 
     @property
     def when(self) -> str:
-        """`100 to 150`, `10` (the first milestone), `more than 200`."""
+        """`100 to 150`, `10` (the first milestone) or `more than 200`."""
         if self.edits is None:
             return f"more than {self.sound_at}"
         return str(self.edits) if self.sound_at is None else f"{self.sound_at} to {self.edits}"
@@ -41,7 +41,7 @@ class CollapsePoint:
 
 
 def thresholds_of(config: Mapping[str, object]) -> Thresholds:
-    """Those of a run's configuration; the usual ones where it has none."""
+    """The thresholds of a run's configuration, or the defaults."""
     evaluation = config.get("evaluation")
     given = evaluation.get("thresholds") if isinstance(evaluation, Mapping) else None
     return Thresholds(**given) if isinstance(given, Mapping) else Thresholds()
@@ -135,7 +135,7 @@ def collapses(subjects: Sequence[Measured]) -> Iterator[Collapses]:
 
 
 def _seed_by_seed(texts: Sequence[str]) -> str:
-    """Each seed's, or once what all have in common."""
+    """The text of each seed, or one text if all are equal."""
     return "; ".join(texts if len(set(texts)) > 1 else texts[:1]) or "-"
 
 

@@ -1,4 +1,4 @@
-"""The papers' numbers: what stands in `experiments/<paper>/published.csv`, a number a line.
+"""The papers' numbers: the content of `experiments/<paper>/published.csv`, one number a line.
 
 A line says where its number is from (source, table, row, value) and what was measured there (model,
 editor, restraint, dataset, edits, metric, protocol). `preset` says which experiment here repeats
@@ -22,7 +22,7 @@ class Published:
     missing.
     """
 
-    preset: str  # "d4s/table2_gptj"; empty where no experiment repeats it
+    preset: str  # "d4s/table2_gptj"; empty if no experiment repeats it
     source: str
     table: str
     row: str
@@ -101,7 +101,7 @@ def _read(path: Path, problems: list[str]) -> Iterator[Published]:
 
 
 def _published(line: Mapping[str | None, str | None]) -> Published:
-    """Raises ValueError with what is wrong with the line."""
+    """Raises ValueError for a malformed line."""
     if None in line:
         raise ValueError("more values than columns (a value with a comma in it needs quotes)")
     texts = {name: (line.get(name) or "").strip() for name in NAMES}

@@ -53,7 +53,7 @@ def compare(table: Summary, twins: Mapping[str, str]) -> Iterator[Comparison]:
 
 
 def paired_t_test(differences: Sequence[float]) -> tuple[float | None, float | None, str | None]:
-    """t, two-sided p, and why there is no p. Raises ConfigError where scipy is missing."""
+    """t, the two-sided p, and the reason if there is no p. Raises ConfigError without scipy."""
     if len(differences) < MIN_PAIRS:
         return None, None, "n too small"
     if not all(math.isfinite(difference) for difference in differences):
@@ -71,7 +71,7 @@ def paired_t_test(differences: Sequence[float]) -> tuple[float | None, float | N
 
 
 def _paired(row: SummaryRow, mine: Mean, twin: SummaryRow, other: Mean) -> list[float]:
-    """The differences, seed by seed; a metric that was not measured with every seed pairs none."""
+    """The differences by seed. A metric that was not measured with a seed has no pair there."""
     if len(mine.values) != len(row.seeds) or len(other.values) != len(twin.seeds):
         return []
     theirs = dict(zip(twin.seeds, other.values, strict=True))

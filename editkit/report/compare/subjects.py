@@ -16,11 +16,11 @@ from editkit.config.identity import UNHASHED, canonical, config_hash
 from editkit.records.reader import RunRecords
 from editkit.report.labels import NONE, labels, restraint_label
 
-# Said of two subjects only where nothing else differs: when and how they were measured, which the
-# tables say themselves.
+# Options that tell two subjects apart only if nothing else does: they say when and how the subjects
+# were measured, which the tables show themselves.
 UNTOLD = ("milestones", "suite.", "evaluation.")
 MOST_TOLD = 3  # options in a row's label
-AT_THE_VIEW = ("evaluation", "end")  # where a restraint on the total leaves the trajectory alone
+AT_THE_VIEW = ("evaluation", "end")  # the values of apply_at that do not change the trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,8 @@ class Measured:
     restraint: str  # "none", "eac", "eac+prune"
     dataset: str
     seed: int
-    options: str = (
-        ""  # by what it differs from other subjects of these labels, "" if there are none
-    )
+    # by what it differs from other subjects of these labels, "" if there are none
+    options: str = ""
 
     @property
     def label(self) -> tuple[str, str, str]:
@@ -57,7 +56,7 @@ class Measured:
 
     @property
     def is_trajectory(self) -> bool:
-        """Whether the steps' figures are this view's."""
+        """Whether the step records describe this view."""
         return self.view == self.run.trajectory_view
 
 
@@ -125,7 +124,7 @@ def _measured(run: RunRecords, view: str, config: Mapping[str, Any]) -> Measured
 
 
 def _further(one: Measured, other: Measured) -> Measured:
-    """The one whose run has come further; the first of equals."""
+    """The one whose run has more steps; the first of equals."""
     return other if len(other.run.steps) > len(one.run.steps) else one
 
 

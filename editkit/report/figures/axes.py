@@ -25,7 +25,7 @@ LEGEND_LINES = 2  # for which every figure has room
 
 
 def grid(num_panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of that many panels of `width` x `height` inches, at most four beside each other."""
+    """A figure of that many panels of `width` x `height` inches, at most four side by side."""
     from matplotlib.figure import Figure
 
     columns = num_columns(num_panels)
@@ -38,7 +38,7 @@ def grid(num_panels: int, *, width: float, height: float) -> tuple[Figure, list[
 
 
 def num_columns(num_panels: int) -> int:
-    """Panels beside each other: one row up to four, then rows that are nearly full."""
+    """Panels side by side: one row up to four, then rows that are nearly full."""
     if num_panels <= MAX_COLUMNS:
         return num_panels
     return 3 if num_panels % 3 == 0 or num_panels < 7 else MAX_COLUMNS

@@ -18,13 +18,13 @@ DASHES = ("solid", "dot", "dashdot", "longdash")
 
 
 def require_plotly() -> None:
-    """Raises ConfigError where plotly is missing."""
+    """Raises ConfigError without plotly."""
     if importlib.util.find_spec("plotly") is None:
         raise ConfigError("the page of editkit report needs plotly: pip install 'editkit[report]'.")
 
 
 def library() -> str:
-    """plotly's own script, to be embedded once in a page."""
+    """plotly's script, which a page embeds once."""
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())
@@ -105,7 +105,7 @@ def styles_of(panels: Sequence[Panel]) -> dict[str, dict[str, str]]:
 def _traces(
     line: Line, panel: Panel, style: dict[str, str], *, is_first: bool
 ) -> list[dict[str, Any]]:
-    """The band of one standard deviation, where there is one, and the mean."""
+    """The mean, and a band of one standard deviation if there is one."""
     scale = 100.0 if panel.is_fraction else 1.0
     common: dict[str, Any] = {"legendgroup": line.subject, "name": line.label}
     traces: list[dict[str, Any]] = []

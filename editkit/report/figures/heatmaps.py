@@ -101,7 +101,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def draw_interactive(found: Heatmaps) -> str:
-    """By plotly, as a fragment for the page."""
+    """Drawn by plotly, as a fragment for the page."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
@@ -136,7 +136,7 @@ def draw_interactive(found: Heatmaps) -> str:
 
 
 def draw(found: Heatmaps) -> Figure:
-    """By matplotlib, as a paper prints it."""
+    """Drawn by matplotlib, for print."""
     from matplotlib.figure import Figure
 
     widest, tallest = (

@@ -1,7 +1,7 @@
 """Curves over seeds as values: what is drawn, before anybody draws it. The page (plotly) and the
 papers' figures (matplotlib) draw these.
 
-A sheet is one figure: panels beside each other, a line per subject in each, the mean over seeds
+A sheet is one figure: panels side by side, a line per subject in each, the mean over seeds
 with its standard deviation.
 """
 

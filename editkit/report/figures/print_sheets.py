@@ -1,4 +1,4 @@
-"""Sheets of curves drawn by matplotlib, as a paper prints them: PNG and PDF."""
+"""Sheets of curves drawn by matplotlib for print: PNG and PDF."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _scatter(each: Measured, subjects: Sequence[Measured]) -> Scatter | None:
 
 
 def draw_interactive(scatter: Scatter) -> str:
-    """By plotly, as a fragment for the page."""
+    """Drawn by plotly, as a fragment for the page."""
     import plotly.graph_objects as go
 
     from editkit.report.figures.curves import fragment
@@ -133,7 +133,7 @@ def draw_interactive(scatter: Scatter) -> str:
 
 
 def draw(scatter: Scatter) -> Figure:
-    """By matplotlib, as a paper prints it."""
+    """Drawn by matplotlib, for print."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 3.6), layout="constrained")
