@@ -1,5 +1,5 @@
-"""Updates of weight matrices as values: factors where they are few, a dense matrix where they are
-not.
+"""Updates of weight matrices as values: low-rank factors while the rank is small, a dense matrix
+otherwise.
 
 Shape letters: O d_out, I d_in, R rank (number of columns of the factors), K = min(R, O, I).
 """
@@ -17,8 +17,8 @@ from editkit.linalg.spectral import largest_singular_value
 if TYPE_CHECKING:
     from typing import Any
 
-# up to here sigma_max comes from an R x R eigenproblem; above, a few products with the factors are
-# cheaper
+# Up to this rank sigma_max comes from an R x R eigenproblem. Above it, a few products with the
+# factors are cheaper.
 CORE_RANK = 128
 LANCZOS_STEPS = 200
 LANCZOS_TOLERANCE = 1e-10  # of sigma_max squared
@@ -26,12 +26,11 @@ LANCZOS_TOLERANCE = 1e-10  # of sigma_max squared
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """The matrix left_OR @ right_IR.T, never multiplied out unless `dense` is called. Rank 0 is the
-    zero matrix.
+    """The matrix left_OR @ right_IR.T. Only `dense` multiplies it out. Rank 0 is the zero matrix.
 
     Raises:
         ValueError: the factors are not matrices with the same number of columns, or differ in dtype
-        or device.
+            or device.
     """
 
     left_OR: torch.Tensor
@@ -40,12 +39,11 @@ class LowRank:
     def __post_init__(self) -> None:
         left, right = self.left_OR, self.right_IR
         if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1]:
-            raise ValueError(
-                f"LowRank wants factors (O, R) and (I, R), got {tuple(left.shape)} and {tuple(right.shape)}"
-            )
+            shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+            raise ValueError(f"LowRank needs factors (O, R) and (I, R), got {shapes}")
         if left.dtype != right.dtype or left.device != right.device:
-            given = f"{left.dtype} on {left.device} and {right.dtype} on {right.device}"
-            raise ValueError(f"LowRank wants factors of one dtype on one device, got {given}")
+            places = f"{left.dtype} on {left.device} and {right.dtype} on {right.device}"
+            raise ValueError(f"LowRank needs factors of one dtype on one device, got {places}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,24 +57,24 @@ class LowRank:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of both factors."""
+        """The dtype of both factors."""
         return self.left_OR.dtype
 
     @property
     def device(self) -> torch.device:
-        """That of both factors."""
+        """The device of both factors."""
         return self.left_OR.device
 
     def dense(self) -> torch.Tensor:
-        """The matrix itself, (O, I), in the factors' dtype. Costs O * I * R products and O * I
-        memory.
+        """The matrix itself, (O, I), in the factors' dtype.
+
+        It costs O * I * R multiplications and memory for O * I values.
         """
-        return (
-            self.left_OR.contiguous() @ self.right_IR.contiguous().mT
-        )  # contiguous: the same bits whatever the strides
+        # Contiguous factors: the bits of a product may depend on the strides.
+        return self.left_OR.contiguous() @ self.right_IR.contiguous().mT
 
     def __add__(self, other: LowRank) -> LowRank:
-        """The sum, of rank R1 + R2; the wider dtype wins."""
+        """The sum, of rank R1 + R2, in the wider of the two dtypes."""
         if self.shape != other.shape:
             raise ValueError(
                 f"LowRank matrices of shapes {self.shape} and {other.shape} cannot be added"
@@ -94,7 +92,7 @@ class LowRank:
         return LowRank(factor * self.left_OR, self.right_IR)
 
     def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> LowRank:
-        """The same matrix elsewhere or in another dtype."""
+        """The same matrix on another device or in another dtype."""
         device, dtype = device or self.device, dtype or self.dtype
         return LowRank(
             self.left_OR.to(device=device, dtype=dtype),
@@ -102,8 +100,9 @@ class LowRank:
         )
 
     def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """u_OK, s_K (descending), v_IK in float64, so that the matrix is u diag(s) v^T: by QR of
-        the factors and an R x R core.
+        """(u_OK, s_K, v_IK) in float64 with u diag(s) v^T equal to the matrix and s descending.
+
+        Computed from QR decompositions of the factors and the SVD of an R x R core.
         """
         left, right = (
             torch.linalg.qr(self.left_OR.double()),
@@ -113,16 +112,17 @@ class LowRank:
         return left.Q @ u_KK, s_K, right.Q @ vt_KK.mT
 
     def compress(self, rtol: float) -> LowRank:
-        """This matrix without the singular values at or below rtol * sigma_max, in the factors'
-        dtype; its error is rtol * sigma_max.
+        """This matrix without its singular values at or below rtol * sigma_max, in the factors'
+        dtype. The error in the spectral norm is at most rtol * sigma_max.
         """
         u_OK, s_K, v_IK = self.svd()
         kept = int((s_K > rtol * s_K.max()).sum()) if s_K.numel() else 0
         return LowRank((u_OK * s_K)[:, :kept].to(self.dtype), v_IK[:, :kept].to(self.dtype))
 
     def frobenius(self) -> float:
-        """|D|_F in float64 from the Grams of the factors; absolute error about 1e-8 |left| |right|
-        where columns cancel.
+        """The Frobenius norm in float64, from the Gram matrices of the factors.
+
+        The absolute error is about 1e-8 |left| |right| if columns cancel.
         """
         left_RR, right_RR = self._grams()
         return (
@@ -130,15 +130,15 @@ class LowRank:
         )
 
     def sigma_max(self) -> float:
-        """The largest singular value in float64, with the same caveat as `frobenius`; nan if a
-        factor is not finite.
+        """The largest singular value in float64, with the error of `frobenius`; nan if a factor is
+        not finite.
         """
         if not self.is_finite():
             return math.nan
         if self.rank > CORE_RANK:
-            found = self._sigma_max_by_lanczos()
-            if found is not None:
-                return found
+            sigma = self._sigma_max_by_lanczos()
+            if sigma is not None:
+                return sigma
         if self.rank == 0:
             return 0.0
         left_RR, right_RR = self._grams()
@@ -160,15 +160,15 @@ class LowRank:
 
     def _sigma_max_by_lanczos(self) -> float | None:
         left_OR, right_IR = self.left_OR.double(), self.right_IR.double()
-        found = lanczos(
+        ritz = lanczos(
             lambda x_O: left_OR @ (right_IR.mT @ (right_IR @ (left_OR.mT @ x_O))),
             start_vector(left_OR[:, 0], None),
             max_steps=LANCZOS_STEPS,
             converged=lambda value, error: error <= LANCZOS_TOLERANCE * abs(value),
         )
         return (
-            math.sqrt(max(found.value, 0.0))
-            if found.error <= LANCZOS_TOLERANCE * abs(found.value)
+            math.sqrt(max(ritz.value, 0.0))
+            if ritz.error <= LANCZOS_TOLERANCE * abs(ritz.value)
             else None
         )
 
@@ -190,7 +190,7 @@ def frobenius(update: Update) -> float:
 
 
 def sigma_max(update: Update) -> float:
-    """The largest singular value, 1e-6 relative; nan if the update is not finite."""
+    """The largest singular value to a relative 1e-6; nan if the update is not finite."""
     return update.sigma_max() if isinstance(update, LowRank) else largest_singular_value(update)
 
 

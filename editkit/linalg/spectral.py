@@ -1,14 +1,15 @@
-"""Extreme singular values of a weight matrix after every edit, without a singular value
-decomposition after every edit.
+"""Extreme singular values of a weight matrix after every edit, usually without a full singular
+value decomposition.
 
-Three routes, the first that can vouch for its answer wins:
+Three routes are tried in this order, until one can verify its answer:
 
-1. Gram: G = W W^T on the smaller side in float64, its extreme eigenvalues by warm-started Lanczos,
-certified (see `lanczos`).
-   G squares the condition number, so the smallest singular triplet is then checked against W
-   itself: if |W v - sigma u| exceeds the tolerance times sigma, G can no longer tell.
-2. QR: W^T = Q R has R with the singular values of W, backward stably; inverse iteration on the
-triangle R finds the smallest. 3. The singular value decomposition.
+1. Gram matrix: warm-started Lanczos gives the certified extreme eigenvalues of G = W W^T, formed on
+   the smaller side in float64 (see `lanczos`). G squares the condition number, so the smallest
+   singular triplet is checked against W: G is not accurate enough if |W v - sigma u| exceeds the
+   tolerance times sigma.
+2. QR: the factor R of W^T = Q R has the singular values of W and is computed backward stably.
+   Inverse iteration on R gives the smallest one.
+3. The singular value decomposition.
 
 Shape letters: O d_out, I d_in, M = min(O, I), N = max(O, I).
 """
@@ -28,27 +29,27 @@ from editkit.linalg.lanczos import (
     start_vector,
 )
 
-TOLERANCE = 1e-6  # of a singular value, relative
-LOOSE_TOLERANCE = (
-    3e-4  # beyond LOOSE_CONDITION, where float64 itself begins to blur the smallest one
-)
+TOLERANCE = 1e-6  # relative error of a singular value
+# Relative error for condition numbers above LOOSE_CONDITION, where float64 limits the accuracy of
+# the smallest singular value.
+LOOSE_TOLERANCE = 3e-4
 LOOSE_CONDITION = 2e5
-# of an eigenvalue of the Gram matrix: sigma = sqrt(lambda) halves it, the certificate doubles it
+# Relative error of an eigenvalue of the Gram matrix. sigma = sqrt(lambda) halves it, and the
+# certificate doubles it.
 EIGENVALUE_TOLERANCE = 2e-7
-# lambda_min / lambda_max below which rounding decides whether a shifted Gram matrix is positive
-# definite
+# Below this lambda_min / lambda_max, rounding decides whether a shifted Gram matrix is positive
+# definite.
 GRAM_FLOOR = 1e-9
-DIRECT_SIZE = (
-    256  # up to here all eigenvalues of the Gram matrix cost less than the iteration's overhead
-)
+# Up to this size all eigenvalues of the Gram matrix cost less than the overhead of the iteration.
+DIRECT_SIZE = 256
 QR_STEPS = 300
 GRAM_BLOCKS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spectrum:
-    """The extreme singular values of one matrix, and the singular vectors that warm-start the next
-    call (float64, length M or 0).
+    """The extreme singular values of one matrix, and their singular vectors (float64, length M or
+    0), which warm-start the next call.
     """
 
     sigma_max: float
@@ -58,14 +59,14 @@ class Spectrum:
 
     @property
     def condition_number(self) -> float:
-        """sigma_max / sigma_min; inf if the matrix is exactly singular, nan if it holds a
-        non-finite value.
+        """sigma_max / sigma_min; inf if the matrix is exactly singular, nan if an entry is not
+        finite.
         """
         return self.sigma_max / self.sigma_min if self.sigma_min != 0 else math.inf
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All of it as tensors, for checkpoints: the next call gives the same bits from the
-        restored value.
+        """The spectrum as tensors for a checkpoint. A restored spectrum starts the next call with
+        the same bits.
         """
         values = torch.tensor([self.sigma_max, self.sigma_min], dtype=torch.float64)
         return {"values": values, "top": self.top_M.cpu(), "bottom": self.bottom_M.cpu()}
@@ -78,15 +79,18 @@ class Spectrum:
 
 
 def extreme_singular_values(weight_OI: torch.Tensor, start: Spectrum | None = None) -> Spectrum:
-    """The largest and the smallest of the min(O, I) singular values of a matrix of any float dtype
-    (not modified).
+    """The largest and the smallest of the min(O, I) singular values of a matrix.
 
-    Agrees with `torch.linalg.svdvals` in float64 to 1e-6 relative up to condition numbers of 1e5
-    and to 1e-3 beyond; below max(O, I) * 2.2e-16 * sigma_max the matrix is numerically rank
-    deficient and the smallest value is rounding noise in both. `start` is the result for a nearby
-    matrix: it saves time and does not change the result beyond the tolerance. Deterministic.
-    Non-finite entries (or entries whose squares overflow) give nan. Takes memory for two float64
-    copies of the matrix.
+    The result agrees with `torch.linalg.svdvals` in float64 to a relative 1e-6 for condition
+    numbers up to 1e5, and to 1e-3 above. A smallest value below max(O, I) * 2.2e-16 * sigma_max is
+    rounding noise with either method, because the matrix is numerically rank deficient. The result
+    is deterministic. Entries that are not finite, or whose squares overflow, give nan. The call
+    needs memory for two float64 copies of the matrix.
+
+    Args:
+        weight_OI: of any float dtype; not modified.
+        start: the result for a nearby matrix. It saves time and changes the result by no more than
+            the tolerance.
     """
     wide_MN = _wide(weight_OI)
     empty = wide_MN.new_zeros(0)
@@ -107,23 +111,21 @@ def extreme_singular_values(weight_OI: torch.Tensor, start: Spectrum | None = No
 
 
 def largest_singular_value(matrix_OI: torch.Tensor) -> float:
-    """sigma_max of a dense matrix to 1e-6 relative, in float64; nan if an entry is not finite."""
+    """sigma_max of a dense matrix in float64 to a relative 1e-6; nan if an entry is not finite."""
     gram_MM = gram(_wide(matrix_OI))
     trace = float(gram_MM.trace())
     if not math.isfinite(trace) or trace == 0.0:
         return 0.0 if trace == 0.0 else math.nan
-    found = (
+    ritz = (
         None
         if gram_MM.shape[0] <= DIRECT_SIZE
         else largest_eigenvalue(gram_MM, None, tolerance=EIGENVALUE_TOLERANCE)
     )
-    return math.sqrt(
-        found.value if found is not None else float(torch.linalg.eigvalsh(gram_MM)[-1])
-    )
+    return math.sqrt(ritz.value if ritz is not None else float(torch.linalg.eigvalsh(gram_MM)[-1]))
 
 
 def gram(wide_MN: torch.Tensor) -> torch.Tensor:
-    """W W^T, (M, M): only the blocks on and below the diagonal are multiplied out, which saves 44 %
+    """W W^T, (M, M). Only the blocks on and below the diagonal are multiplied out, which saves 44 %
     of the largest cost of a step.
     """
     size = wide_MN.shape[0]
@@ -137,7 +139,7 @@ def gram(wide_MN: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(weight_OI: torch.Tensor) -> torch.Tensor:
-    """The matrix in float64, transposed if need be so that its rows are the shorter side."""
+    """The matrix in float64, transposed if it has more rows than columns."""
     matrix_OI = weight_OI.detach().to(torch.float64)
     return matrix_OI if matrix_OI.shape[0] <= matrix_OI.shape[1] else matrix_OI.mT
 
@@ -145,7 +147,9 @@ def _wide(weight_OI: torch.Tensor) -> torch.Tensor:
 def _gram_extremes(
     gram_MM: torch.Tensor, warm_top_M: torch.Tensor | None, warm_bottom_M: torch.Tensor | None
 ) -> tuple[float, torch.Tensor, torch.Tensor | None]:
-    """sigma_max, its vector, and the vector of sigma_min unless the Gram matrix cannot tell."""
+    """sigma_max, its singular vector, and that of sigma_min; None for the last if the Gram matrix
+    is not accurate enough.
+    """
     if gram_MM.shape[0] > DIRECT_SIZE:
         top = largest_eigenvalue(gram_MM, warm_top_M, tolerance=EIGENVALUE_TOLERANCE)
         if top is not None:
@@ -158,8 +162,9 @@ def _gram_extremes(
 
 
 def _checked(wide_MN: torch.Tensor, vector_M: torch.Tensor) -> float | None:
-    """sigma_min = |W^T u| if W itself agrees that u is a singular vector; else None (beyond
-    condition numbers of 1e5 rounding hides it).
+    """sigma_min = |W^T u| if u is a singular vector of W to the tolerance, else None.
+
+    Rounding hides the vector for condition numbers above 1e5.
     """
     right_N = wide_MN.mT @ vector_M
     sigma = float(torch.linalg.vector_norm(right_N))
@@ -169,35 +174,34 @@ def _checked(wide_MN: torch.Tensor, vector_M: torch.Tensor) -> float | None:
 
 
 def _smallest_by_qr(wide_MN: torch.Tensor, sigma_max: float) -> tuple[float | None, torch.Tensor]:
-    """sigma_min and its left vector from W^T = Q R, always from the cold start: here no certificate
-    guards against a warm one.
+    """sigma_min and its left singular vector from W^T = Q R.
 
-    None unless |W^T u|, which is never below sigma_min, agrees with what the inverse of R says.
+    The start is always cold, because no certificate protects against a misleading warm start.
+    sigma_min is None unless |W^T u|, an upper bound of sigma_min, agrees with the value from R^-1.
     """
     triangle_MM = torch.linalg.qr(wide_MN.mT, mode="r").R
-    # An exactly singular matrix has zeros on the diagonal. Filled in far below the rounding error
-    # of the others, they can be divided by.
+    # An exactly singular matrix has zeros on the diagonal. Values far below the rounding error of
+    # the other entries replace them, so that the solver can divide.
     diagonal_M = triangle_MM.diagonal()
     diagonal_M.copy_(
         torch.where(diagonal_M.abs() < 1e-20 * sigma_max, 1e-20 * sigma_max, diagonal_M)
     )
     solve = inverse(triangle_MM.mT)
-    found = lanczos(
+    ritz = lanczos(
         solve,
         start_vector(diagonal_M, None),
         max_steps=QR_STEPS,
         converged=lambda value, error: error <= EIGENVALUE_TOLERANCE * value,
     )
-    vector_M = solve(
-        found.vector_M
-    )  # damps what is left of the large singular vectors, which |W^T u| would magnify
+    # Damps the remaining components along the large singular vectors; |W^T u| would magnify them.
+    vector_M = solve(ritz.vector_M)
     vector_M = vector_M / torch.linalg.vector_norm(vector_M)
     sigma = float(torch.linalg.vector_norm(wide_MN.mT @ vector_M))
     if sigma <= wide_MN.shape[1] * torch.finfo(torch.float64).eps * sigma_max:
-        return sigma, vector_M  # numerically rank deficient: rounding noise by any method
+        return sigma, vector_M  # numerically rank deficient: rounding noise with any method
     tolerance = TOLERANCE if sigma * LOOSE_CONDITION > sigma_max else LOOSE_TOLERANCE
     is_agreed = (
-        found.error <= EIGENVALUE_TOLERANCE * found.value
-        and abs(sigma * math.sqrt(found.value) - 1) <= tolerance
+        ritz.error <= EIGENVALUE_TOLERANCE * ritz.value
+        and abs(sigma * math.sqrt(ritz.value) - 1) <= tolerance
     )
     return (sigma if is_agreed else None), vector_M

@@ -1,5 +1,4 @@
-"""What is recorded about an edited matrix after every step: the values of `modules` in
-`steps.jsonl`.
+"""The telemetry of an edited matrix after every step: the values of `modules` in `steps.jsonl`.
 
 Shape letters: O d_out, I d_in.
 """
@@ -21,13 +20,16 @@ def module_record(
     *,
     rounding_error: float = 0.0,
 ) -> dict[str, float]:
-    """The figures of one matrix as the model uses it now, in float64; nan where something is not
-    finite.
+    """The figures of one matrix in its current state, in float64; nan if an input is not finite.
 
-    `spectrum` is that of `weight_OI`; `update` is this step's (None at step 0), `total` the sum
-    with it. `rounding_error` is what `EditableModel.apply` returned: the part of the update that
-    the storage dtype lost, relative. `l1_norm` is the sum of the absolute entries, `l1_mean` that
-    over their number.
+    `l1_norm` is the sum of the absolute entries, `l1_mean` is `l1_norm` divided by their number.
+
+    Args:
+        spectrum: of `weight_OI`.
+        update: of this step; None at step 0.
+        total: the sum of all updates, including `update`.
+        rounding_error: the return value of `EditableModel.apply`, the relative part of the update
+            that the storage dtype lost.
     """
     l1_norm = float(torch.linalg.vector_norm(weight_OI, ord=1, dtype=torch.float64))
     return {

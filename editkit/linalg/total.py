@@ -15,31 +15,33 @@ from editkit.linalg.lowrank import LowRank, Update
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Total:
-    """A sum of low-rank blocks while those are the smaller form, a float32 matrix for good after
-    that.
+    """A sum of low-rank blocks while the factors are smaller than the matrix, and a float32 matrix
+    from then on.
 
-    Floating-point sums depend on their order, so the boundaries of the blocks are kept: `dense`
-    adds them one by one in float32, which gives the bits of a matrix to which every update was
-    added when it came. `plus` carries that sum along (the model needs it after every edit); a total
-    read from a checkpoint has none until it is added to.
+    Floating-point sums depend on their order, so the total keeps the boundaries of its blocks.
+    `dense` adds the blocks one by one in float32. Its bits equal those of a matrix to which every
+    update was added at its step. `plus` carries this sum along, because the model needs it after
+    every edit. A total from a checkpoint has no sum until the next `plus`.
     """
 
     shape: tuple[int, int]
-    blocks: tuple[LowRank, ...] = ()  # none once the total is dense
-    matrix: torch.Tensor | None = (
-        None  # (O, I) float32, the sum so far; with blocks it may be missing
-    )
+    blocks: tuple[LowRank, ...] = ()  # empty once the total is dense
+    # (O, I) float32, the sum so far; may be None while there are blocks
+    matrix: torch.Tensor | None = None
 
     def plus(self, update: Update) -> Total:
-        """The total with one more update. Turns dense once the factors would take as much memory as
-        the matrix, or if the update is dense.
+        """The total with one more update.
+
+        The result is dense if the update is dense, or if the factors would take as much memory as
+        the matrix.
 
         Raises:
             ValueError: the update has another shape.
         """
-        if tuple(update.shape) != self.shape:
+        shape = tuple(update.shape)
+        if shape != self.shape:
             raise ValueError(
-                f"an update of shape {tuple(update.shape)} does not fit a total of shape {self.shape}"
+                f"an update of shape {shape} does not fit a total of shape {self.shape}"
             )
         blocks: tuple[LowRank, ...] = ()
         if (
@@ -57,22 +59,24 @@ class Total:
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing was added yet."""
+        """Whether no update was added yet."""
         return not self.blocks and self.matrix is None
 
     @property
     def is_dense(self) -> bool:
-        """Whether the factors are gone for good."""
+        """Whether the total is a matrix without factors."""
         return not self.blocks and self.matrix is not None
 
     @property
     def rank(self) -> int:
-        """An upper bound of the rank: columns of all factors, min(O, I) if dense."""
+        """An upper bound of the rank: the number of columns of all factors, or min(O, I) if
+        dense.
+        """
         return min(self.shape) if self.is_dense else sum(block.rank for block in self.blocks)
 
     def dense(self) -> torch.Tensor:
-        """D as (O, I) float32, a tensor of its own on the updates' device (on the CPU if there are
-        none).
+        """D as a new (O, I) float32 tensor, on the device of the updates, or on the CPU if there
+        are none.
         """
         if self.matrix is not None:
             return self.matrix.clone()
@@ -80,7 +84,9 @@ class Total:
         return torch.zeros(self.shape) if sum_OI is None else sum_OI
 
     def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """u_OK, s_K (descending), v_IK in float64; through the factors while there are any."""
+        """(u_OK, s_K, v_IK) in float64 with s descending, from the factors unless the total is
+        dense.
+        """
         if not self.is_dense:
             return self._factors().svd()
         u_OK, s_K, vt_KI = torch.linalg.svd(self.dense().double(), full_matrices=False)
@@ -91,12 +97,12 @@ class Total:
         return lowrank.sigma_max(self._update())
 
     def frobenius(self) -> float:
-        """The Frobenius norm, of the float32 sum; nan if the total is not finite."""
+        """The Frobenius norm of the float32 sum; nan if the total is not finite."""
         sum_OI = self._sum()
         return 0.0 if sum_OI is None else lowrank.frobenius(sum_OI)
 
     def is_finite(self) -> bool:
-        """Whether no update brought a nan or an infinity."""
+        """Whether the total holds no nan and no infinity."""
         return lowrank.is_finite(self._update())
 
     def to(self, *, device: torch.device | str) -> Total:
@@ -109,8 +115,8 @@ class Total:
         )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors for a checkpoint: all factors side by side with each block's rank and dtype, or
-        the matrix; none while it is zero.
+        """Tensors for a checkpoint: the concatenated factors with the rank and dtype of each block,
+        or the matrix. A zero total has no tensors.
         """
         if self.is_zero:
             return {}
@@ -128,7 +134,7 @@ class Total:
 
     @classmethod
     def from_state(cls, shape: tuple[int, int], state: Mapping[str, torch.Tensor]) -> Total:
-        """The total that gave this state; the bits of `dense` are the same."""
+        """The inverse of `state`; `dense` returns the same bits."""
         if not state:
             return cls(shape)
         if "matrix" in state:
@@ -154,7 +160,7 @@ class Total:
         return rows * columns / (rows + columns)
 
     def _factors(self) -> LowRank:
-        """All blocks as one matrix of factors; rank 0 if there are none."""
+        """The concatenated factors of all blocks; rank 0 if there are none."""
         if not self.blocks:
             rows, columns = self.shape
             return LowRank(torch.zeros(rows, 0), torch.zeros(columns, 0))
@@ -167,17 +173,18 @@ class Total:
         return self.dense() if self.is_dense else self._factors()
 
     def _sum(self) -> torch.Tensor | None:
-        """The float32 sum, None for zero; not to be written to."""
+        """The float32 sum, or None for a zero total. Callers must not write to it."""
         if self.matrix is not None or not self.blocks:
             return self.matrix
-        sum_OI = self.blocks[0].dense().to(torch.float32) + 0.0  # as 0 + x: no negative zeros
+        # Adding 0.0 removes negative zeros, as a sum that begins with zeros does.
+        sum_OI = self.blocks[0].dense().to(torch.float32) + 0.0
         for block in self.blocks[1:]:
             sum_OI += block.dense().to(torch.float32)
         return sum_OI
 
 
 def _owned(left_OR: torch.Tensor, right_IR: torch.Tensor, dtype: torch.dtype) -> LowRank:
-    """A copy in memory of its own: a slice has other strides, and a product's bits may depend on
+    """A contiguous copy. A slice has other strides, and the bits of a product may depend on
     them.
     """
     layout = torch.contiguous_format

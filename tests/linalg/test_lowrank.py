@@ -1,4 +1,4 @@
-"""Every operation on factors equals its dense twin."""
+"""Every operation on factors equals the same operation on dense matrices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @bounded
 @given(sides, sides, st.integers(0, 30), st.integers(0, 5))
-def test_sums_scalings_and_negation_equal_their_dense_twins(
+def test_sums_scalings_and_negation_equal_the_dense_results(
     rows: int, columns: int, first_rank: int, second_rank: int
 ) -> None:
     first, second = (
@@ -47,7 +47,7 @@ def test_sums_scalings_and_negation_equal_their_dense_twins(
 
 @bounded
 @given(sides, sides, st.integers(0, 30))
-def test_norms_equal_their_dense_twins(rows: int, columns: int, rank: int) -> None:
+def test_norms_equal_the_dense_results(rows: int, columns: int, rank: int) -> None:
     update = random_update(rows, columns, rank)
     assert update.frobenius() == pytest.approx(
         float(torch.linalg.matrix_norm(update.dense())), rel=1e-10
@@ -72,7 +72,7 @@ def test_svd_is_a_decomposition_with_orthonormal_vectors_in_descending_order(
     assert torch.equal(s_K, s_K.sort(descending=True).values)
 
 
-def test_compress_drops_what_repeated_columns_add() -> None:
+def test_compress_drops_the_rank_of_repeated_columns() -> None:
     update = random_update(20, 30, 3)
     repeated = update + update.scaled(0.5) + update
     compressed = repeated.compress(1e-12)
@@ -116,7 +116,7 @@ def test_a_number_that_is_not_finite_gives_nan_and_no_exception(bad: float) -> N
         assert math.isnan(lowrank.sigma_max(broken))
 
 
-def test_helpers_treat_factors_and_matrices_alike() -> None:
+def test_helpers_give_the_same_result_for_factors_and_matrices() -> None:
     update = random_update(6, 8, 2)
     assert lowrank.dense(update.dense()) is not None
     assert_close(lowrank.dense(update), lowrank.dense(update.dense()))

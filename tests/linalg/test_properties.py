@@ -1,5 +1,5 @@
-"""What must hold of the linear algebra whatever the shapes, the numbers and the order: hypothesis
-looks for a counterexample.
+"""Properties of the linear algebra for all shapes, numbers and orders. Hypothesis searches for
+counterexamples.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def positive(size: int, exponent: float, seed: int) -> torch.Tensor:
     return (matrix + matrix.T) / 2
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     """Relative in the Frobenius norm; two zeros are close."""
-    return float((found.double() - wanted.double()).norm()) <= tolerance * float(
-        wanted.double().norm()
+    return float((actual.double() - expected.double()).norm()) <= tolerance * float(
+        expected.double().norm()
     )
 
 
@@ -64,7 +64,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
 
 @bounded
 @given(sides, sides, st.integers(0, 25), seeds, st.booleans())
-def test_norms_of_factors_are_ordered_as_norms_are(
+def test_norms_of_factors_satisfy_the_inequalities_of_norms(
     rows: int, columns: int, rank: int, seed: int, dependent: bool
 ) -> None:
     update, other = (
@@ -88,14 +88,14 @@ def test_the_singular_values_of_factors_are_those_of_the_matrix(
 ) -> None:
     update = factors(rows, columns, rank, seed, dependent=dependent)
     u_OK, s_K, v_IK = update.svd()
-    wanted = torch.linalg.svdvals(update.dense())
-    assert torch.allclose(s_K, wanted[: len(s_K)], atol=1e-9 * (1 + update.frobenius()))
+    expected = torch.linalg.svdvals(update.dense())
+    assert torch.allclose(s_K, expected[: len(s_K)], atol=1e-9 * (1 + update.frobenius()))
     assert close((u_OK * s_K) @ v_IK.T, update.dense(), 1e-10)
 
 
 @bounded
 @given(sides, sides, st.integers(1, 25), seeds, st.booleans(), st.floats(0, 0.9))
-def test_compressing_errs_by_no_more_than_it_was_allowed(
+def test_compression_error_stays_within_the_tolerance(
     rows: int, columns: int, rank: int, seed: int, dependent: bool, rtol: float
 ) -> None:
     update = factors(rows, columns, rank, seed, dependent=dependent)
@@ -113,23 +113,23 @@ updates = st.lists(
 )
 
 
-def sequence(shape: tuple[int, int], drawn: list[tuple[int, str]], seed: int) -> list[Update]:
+def drawn_updates(shape: tuple[int, int], drawn: list[tuple[int, str]], seed: int) -> list[Update]:
     """Updates in the order drawn: factors of that rank in that dtype, or a dense matrix."""
-    found: list[Update] = []
+    sequence: list[Update] = []
     for index, (rank, kind) in enumerate(drawn):
         update = factors(*shape, rank, seed + 10 * index)
-        found.append(
+        sequence.append(
             update.dense().float() if kind == "dense" else update.to(dtype=getattr(torch, kind))
         )
-    return found
+    return sequence
 
 
 @bounded
 @given(st.tuples(sides, sides), updates, seeds, st.integers(0, 12))
-def test_a_total_is_the_float32_sum_in_order_wherever_it_was_saved(
+def test_a_total_is_the_ordered_float32_sum_also_if_it_is_restored_at_any_step(
     shape: tuple[int, int], drawn: list[tuple[int, str]], seed: int, saved_at: int
 ) -> None:
-    parts = sequence(shape, drawn, seed)
+    parts = drawn_updates(shape, drawn, seed)
     total, sum_OI = Total(shape), torch.zeros(shape)
     for index, part in enumerate(parts):
         if index == saved_at:
@@ -167,7 +167,7 @@ def test_least_squares_has_no_gradient_left(
     problem = LeastSquares(module="m", keys_IN=keys, residuals_ON=residuals, weight=10.0**weight)
     update = least_squares(problem, moments_of({"m": matrix})).dense().double()
     gradient = (update @ keys - residuals) @ keys.T + problem.weight * update @ matrix
-    # The update is given in float32: that much of its largest term may be left.
+    # The update is float32, so the gradient may keep a float32 rounding error of its largest term.
     scale = update.norm() * (keys @ keys.T + problem.weight * matrix).norm()
     assert float(gradient.norm()) <= 1e-5 * float(scale) + 1e-12
 
@@ -215,8 +215,8 @@ def test_however_keys_are_split_into_batches_the_memory_and_the_sum_of_updates_a
     size: int, split: list[int], exponent: float, seed: int
 ) -> None:
     matrix, total = positive(size, exponent, seed), sum(split)
-    # Keys of the prior's own scale: else the sum's condition number, not the recursion, decides how
-    # many digits are left.
+    # The keys have the prior's scale. Otherwise the condition number of the sum limits the
+    # accuracy, not the recursion.
     prior, keys = (
         prior_of(matrix),
         torch.linalg.cholesky(matrix) @ noise(size, total, seed=seed + 1),
@@ -226,22 +226,25 @@ def test_however_keys_are_split_into_batches_the_memory_and_the_sum_of_updates_a
         Memory(),
         torch.zeros(4, size, dtype=torch.float64),
     )
-    for batch, wanted in zip(keys.split(split, dim=1), residuals.split(split, dim=1), strict=True):
-        edited = edited + memory.solve(batch, wanted - edited @ batch, prior).dense()
+    for batch, expected in zip(
+        keys.split(split, dim=1), residuals.split(split, dim=1), strict=True
+    ):
+        edited = edited + memory.solve(batch, expected - edited @ batch, prior).dense()
         memory = memory.plus(batch, prior)
     at_once = Memory().solve(keys, residuals, prior).dense()
     assert close(
         edited @ torch.linalg.cholesky(matrix), at_once @ torch.linalg.cholesky(matrix), 1e-8
     )
     probe = torch.linalg.cholesky(matrix) @ noise(size, 3, seed=seed + 3)
-    wanted = torch.linalg.solve(matrix + keys @ keys.T, probe)
-    whitened = torch.linalg.cholesky(matrix).T  # errors are judged where the prior is the identity
-    assert close(whitened @ memory.inverse_times(probe, prior), whitened @ wanted, 1e-6)
+    expected = torch.linalg.solve(matrix + keys @ keys.T, probe)
+    # Errors are compared in the coordinates in which the prior is the identity.
+    whitened = torch.linalg.cholesky(matrix).T
+    assert close(whitened @ memory.inverse_times(probe, prior), whitened @ expected, 1e-6)
 
 
 @bounded
 @given(st.integers(2, 24), splits, seeds, st.sampled_from(["float32", "float64"]))
-def test_what_a_memory_keeps_stays_between_zero_and_the_identity(
+def test_a_memory_stays_between_zero_and_the_identity(
     size: int, split: list[int], seed: int, dtype: str
 ) -> None:
     identity = Prior(whiten=lambda keys: keys, unwhiten=lambda white: white)
@@ -272,7 +275,7 @@ def assert_extremes(spectrum: Spectrum, values_M: torch.Tensor, *, rel: float = 
 
 @bounded
 @given(st.tuples(sides, sides), st.floats(0, 5), st.floats(-6, 6), seeds)
-def test_extreme_singular_values_of_small_matrices_are_those_they_were_made_with(
+def test_extreme_singular_values_of_small_matrices_are_recovered(
     shape: tuple[int, int], exponent: float, scale: float, seed: int
 ) -> None:
     values = 10**scale * torch.logspace(0, -exponent, min(shape), dtype=torch.float64)
@@ -293,14 +296,13 @@ def test_extreme_singular_values_of_small_matrices_are_those_they_were_made_with
 def test_no_start_hides_the_extremes_of_a_large_matrix(
     size: int, longer: int, exponent: float, seed: int, index: int
 ) -> None:
-    """The start may be any vector, also exactly a wrong singular vector; the answer is certified,
-    not trusted.
+    """The start may be any vector, even a wrong singular vector, because the result is
+    certified.
     """
     values = torch.logspace(0, -exponent, size, dtype=torch.float64)
     matrix = with_values((size, size + longer), values, seed)
-    wrong = torch.linalg.qr(
-        noise(size, size, seed=seed)
-    ).Q  # the left singular vectors, as `with_values` draws them
+    # The left singular vectors, as `with_values` draws them.
+    wrong = torch.linalg.qr(noise(size, size, seed=seed)).Q
     start = Spectrum(1.0, 1.0, wrong[:, 1 + index].clone(), wrong[:, -2 - index].clone())
     assert_extremes(extreme_singular_values(matrix, start), values)
 
@@ -311,9 +313,9 @@ def test_the_gram_matrix_in_blocks_is_symmetric_and_right(
     shape: tuple[int, int], seed: int
 ) -> None:
     wide = noise(min(shape), max(shape), seed=seed) if seed % 2 else noise(*shape, seed=seed)
-    found = gram(wide)
-    assert close(found, found.T, 1e-13)
-    assert close(found, wide @ wide.T, 1e-13)
+    blockwise = gram(wide)
+    assert close(blockwise, blockwise.T, 1e-13)
+    assert close(blockwise, wide @ wide.T, 1e-13)
 
 
 @bounded

@@ -1,5 +1,5 @@
-"""The extreme singular values equal those of the full decomposition, however ill the matrix and
-wherever the iteration starts.
+"""The extreme singular values equal those of the full decomposition, for ill-conditioned matrices
+and for every start of the iteration.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_any_condition_number_is_measured(shape: tuple[int, int], exponent: int)
 @pytest.mark.parametrize("shape", [WIDE, TALL])
 @pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-5, 1e-6, 0.0])
 @pytest.mark.parametrize("condition", [30.0, 1e8])
-def test_clustered_extremes_are_told_apart(
+def test_clustered_extremes_are_distinguished(
     shape: tuple[int, int], gap: float, condition: float
 ) -> None:
     values_M = torch.linspace(2, 1, min(shape), dtype=torch.float64)
@@ -79,7 +79,9 @@ def test_clustered_extremes_are_told_apart(
 def test_a_warm_start_at_the_wrong_singular_vector_does_not_hide_the_extreme_one(
     shape: tuple[int, int], gap: float
 ) -> None:
-    """The worst case: the start is exactly the second vector, and close to the first in value."""
+    """The worst case: the start is exactly the second singular vector, whose value is close to the
+    first one's.
+    """
     size = min(shape)
     values_M = torch.linspace(2, 1, size, dtype=torch.float64)
     values_M[0], values_M[1], values_M[-2], values_M[-1] = 3, 3 * (1 - gap), 0.1 * (1 + gap), 0.1
@@ -99,7 +101,7 @@ def test_a_warm_start_at_the_wrong_singular_vector_does_not_hide_the_extreme_one
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("growth", [1.0, 2.5])
 def test_a_sequence_of_edits_is_followed_by_warm_starts(dtype: torch.dtype, growth: float) -> None:
-    """Rank-one updates, small ones and such as take the condition number up by orders of
+    """Rank-one updates. Some are small, others raise the condition number by orders of
     magnitude.
     """
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +146,7 @@ def test_a_rank_deficient_matrix_has_an_enormous_condition_number(shape: tuple[i
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL, SMALL])
-def test_dead_rows_and_columns_are_survived(shape: tuple[int, int]) -> None:
+def test_zero_rows_and_columns_give_finite_results(shape: tuple[int, int]) -> None:
     weight_OI = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight_OI[3], weight_OI[:, 5] = 0, 0
     spectrum = extreme_singular_values(weight_OI)
@@ -154,7 +156,7 @@ def test_dead_rows_and_columns_are_survived(shape: tuple[int, int]) -> None:
     assert spectrum.condition_number > 1e12
 
 
-def test_the_zero_matrix_and_single_rows_are_survived() -> None:
+def test_the_zero_matrix_and_single_rows_give_their_values() -> None:
     assert extreme_singular_values(torch.zeros(WIDE)).condition_number == math.inf
     assert extreme_singular_values(torch.zeros(SMALL)).sigma_max == 0.0
     for shape in ((1, 300), (300, 1), (1, 1)):
@@ -206,7 +208,7 @@ def test_the_matrix_is_not_modified() -> None:
         assert torch.equal(weight_OI, before)
 
 
-def test_the_benchmark_writes_both_ways_side_by_side(tmp_path: Path) -> None:
+def test_the_benchmark_writes_both_methods(tmp_path: Path) -> None:
     result = run_bench("telemetry", "tiny-gpt2", repeats=2, folder=tmp_path)
     assert json.loads((tmp_path / "telemetry-tiny-gpt2.json").read_text()) == result
     assert result["relative_error"] < 1e-6

@@ -1,5 +1,5 @@
-"""A total is the sum of its updates in their order, to the bit, whichever form it has and wherever
-it was saved.
+"""A total is the bitwise sum of its updates in order, in either form, and also if it was saved and
+restored at any point.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_dense_is_bitwise_the_sequential_float32_sum(number: int, dtype: torch.d
     assert torch.equal(total_of(parts).dense(), added_one_by_one(parts))
 
 
-def test_a_total_turns_dense_for_good_when_factors_no_longer_pay() -> None:
+def test_a_total_stays_dense_once_the_factors_are_larger_than_the_matrix() -> None:
     totals = [total_of(updates(number)) for number in (14, 15, 16)]
     assert [total.is_dense for total in totals] == [False, True, True]
     assert [total.rank for total in totals] == [14, 24, 24]
@@ -78,7 +78,7 @@ def test_adding_changes_neither_the_total_nor_the_update() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 9, 14, 15])
-def test_a_saved_total_goes_on_with_the_same_bits(number: int, tmp_path: Path) -> None:
+def test_a_restored_total_continues_with_the_same_bits(number: int, tmp_path: Path) -> None:
     parts = updates(number, rank=2)[: number // 2] + updates(number - number // 2, seed=1)
     total = total_of(parts)
     save_file(
