@@ -63,11 +63,9 @@ class EditRequest:
         # texts about subjects of which the new target is true; the generated ones should be like
         # them
     ] = ()
-    group: str | None = (
-        # requests that are one change together, next to each other in a dataset (MQuAKE: the facts
-        # of one chain)
-        None
-    )
+    # requests that are one change together, next to each other in a dataset (MQuAKE: the facts of
+    # one chain)
+    group: str | None = None
     hops: tuple[
         Probe, ...
         # single-hop questions along the chain after the group's edits; like "multi_hop" on its last
@@ -89,65 +87,87 @@ class StepRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     target: Mapping[str, float] = field(default_factory=dict)
     modules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    nonfinite: str | None = (
-        None  # where a number went bad: "loss", "update of <module>", "weight of <module>"
-    )
+    # where a number went bad: "loss", "update of <module>", "weight of <module>"
+    nonfinite: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalRecord:
-    """One measurement of one view at one step: a line of `evals.jsonl`.
+class Measurement:
+    """One number that an evaluator measured, before it is known at which step and of which view.
 
-    `value` is None where it is not finite; `n` counts what was averaged, `nonfinite` those of them
-    that had no finite score.
+    The order of the fields is the order of the keys in `evals.jsonl`.
     """
 
-    step: int
-    view: str  # "unrestrained", or the name of a restraint on the total
     # "editing", "downstream", "language", "comparison" (of a task with the unedited model), or
-    # "weights" (of a restrained view; task = the matrix)
+    # "weights" (of a restrained view; the task is the matrix).
     kind: str
     metric: str
-    value: float | None
+    value: float | None  # None: not finite
+    # The standard error: the sample standard deviation of the n scores over sqrt(n), by prompt the
+    # cluster-robust one (editkit.evaluation.statistics.tally). None for a single score and for what
+    # is no mean.
     stderr: float | None
-    n: int
+    n: int  # number of averaged scores: requests, prompts or items
     protocol: str | None = None
-    timing: str | None = None
+    timing: str | None = None  # of a measurement: None is the moment's, "before" or "milestone"
     suite: str | None = None
     task: str | None = None
     task_version: float | None = None
-    shots: int | None = None  # how many examples stand before each of a task's questions
-    nonfinite: int | None = None
-    cut: int | None = (
-        # how many of the items had a prompt longer than the model's positions, which lost its
-        # beginning
-        None
-    )
+    shots: int | None = None  # examples before each question of a task
+    nonfinite: int | None = 0  # scores that are not finite
+    cut: int | None = None  # items whose prompt exceeded the context length and lost its beginning
     variant: str | None = None  # how this number differs from what its name says
     low: float | None = None  # bootstrap confidence interval
     high: float | None = None
     block: str | None = None  # "1-50": these edits alone, counted from 1
-    subset: str | None = (
-        None  # "known_before", "unknown_before" or "succeeded": these requests alone
-    )
+    # "known_before", "unknown_before" or "succeeded": these requests alone.
+    subset: str | None = None
     aggregation: str | None = None  # what is averaged: "request" or "prompt"
-    context: str | None = None  # what every prompt stood in; "{}": the prompt alone
-    max_new_tokens: int | None = None  # where a free generation was cut
-    max_tokens: int | None = None  # how long a generated text may be, its prompt included
-    sampled_from: int | None = (
-        # from how many edits (of the block) the measured ones were drawn, where not all were
-        # measured
-        None
-    )
-    dataset: str | None = None  # its digest, the beginning of that in provenance.json
-    requests: str | None = (
-        None  # digest of the ids that were measured; provenance.json tells which they are
-    )
+    context: str | None = None  # the template around every prompt; "{}": the prompt alone
+    max_new_tokens: int | None = None  # the cap of a free generation
+    max_tokens: int | None = None  # the cap of a generated text, its prompt included
 
     @property
     def is_part(self) -> bool:
-        """Whether it is about a part of the requests that another record is about as a whole."""
+        """Whether it is about a part of the requests that another one covers as a whole."""
         return self.block is not None or self.subset is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRecord:
+    """A measurement of one view at one step: a line of `evals.jsonl`, which is flat."""
+
+    step: int
+    view: str  # "unrestrained", or the name of a restraint on the total
+    measurement: Measurement
+    # The number of edits (of the block) from which the measured ones were sampled, if it was a
+    # sample.
+    sampled_from: int | None = None
+    dataset: str | None = None  # the beginning of the dataset's digest in provenance.json
+    requests: str | None = None  # digest of the measured ids, which provenance.json lists
+
+    @classmethod
+    def from_flat(cls, fields: Mapping[str, Any]) -> EvalRecord:
+        """The record with these fields, those of the measurement among them: a line's keys."""
+        names = {field.name for field in dataclasses.fields(Measurement)}
+        own = {name: value for name, value in fields.items() if name not in names}
+        inner = {name: value for name, value in fields.items() if name in names}
+        return cls(measurement=Measurement(**{"nonfinite": None, **inner}), **own)
+
+    def flat(self) -> dict[str, Any]:
+        """All fields by name, in the order of a line's keys."""
+        values = dataclasses.asdict(self)
+        measurement = values.pop("measurement")
+        first: dict[str, Any] = {"step": values.pop("step"), "view": values.pop("view")}
+        return first | measurement | values
+
+
+# The keys of a line of `evals.jsonl`, in their order.
+EVAL_FIELDS = (
+    *("step", "view"),
+    *(field.name for field in dataclasses.fields(Measurement)),
+    *("sampled_from", "dataset", "requests"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,14 +183,11 @@ class SampleRecord:
 
 
 def as_json(record: StepRecord | EvalRecord) -> dict[str, Any]:
-    """A record as plain JSON values, without the fields that are None; a number that is not finite
+    """A record as plain JSON values, without fields that are None. A number that is not finite
     becomes null.
     """
-    return {
-        name: _plain(value)
-        for name, value in dataclasses.asdict(record).items()
-        if value is not None
-    }
+    values = record.flat() if isinstance(record, EvalRecord) else dataclasses.asdict(record)
+    return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:

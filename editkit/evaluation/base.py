@@ -12,54 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editkit.types import EditRequest
+from editkit.types import EditRequest, Measurement
 
 if TYPE_CHECKING:
     from editkit.lazy import torch
     from editkit.model.editable import EditableModel
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """An `EvalRecord` before it is known at which step and of which view: the other fields are the
-    same.
-    """
-
-    # "editing", "downstream", "language", or "comparison" (of a task with the unedited model)
-    kind: str
-    metric: str
-    value: float | None  # None: not finite
-    # Sample standard deviation of the n scores over sqrt(n), by prompt the cluster-robust one
-    # (editkit.evaluation.statistics.tally); None for a single score and for what is no mean.
-    stderr: float | None
-    n: int  # how many scores were averaged: requests, prompts or items
-    nonfinite: int = 0  # how many of them came from numbers that are not finite
-    low: float | None = None  # bootstrap confidence interval, where one was asked for
-    high: float | None = None
-    protocol: str | None = None
-    timing: str | None = None  # None: that of the moment, "before" or "milestone"
-    suite: str | None = None
-    task: str | None = None
-    task_version: float | None = None
-    shots: int | None = None  # how many examples stand before each of a task's questions
-    cut: int | None = (
-        # how many of the items had a prompt longer than the model's positions, which lost its
-        # beginning
-        None
-    )
-    variant: str | None = (
-        # how this number differs from what its name says: "published code: the gold rationale is in
-        # the prompt"
-        None
-    )
-    block: str | None = None  # "1-50": these edits alone, as they are counted from 1
-    subset: str | None = (
-        None  # "known_before", "unknown_before" or "succeeded": these requests alone
-    )
-    aggregation: str | None = None  # what n counts: "request" or "prompt"
-    context: str | None = None  # what every prompt stood in, "{}" for the prompt alone
-    max_new_tokens: int | None = None  # where a free generation was cut
-    max_tokens: int | None = None  # how long a generated text may be, its prompt included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +77,8 @@ class AbstractEvaluator(abc.ABC):
 class AbstractEditEvaluator(AbstractEvaluator):
     """One that judges the edits themselves, so that it matters when each of them was made."""
 
-    is_immediate: ClassVar[bool] = (
-        # it notes each edit where evaluation.timings ask for `immediate`; False: with rollback
-        # alone
-        True
-    )
+    # it notes each edit where evaluation.timings ask for `immediate`; False: with rollback alone
+    is_immediate: ClassVar[bool] = True
 
     @abc.abstractmethod
     def measure(

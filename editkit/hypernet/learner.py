@@ -21,7 +21,7 @@ from editkit.hypernet.measure import edits, measure
 from editkit.hypernet.network import STEP_SIZES, Hypernetwork
 from editkit.hypernet.options import TrainingOptions
 from editkit.lazy import torch
-from editkit.types import EvalRecord, StepRecord, TensorState
+from editkit.types import EvalRecord, Measurement, StepRecord, TensorState
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -315,9 +315,7 @@ class _Learner:
             + self.options.locality_weight * found["locality_loss"]
         )
         for metric in ("efficacy", "generalization", "locality"):
-            yield EvalRecord(
-                step=self.step,
-                view=VIEW,
+            measurement = Measurement(
                 kind="editing",
                 metric=metric,
                 value=found[metric],
@@ -325,22 +323,19 @@ class _Learner:
                 n=count,
                 protocol=PROTOCOL,
                 timing=TIMING,
+                nonfinite=None,
             )
+            yield EvalRecord(step=self.step, view=VIEW, measurement=measurement)
         for metric, value in {
             "loss": loss,
             "edit_loss": found["edit_loss"],
             "locality_loss": found["locality_loss"],
         }.items():
             finite = value if math.isfinite(value) else None
-            yield EvalRecord(
-                step=self.step,
-                view=VIEW,
-                kind="training",
-                metric=metric,
-                value=finite,
-                stderr=None,
-                n=count,
+            measurement = Measurement(
+                kind="training", metric=metric, value=finite, stderr=None, n=count, nonfinite=None
             )
+            yield EvalRecord(step=self.step, view=VIEW, measurement=measurement)
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best = {name: copied(tensor) for name, tensor in self.network.tensors.items()}
             self.best_step, self.best_loss = self.step, loss

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.records.views import trajectory_view_of
-from editkit.types import EvalRecord, StepRecord
+from editkit.types import EVAL_FIELDS, EvalRecord, Measurement, StepRecord
 
+PARTS = ("block", "subset", "task")  # fields of measurements of a part, or of a task
+NUMBERS = ("value", "stderr", "n", "nonfinite", "low", "high", "cut")  # they identify nothing
 _Record = TypeVar("_Record", StepRecord, EvalRecord)
 
 
@@ -40,6 +42,52 @@ class RunRecords:
     def views(self) -> tuple[str, ...]:
         """The trajectory's own first; a run that has measured nothing yet has that one alone."""
         return tuple(dict.fromkeys((self.trajectory_view, *(record.view for record in self.evals))))
+
+    def find(self, **facts: object) -> tuple[EvalRecord, ...]:
+        """The evaluations whose fields have these values, in their order.
+
+        Args:
+            facts: by the keys of a line of `evals.jsonl`: step, view, metric, protocol, timing, ...
+
+        Raises:
+            ConfigError: a key is unknown.
+        """
+        if unknown := facts.keys() - set(EVAL_FIELDS):
+            problem = f"unknown field of an evaluation: {', '.join(sorted(unknown))}"
+            raise ConfigError(message("find", problem, expected=", ".join(EVAL_FIELDS)))
+        lines = ((record, record.flat()) for record in self.evals)
+        return tuple(
+            record
+            for record, line in lines
+            if all(line[name] == value for name, value in facts.items())
+        )
+
+    def value(self, **facts: object) -> float | None:
+        """The value of the one evaluation with these facts; None if it is not finite.
+
+        `block`, `subset` and `task` are None unless they are among the facts.
+
+        Raises:
+            ConfigError: no evaluation has these facts, or several have; then the message names the
+                fields in which they differ.
+        """
+        found = self.find(**dict.fromkeys(PARTS) | facts)
+        if len(found) == 1:
+            return found[0].measurement.value
+        given = ", ".join(f"{name}={value!r}" for name, value in facts.items())
+        if not found:
+            metrics = sorted({record.measurement.metric for record in self.evals})
+            problem = f"no evaluation with {given} in {self.folder}"
+            raise ConfigError(message("value", problem, expected=f"metrics: {', '.join(metrics)}"))
+        lines = [record.flat() for record in found]
+        differing = [
+            f"{name} ({', '.join(map(str, values))})"
+            for name in EVAL_FIELDS
+            if name not in NUMBERS
+            and len(values := dict.fromkeys(line[name] for line in lines)) > 1
+        ]
+        problem = f"{len(found)} evaluations with {given}"
+        raise ConfigError(message("value", problem, fix=f"also give {', '.join(differing)}"))
 
 
 def load_run(folder: Path) -> RunRecords:
@@ -123,21 +171,24 @@ def _evaluation(fields: dict[str, Any]) -> EvalRecord:
         if number is not None and not isinstance(number, int | float):
             raise ValueError(f"{name} is {number!r}, not a number")
         known[name] = float(number) if number is not None and math.isfinite(number) else None
-    return EvalRecord(**known)
+    return EvalRecord.from_flat(known)
 
 
 def _known(record: type[_Record], fields: dict[str, Any]) -> dict[str, Any]:
     """The fields that this version knows: a later one may write more."""
+    fields_of = list(dataclasses.fields(record))
+    if record is EvalRecord:  # its lines are flat
+        fields_of += dataclasses.fields(Measurement)
+    names = {field.name for field in fields_of} - {"measurement"}
     required = [
         field.name
-        for field in dataclasses.fields(record)
-        if _is_required(field) and field.name not in {"value", "stderr"}
+        for field in fields_of
+        if _is_required(field) and field.name in names - {"value", "stderr"}
     ]
     if missing := [name for name in required if name not in fields]:
         raise ValueError(f"without {', '.join(missing)}")
     if not isinstance(fields["step"], int):
         raise ValueError(f"step is {fields['step']!r}, not a whole number")
-    names = {field.name for field in dataclasses.fields(record)}
     return {name: value for name, value in fields.items() if name in names}
 
 

@@ -31,9 +31,8 @@ class RunInfo:
     views: tuple[str, ...]  # the trajectory's own view first, then the restrained ones
     config: Mapping[str, Any]  # resolved, plain values
     unit: str = "edits"  # what is counted: a training counts steps
-    resumed_at: int = (
-        0  # the last step that was done before; 0: a new run, whose first record is step 0
-    )
+    # the last step that was done before; 0: a new run, whose first record is step 0
+    resumed_at: int = 0
 
 
 class AbstractTracker(abc.ABC):

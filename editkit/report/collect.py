@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from editkit.files import write_atomically
 from editkit.records.reader import RunRecords
 from editkit.report.compare.subjects import Measured, measured
 from editkit.report.tables import edits_by_step
-from editkit.types import EvalRecord
+from editkit.types import EVAL_FIELDS
 
 if TYPE_CHECKING:
     import pandas
@@ -33,7 +32,7 @@ LABELS = (
     "view",
     "folder",
 )
-FIELDS = tuple(field.name for field in dataclasses.fields(EvalRecord) if field.name != "view")
+FIELDS = tuple(name for name in EVAL_FIELDS if name != "view")
 RENAMED = {
     "dataset": "dataset_digest",
     "requests": "requests_digest",
@@ -82,7 +81,7 @@ def _lines(each: Measured, *, every_step: bool) -> Iterator[tuple[Any, ...]]:
     edits = edits_by_step(run.steps)
     evals = [record for record in run.evals if record.view == each.view]
     for record in evals:
-        values = {name: getattr(record, name) for name in FIELDS}
+        values = record.flat()
         yield (*names, edits.get(record.step, record.step), *_row(values))
     if not each.is_trajectory:
         return  # the steps are the trajectory's

@@ -201,7 +201,7 @@ def _failures(runs: Sequence[RunRecords]) -> Iterable[str]:
         if lost and run.failure is None:
             text = f"{lost[0].nonfinite}, requests {', '.join(lost[0].requests)}; {len(lost)} such steps"
             rows.append([names[run.folder], "not finite", str(edits[lost[0].step]), text])
-        unscored = sum(record.nonfinite or 0 for record in run.evals)
+        unscored = sum(record.measurement.nonfinite or 0 for record in run.evals)
         if unscored:
             rows.append(
                 [

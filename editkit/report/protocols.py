@@ -40,7 +40,9 @@ def compare_protocols(
     editing = [
         record
         for record in evals
-        if record.kind == "editing" and record.block is None and record.timing != "final"
+        if record.measurement.kind == "editing"
+        and record.measurement.block is None
+        and record.measurement.timing != "final"
     ]
     view = view if view is not None or not editing else editing[0].view
     editing = [record for record in editing if record.view == view]
@@ -48,17 +50,19 @@ def compare_protocols(
         return None
     step = max(record.step for record in editing)
     chosen = [record for record in editing if record.step == step]
-    protocols = tuple(dict.fromkeys(record.protocol or "" for record in chosen))
+    protocols = tuple(dict.fromkeys(record.measurement.protocol or "" for record in chosen))
     cells: dict[tuple[str, str], Cell] = {}
     for record in chosen:
-        place = (_name(record), record.protocol or "")
+        place = (_name(record), record.measurement.protocol or "")
         if place in cells:
             raise ConfigError(
                 f"'{place[0]}' was measured twice by the protocol '{place[1]}' for view '{view}' at step {step}."
             )
-        cells[place] = Cell(value=record.value, stderr=record.stderr, n=record.n)
+        cells[place] = Cell(
+            value=record.measurement.value, stderr=record.measurement.stderr, n=record.measurement.n
+        )
     rows = tuple(dict.fromkeys(_name(record) for record in sorted(chosen, key=_place)))
-    units = {_name(record): record.metric.endswith(UNITS) for record in chosen}
+    units = {_name(record): record.measurement.metric.endswith(UNITS) for record in chosen}
     return Comparison(
         view=view,
         edits=edits.get(step, step),
@@ -102,9 +106,9 @@ def _text(cell: Cell | None, *, has_unit: bool, stderr: bool) -> str:
 
 
 def _name(record: EvalRecord) -> str:
-    parts = [record.metric, record.task, record.subset]
-    if record.timing not in ALL_EDITS_SO_FAR:
-        parts.append(record.timing)
+    parts = [record.measurement.metric, record.measurement.task, record.measurement.subset]
+    if record.measurement.timing not in ALL_EDITS_SO_FAR:
+        parts.append(record.measurement.timing)
     return ", ".join(part.replace("_", " ") for part in parts if part)
 
 
@@ -116,16 +120,16 @@ def _place(record: EvalRecord) -> tuple[int, str, bool, bool, bool, str]:
         (
             name
             for name in EDITING_ORDER
-            if record.metric == name or record.metric.startswith(f"{name}_")
+            if record.measurement.metric == name or record.measurement.metric.startswith(f"{name}_")
         ),
         "",
     )
     order = EDITING_ORDER.index(family) if family else len(EDITING_ORDER)
     return (
         order,
-        record.metric,
-        record.task is not None,
-        record.subset is not None,
-        record.timing not in ALL_EDITS_SO_FAR,
-        record.task or "",
+        record.measurement.metric,
+        record.measurement.task is not None,
+        record.measurement.subset is not None,
+        record.measurement.timing not in ALL_EDITS_SO_FAR,
+        record.measurement.task or "",
     )

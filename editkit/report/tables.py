@@ -65,12 +65,12 @@ def is_summarised(record: EvalRecord) -> bool:
     of them, no difference, no distance.
     """
     if (
-        record.timing not in ALL_EDITS_SO_FAR
-        or record.kind in ("weights", "comparison")
-        or record.is_part
+        record.measurement.timing not in ALL_EDITS_SO_FAR
+        or record.measurement.kind in ("weights", "comparison")
+        or record.measurement.is_part
     ):
         return False
-    return record.kind != "editing" or not record.metric.endswith(
+    return record.measurement.kind != "editing" or not record.measurement.metric.endswith(
         ("_magnitude", "_forgetting", *UNITS)
     )
 
@@ -90,9 +90,9 @@ def editing_protocols(evals: Iterable[EvalRecord]) -> tuple[str | None, ...]:
     """The protocols of the editing metrics, in the order in which they were written."""
     return tuple(
         dict.fromkeys(
-            record.protocol
+            record.measurement.protocol
             for record in evals
-            if record.kind == "editing" and is_summarised(record)
+            if record.measurement.kind == "editing" and is_summarised(record)
         )
     )
 
@@ -126,7 +126,9 @@ def summarise(
         record
         for record in evals
         if is_summarised(record)
-        and (record.kind != "editing" or protocol in (None, record.protocol))
+        and (
+            record.measurement.kind != "editing" or protocol in (None, record.measurement.protocol)
+        )
     ]
     keys = _headlines(
         sorted(dict.fromkeys(_key(record) for record in chosen), key=_place)
@@ -163,7 +165,7 @@ def summarise(
         columns=columns,
         rows=rows,
         protocol=protocol,
-        has_rollback=any(record.timing == "rollback" for record in chosen),
+        has_rollback=any(record.measurement.timing == "rollback" for record in chosen),
     )
 
 
@@ -189,14 +191,14 @@ def weight_cells(
                     )
     for record in evals:
         if (
-            record.kind == "weights"
-            and record.metric in WEIGHT_COLUMNS
+            record.measurement.kind == "weights"
+            and record.measurement.metric in WEIGHT_COLUMNS
             and record.view != trajectory
         ):
-            value = math.nan if record.value is None else record.value
-            found.setdefault((record.view, record.step), {}).setdefault(record.metric, []).append(
-                value
-            )
+            value = math.nan if record.measurement.value is None else record.measurement.value
+            found.setdefault((record.view, record.step), {}).setdefault(
+                record.measurement.metric, []
+            ).append(value)
     return {
         place: {
             metric: _finite_cell(_largest(values) if metric == "condition_number" else sum(values))
@@ -284,7 +286,9 @@ def _text(cell: Cell | None, column: Column, *, stderr: bool) -> str:
 
 
 def _cell(record: EvalRecord) -> Cell:
-    return Cell(value=record.value, stderr=record.stderr, n=record.n)
+    return Cell(
+        value=record.measurement.value, stderr=record.measurement.stderr, n=record.measurement.n
+    )
 
 
 _Key = tuple[
@@ -293,7 +297,12 @@ _Key = tuple[
 
 
 def _key(record: EvalRecord) -> _Key:
-    return record.kind, record.suite or "", record.task or "", record.metric
+    return (
+        record.measurement.kind,
+        record.measurement.suite or "",
+        record.measurement.task or "",
+        record.measurement.metric,
+    )
 
 
 def _place(key: _Key) -> tuple[int, int]:
@@ -336,7 +345,12 @@ def _check_unmixed(name: str, records: Sequence[EvalRecord]) -> None:
         "max_tokens",
         "dataset",
     ):
-        values = list(dict.fromkeys(getattr(record, field) for record in records))
+        values = list(
+            dict.fromkeys(
+                getattr(record.measurement, field) if field != "dataset" else record.dataset
+                for record in records
+            )
+        )
         if field == "shots":
             values = [
                 value for value in values if value is not None
@@ -346,7 +360,7 @@ def _check_unmixed(name: str, records: Sequence[EvalRecord]) -> None:
             raise ConfigError(
                 f"one column of the table would mix values of {field}: '{name}' was measured with {given}. Choose one of them."
             )
-    if {"milestone", "rollback"} <= {record.timing for record in records}:
+    if {"milestone", "rollback"} <= {record.measurement.timing for record in records}:
         raise ConfigError(
             f"one column of the table would mix edits that add up with edits that were taken back: '{name}'. Choose one of them."
         )

@@ -6,7 +6,6 @@ of W_0 + D, while it is looked at.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -14,19 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from editkit.evaluation.base import (
-    AbstractEditEvaluator,
-    AbstractSuite,
-    Measurement,
-    Moment,
-    Samples,
-)
+from editkit.evaluation.base import AbstractEditEvaluator, AbstractSuite, Moment, Samples
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.linalg.telemetry import module_record
 from editkit.restraints.base import AbstractTotalRestraint
 from editkit.runner.checkpoint import RunState
 from editkit.runner.plan import Trajectory, digest_of, label
-from editkit.types import EvalRecord, SampleRecord
+from editkit.types import EvalRecord, Measurement, SampleRecord
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
@@ -125,7 +118,8 @@ def tell_batch(job: Trajectory, state: RunState) -> Iterator[EvalRecord]:
                         yield EvalRecord(
                             step=state.step,
                             view=view,
-                            **{**dataclasses.asdict(found), "block": block, **about},
+                            measurement=replace(found, block=block),
+                            **about,
                         )
 
 
@@ -140,16 +134,16 @@ def weigh(job: Trajectory, state: RunState, view: str) -> Iterator[EvalRecord]:
         )
         for metric in ("condition_number", "sigma_max", "sigma_min", "l1_norm"):
             value = figures[metric] if math.isfinite(figures[metric]) else None
-            yield EvalRecord(
-                step=state.step,
-                view=view,
+            measurement = Measurement(
                 kind="weights",
                 task=module,
                 metric=metric,
                 value=value,
                 stderr=None,
                 n=1,
+                nonfinite=None,
             )
+            yield EvalRecord(step=state.step, view=view, measurement=measurement)
 
 
 def views(job: Trajectory) -> tuple[str, ...]:
@@ -217,20 +211,23 @@ def _ask(
             yield SampleRecord(step=step, view=view, name=each.name, rows=each.rows)
         elif each.kind != "editing":
             of = digest_of(job.batch(step)) if each.timing == ROLLBACK else None
-            yield EvalRecord(step=step, view=view, requests=of, **dataclasses.asdict(each))
+            yield EvalRecord(step=step, view=view, measurement=each, requests=of)
         else:
-            record = EvalRecord(
-                step=step, view=view, **dataclasses.asdict(each), **about(each.block)
-            )
+            record = EvalRecord(step=step, view=view, measurement=each, **about(each.block))
             if step == 0:
-                yield replace(record, timing="before")
-            elif record.timing is not None:
+                yield _timed(record, "before")
+            elif each.timing is not None:
                 yield record
             else:
                 if schedule.is_milestone(step):
-                    yield replace(record, timing="milestone")
-                if step == schedule.last_step and "final" in job.timings and record.block is None:
-                    yield replace(record, timing="final")
+                    yield _timed(record, "milestone")
+                is_last = step == schedule.last_step
+                if is_last and "final" in job.timings and each.block is None:
+                    yield _timed(record, "final")
+
+
+def _timed(record: EvalRecord, timing: str) -> EvalRecord:
+    return replace(record, measurement=replace(record.measurement, timing=timing))
 
 
 def _of_the_batch(found: Measurement | Samples, block: str) -> Measurement | Samples:

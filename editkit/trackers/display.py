@@ -190,16 +190,16 @@ class Display:
 
 def _identity(record: EvalRecord) -> tuple[object, ...]:
     """Identifies a measurement: a resumed run may repeat the last milestone."""
-    part = (record.block, record.subset)
+    part = (record.measurement.block, record.measurement.subset)
     return (
         record.step,
         record.view,
-        record.kind,
-        record.suite,
-        record.task,
-        record.metric,
-        record.protocol,
-        record.timing,
+        record.measurement.kind,
+        record.measurement.suite,
+        record.measurement.task,
+        record.measurement.metric,
+        record.measurement.protocol,
+        record.measurement.timing,
         part,
     )
 

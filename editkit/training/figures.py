@@ -34,9 +34,9 @@ def draw_training(folder: Path) -> Path | None:
             label=f"training, means of {SMOOTHED}",
         )
         measured = [
-            (record.step, record.value)
+            (record.step, record.measurement.value)
             for record in run.evals
-            if record.kind == "training" and record.metric == name
+            if record.measurement.kind == "training" and record.measurement.metric == name
         ]
         places, values = zip(*measured, strict=True) if measured else ((), ())
         axis.plot(
@@ -48,9 +48,9 @@ def draw_training(folder: Path) -> Path | None:
         axis.legend(fontsize=7, frameon=False)
     for place, metric in enumerate(("efficacy", "generalization", "locality")):
         measured = [
-            (record.step, record.value)
+            (record.step, record.measurement.value)
             for record in run.evals
-            if record.kind == "editing" and record.metric == metric
+            if record.measurement.kind == "editing" and record.measurement.metric == metric
         ]
         places, values = zip(*measured, strict=True) if measured else ((), ())
         axes[2].plot(places, values, color=COLOURS[place], marker="o", markersize=3, label=metric)

@@ -108,9 +108,11 @@ def _editing_sections(runs: Sequence[RunRecords]) -> Iterable[Section]:
         record
         for run in runs
         for record in run.evals
-        if record.kind == "editing" and is_summarised(record)
+        if record.measurement.kind == "editing" and is_summarised(record)
     ]
-    measured = {(record.protocol or "", record.metric) for record in records}
+    measured = {
+        (record.measurement.protocol or "", record.measurement.metric) for record in records
+    }
     if not runs:
         measured = {
             (protocol, metric)
@@ -133,10 +135,10 @@ def _editing_sections(runs: Sequence[RunRecords]) -> Iterable[Section]:
 def _task_sections(runs: Sequence[RunRecords]) -> Iterable[Section]:
     """A section for each suite, a panel for each task and metric."""
     keys = {
-        (record.suite or "", record.task or "", record.metric)
+        (record.measurement.suite or "", record.measurement.task or "", record.measurement.metric)
         for run in runs
         for record in run.evals
-        if record.kind == "downstream" and is_summarised(record)
+        if record.measurement.kind == "downstream" and is_summarised(record)
     }
     if not runs:
         yield _section("Tasks", [_panel("tasks", "^downstream/", percent=True)])

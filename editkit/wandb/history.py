@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from editkit.types import EvalRecord, SampleRecord, StepRecord
+from editkit.types import EVAL_FIELDS, EvalRecord, SampleRecord, StepRecord
 
 STEP, EDITS = "edit/step", "edit/edits"
 # How the figures of several matrices are combined.
@@ -52,24 +52,27 @@ class History:
 
     def evaluation(self, record: EvalRecord) -> dict[str, float]:
         """The values of a measurement, for the row of its step."""
-        value = math.nan if record.value is None else record.value
+        value = math.nan if record.measurement.value is None else record.measurement.value
         row: dict[str, float] = {STEP: record.step}
-        if record.kind == "weights":
-            row[f"modules/{_path(str(record.task))}/{record.metric}/{record.view}"] = value
-            return row | self._over_matrices(record.view, record.metric, value)
+        if record.measurement.kind == "weights":
+            row[
+                f"modules/{_path(str(record.measurement.task))}/{record.measurement.metric}/{record.view}"
+            ] = value
+            return row | self._over_matrices(record.view, record.measurement.metric, value)
         # The timing of tasks and perplexity says whether the run uses rollback. Their lines begin
         # at step 0 either way.
         timing = (
-            record.timing
-            if record.kind == "editing" and record.timing not in ("before", "milestone")
+            record.measurement.timing
+            if record.measurement.kind == "editing"
+            and record.measurement.timing not in ("before", "milestone")
             else None
         )
         parts = (
-            record.kind,
-            record.protocol,
-            record.suite,
-            record.task,
-            record.metric,
+            record.measurement.kind,
+            record.measurement.protocol,
+            record.measurement.suite,
+            record.measurement.task,
+            record.measurement.metric,
             *_more(record),
             timing,
             record.view,
@@ -104,10 +107,8 @@ def rows(
 
 def evaluation_table(evals: Iterable[EvalRecord]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of a table of all measurements, without empty columns."""
-    import dataclasses
-
-    names = [field.name for field in dataclasses.fields(EvalRecord)]
-    values = [[_scalar(getattr(record, name)) for name in names] for record in evals]
+    names = list(EVAL_FIELDS)
+    values = [[_scalar(value) for value in record.flat().values()] for record in evals]
     filled = [
         place
         for place, name in enumerate(names)
@@ -143,7 +144,7 @@ def sample_key(record: SampleRecord) -> str:
 
 def _more(record: EvalRecord) -> tuple[str | None, ...]:
     """Further fields in which two measurements of one name may differ."""
-    return record.block, record.subset, record.variant
+    return record.measurement.block, record.measurement.subset, record.measurement.variant
 
 
 def _path(module: str) -> str:

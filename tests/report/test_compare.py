@@ -20,8 +20,7 @@ from editkit.report.compare.significance import compare, paired_t_test
 from editkit.report.compare.subjects import Measured, measured, pairs
 from editkit.report.compare.summary import Summary, summaries, text_of
 from editkit.report.figures.panels import MAX_POINTS, sheets
-from editkit.types import EvalRecord
-from tests.support.records import editing, task
+from tests.support.records import changed, editing, evaluation, task
 from tests.support.sweeps import PRUNE, a_sweep, add_run, config_of, evals_of
 
 
@@ -231,7 +230,7 @@ def test_the_table_of_abilities_never_shows_editing_metrics_also_where_there_wer
         for view in ("unrestrained", "prune")
     ]
     weights = [
-        EvalRecord(
+        evaluation(
             step=2,
             view="prune",
             kind="weights",
@@ -257,7 +256,7 @@ def test_single_edits_and_sequential_ones_share_no_table(tmp_path: Path) -> None
     add_run(
         tmp_path,
         config_of(0, restraint={}, rollback=True),
-        [replace(editing(2, "efficacy", 0.9), timing="rollback")],
+        [changed(editing(2, "efficacy", 0.9), timing="rollback")],
     )
     titles = [
         each.title

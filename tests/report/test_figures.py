@@ -18,8 +18,16 @@ from editkit.report.figures.run_figures import (
     draw_spectrum,
     draw_tasks,
 )
-from editkit.types import EvalRecord
-from tests.support.records import EVALS, MODULES, STEPS, a_step, editing, task, write_run
+from tests.support.records import (
+    EVALS,
+    MODULES,
+    STEPS,
+    a_step,
+    editing,
+    evaluation,
+    task,
+    write_run,
+)
 
 
 def a_run(folder: Path, **records: list) -> RunRecords:
@@ -129,7 +137,7 @@ def test_a_collapse_is_marked_and_no_gap(tmp_path: Path):
 
 def test_a_restrained_views_spectrum_is_drawn_where_it_was_measured(tmp_path: Path):
     measured = [
-        EvalRecord(
+        evaluation(
             step=step,
             view="prune",
             kind="weights",

@@ -11,7 +11,12 @@ import pytest
 from editkit.errors import ConfigError
 from editkit.records.find import load_runs
 from editkit.report import formats
-from editkit.report.compare.against_published import HEAD, cells_of, notes_of
+from editkit.report.compare.against_published import (
+    HEAD,
+    cells_of,
+    compare_with_published,
+    notes_of,
+)
 from editkit.report.compare.collapse import collapses
 from editkit.report.compare.published import load_published
 from editkit.report.compare.subjects import Measured, measured

@@ -5,7 +5,6 @@ down.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from editkit.report.figures import heatmaps, scatter
 from editkit.targets.keys import keys_and_outputs
 from editkit.types import SampleRecord
 from tests.support.helpers import requests, tiny_model
-from tests.support.records import editing
+from tests.support.records import changed, editing
 from tests.support.sweeps import PRUNE, add_run, config_of, evals_of
 
 
@@ -32,7 +31,7 @@ def subjects_in(root: Path) -> tuple[Measured, ...]:
 
 def blocks(values: dict[tuple[int, str], float]) -> list:
     return [
-        replace(editing(step, "efficacy", value), block=block)
+        changed(editing(step, "efficacy", value), block=block)
         for (step, block), value in values.items()
     ]
 

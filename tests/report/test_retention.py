@@ -5,7 +5,6 @@ nothing is mixed.
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from editkit.report.protocols import compare_protocols, markdown, texts
 from editkit.report.show import show
 from editkit.report.tables import caption, is_summarised, summarise
 from editkit.types import EvalRecord
-from tests.support.records import EVALS, STEPS, editing, task, write_run
+from tests.support.records import EVALS, STEPS, changed, editing, evaluation, task, write_run
 
 EDITS = {0: 0, 1: 2, 2: 4}
 
@@ -34,7 +33,7 @@ def part(
     metric: str = "efficacy",
     view: str = "unrestrained",
 ) -> EvalRecord:
-    return replace(editing(step, metric, value, view=view, protocol="argmax"), block=block)
+    return changed(editing(step, metric, value, view=view, protocol="argmax"), block=block)
 
 
 BLOCKS = [
@@ -65,7 +64,7 @@ def test_retention_has_a_row_for_each_block_and_a_column_for_each_milestone() ->
 
 def test_the_heat_map_has_a_panel_for_each_metric_and_view(tmp_path: Path) -> None:
     evals = [
-        replace(record, view=view)
+        changed(record, view=view)
         for view in ("unrestrained", "prune")
         for record in (*BLOCKS, part(2, "1-2", 0.5, metric="locality_out_of_distribution"))
     ]
@@ -88,7 +87,7 @@ def test_the_heat_map_has_a_panel_for_each_metric_and_view(tmp_path: Path) -> No
 
 def test_collapse_points_lie_between_two_milestones_and_name_their_threshold() -> None:
     perplexities = [
-        EvalRecord(
+        evaluation(
             step=step,
             view="unrestrained",
             kind="language",
@@ -129,7 +128,7 @@ def test_collapse_points_lie_between_two_milestones_and_name_their_threshold() -
 def test_edits_that_are_taken_back_have_no_collapse_points() -> None:
     evals = [
         editing(0, "efficacy", 0.0),
-        replace(editing(1, "efficacy", 0.1), timing="rollback"),
+        changed(editing(1, "efficacy", 0.1), timing="rollback"),
         task(0, "rte", 0.8),
         task(1, "rte", 0.1),
     ]
@@ -147,9 +146,9 @@ def test_thresholds_are_those_of_the_runs_configuration() -> None:
 
 
 def test_protocols_stand_side_by_side_and_never_in_one_column() -> None:
-    immediate = replace(editing(2, "efficacy", 0.95), timing="immediate")
+    immediate = changed(editing(2, "efficacy", 0.95), timing="immediate")
     divergence = editing(2, "locality_kl_nats", 1.5, protocol="distribution")
-    final = replace(editing(2, "efficacy", 1.0), timing="final")
+    final = changed(editing(2, "efficacy", 1.0), timing="final")
     found = compare_protocols([*EVALS, immediate, divergence, final, *BLOCKS], EDITS)
     assert found is not None and (found.view, found.edits) == ("unrestrained", 4)
     assert found.protocols == ("probability", "argmax", "distribution")
@@ -169,13 +168,13 @@ def test_a_milestones_row_holds_the_whole_and_no_part_distance_or_loss() -> None
     whole = editing(2, "efficacy", 1.0)
     assert is_summarised(whole)
     for other in (
-        replace(whole, block="1-2"),
-        replace(whole, subset="succeeded"),
-        replace(whole, timing="immediate"),
-        replace(whole, timing="final"),
-        replace(whole, metric="efficacy_forgetting"),
-        replace(whole, metric="locality_kl_nats"),
-        replace(whole, metric="fluency_bits"),
+        changed(whole, block="1-2"),
+        changed(whole, subset="succeeded"),
+        changed(whole, timing="immediate"),
+        changed(whole, timing="final"),
+        changed(whole, metric="efficacy_forgetting"),
+        changed(whole, metric="locality_kl_nats"),
+        changed(whole, metric="fluency_bits"),
     ):
         assert not is_summarised(other), other
 
@@ -191,13 +190,13 @@ def test_a_milestones_row_holds_the_whole_and_no_part_distance_or_loss() -> None
     ],
 )
 def test_a_column_never_mixes_ways_of_measuring(field: str, value: object) -> None:
-    evals = [editing(1, "efficacy", 0.5), replace(editing(2, "efficacy", 0.5), **{field: value})]  # type: ignore[arg-type]
+    evals = [editing(1, "efficacy", 0.5), changed(editing(2, "efficacy", 0.5), **{field: value})]  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="one column of the table would mix"):
         summarise(STEPS, evals, edits=EDITS, protocol="probability")
 
 
 def test_batches_that_were_taken_back_are_said_to_be() -> None:
-    evals = [editing(0, "efficacy", 0.0), replace(editing(2, "efficacy", 0.5), timing="rollback")]
+    evals = [editing(0, "efficacy", 0.0), changed(editing(2, "efficacy", 0.5), timing="rollback")]
     table = summarise(STEPS, evals, edits=EDITS, protocol="probability")
     assert table.has_rollback and [row.edits for row in table.rows] == [0, 4]
     assert "tasks, perplexity and weights with a row's last batch alone" in caption(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,16 @@ from editkit.report.tables import (
     summarise,
 )
 from editkit.types import EvalRecord
-from tests.support.records import EVALS, MODULES, STEPS, editing, task, write_run
+from tests.support.records import (
+    EVALS,
+    MODULES,
+    STEPS,
+    changed,
+    editing,
+    evaluation,
+    task,
+    write_run,
+)
 
 
 def table_of(evals: list[EvalRecord], *, protocol: str | None = "probability"):
@@ -58,7 +66,7 @@ def test_the_weights_columns_are_the_worst_condition_number_and_the_sum_of_l1_no
 
 def test_a_restrained_views_weights_are_shown_where_they_were_measured():
     measured = [
-        EvalRecord(
+        evaluation(
             step=2,
             view="prune",
             kind="weights",
@@ -75,9 +83,9 @@ def test_a_restrained_views_weights_are_shown_where_they_were_measured():
 
 def test_the_first_metric_of_a_task_stands_for_it():
     further = [
-        replace(record, metric="accuracy_likelihood", value=0.1)
+        changed(record, metric="accuracy_likelihood", value=0.1)
         for record in EVALS
-        if record.task == "entailment"
+        if record.measurement.task == "entailment"
     ]
     assert list(frame(table_of(EVALS + further)).columns) == [
         "efficacy",
@@ -103,8 +111,8 @@ def test_a_column_never_mixes_versions_of_a_task():
 def test_a_column_never_mixes_numbers_of_examples_and_takes_records_that_do_not_tell():
     first, second = task(0, "entailment", 0.9), task(2, "entailment", 0.8)
     with pytest.raises(ConfigError, match=r"shots.*entailment.*0, 5"):
-        table_of([replace(first, shots=0), replace(second, shots=5)])
-    assert not frame(table_of([first, replace(second, shots=5)])).empty
+        table_of([changed(first, shots=0), changed(second, shots=5)])
+    assert not frame(table_of([first, changed(second, shots=5)])).empty
 
 
 def test_two_numbers_for_one_place_are_refused():
@@ -113,14 +121,16 @@ def test_two_numbers_for_one_place_are_refused():
 
 
 def test_other_timings_stay_out_of_a_milestones_row():
-    immediate = replace(editing(2, "efficacy", 0.1), timing="immediate")
+    immediate = changed(editing(2, "efficacy", 0.1), timing="immediate")
     assert frame(table_of([*EVALS, immediate])).loc[("unrestrained", 4), "efficacy"] == 1.0
 
 
 def test_probability_is_the_default_protocol_where_it_was_measured():
     assert default_protocol(EVALS) == "probability"
     assert (
-        default_protocol([record for record in EVALS if record.protocol != "probability"])
+        default_protocol(
+            [record for record in EVALS if record.measurement.protocol != "probability"]
+        )
         == "argmax"
     )
 
@@ -209,7 +219,7 @@ def test_values_that_were_not_finite_can_be_read(tmp_path: Path):
     )
     run = load_run(tmp_path)
     assert math.isnan(run.steps[0].modules["m"]["condition_number"])
-    assert run.evals[0].value is None
+    assert run.evals[0].measurement.value is None
     assert markdown(run_table(run)).count("n/f |") == 1
 
 

@@ -101,7 +101,7 @@ def test_an_earlier_configuration_names_classes_that_have_moved_since() -> None:
     for former, now in FORMER_PATHS.items():
         problems = Problems()
         assert resolve(former, "key", object, problems) is resolve(now, "key", object, problems)
-        assert not problems.found
+        assert not problems.messages
         assert current_path(former) == now
         nodes = [{"suite": {"_target_": path}} for path in (former, now)]
         assert config_hash(nodes[0]) == config_hash(nodes[1])

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from editkit.config.build import Experiment, build
+from editkit.config.build import build
 from editkit.config.compose import compose, plain
+from editkit.config.experiment import Experiment
 from editkit.editors.base import Step
 from editkit.errors import ConfigError
 from editkit.evaluation.harness.suite import Suite

@@ -57,7 +57,7 @@ def test_records_come_in_order_and_evaluations_at_milestones_alone() -> None:
     assert [event.step for event in events if isinstance(event, EvalRecord)] == [0, 2, 6]
     assert [event.step for event in events if isinstance(event, RunState)] == [0, 2, 4, 6]
     measured = [event for event in events if isinstance(event, EvalRecord)]
-    assert [(event.timing, event.n) for event in measured] == [
+    assert [(event.measurement.timing, event.measurement.n) for event in measured] == [
         ("before", 6),
         ("milestone", 2),
         ("milestone", 6),
@@ -101,9 +101,9 @@ def test_a_restrained_view_leaves_the_trajectory_alone() -> None:
     with_view = list(run_edits(trajectory(viewed, REQUESTS, editor=loud, restraints=prune())))
     assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(viewed), strict=True))
     values = {
-        (event.step, event.view): event.value
+        (event.step, event.view): event.measurement.value
         for event in with_view
-        if isinstance(event, EvalRecord) and event.metric == "moved"
+        if isinstance(event, EvalRecord) and event.measurement.metric == "moved"
     }
     assert {view for _, view in values} == {"unrestrained", "prune"}
     assert values[6, "prune"] != values[6, "unrestrained"]
@@ -111,12 +111,13 @@ def test_a_restrained_view_leaves_the_trajectory_alone() -> None:
     weighed = [
         event
         for event in with_view
-        if isinstance(event, EvalRecord) and (event.task, event.metric) == (module, "sigma_max")
+        if isinstance(event, EvalRecord)
+        and (event.measurement.task, event.measurement.metric) == (module, "sigma_max")
     ]
     last_step = [event for event in with_view if isinstance(event, StepRecord)][-1]
     assert [event.step for event in weighed] == [0, 2, 6]
-    assert weighed[-1].value < last_step.modules[module]["sigma_max"]
-    assert [event.value for event in without if isinstance(event, EvalRecord)] == [
+    assert weighed[-1].measurement.value < last_step.modules[module]["sigma_max"]
+    assert [event.measurement.value for event in without if isinstance(event, EvalRecord)] == [
         values[step, "unrestrained"] for step in (0, 2, 6)
     ]
 
@@ -131,21 +132,23 @@ def test_a_total_restrained_at_the_end_is_the_evaluated_view_written_into_the_mo
         run_edits(trajectory(model, REQUESTS, editor=loud, restraints=prune(apply_at="end")))
     )
     last_view = [
-        event.value
+        event.measurement.value
         for event in viewed
-        if isinstance(event, EvalRecord) and (event.view, event.metric) == ("prune", "moved")
+        if isinstance(event, EvalRecord)
+        and (event.view, event.measurement.metric) == ("prune", "moved")
     ][-1]
     (last_end,) = [
         event
         for event in ended
-        if isinstance(event, EvalRecord) and (event.view, event.metric) == ("prune", "moved")
+        if isinstance(event, EvalRecord)
+        and (event.view, event.measurement.metric) == ("prune", "moved")
     ]
     assert last_end.step == 6
-    assert last_end.value == pytest.approx(last_view, rel=1e-5)
+    assert last_end.measurement.value == pytest.approx(last_view, rel=1e-5)
     (sigma_max,) = [
         event.value
         for event in ended
-        if isinstance(event, EvalRecord) and event.metric == "sigma_max" and "h.0" in event.task
+        if isinstance(event, EvalRecord) and event.measurement.metric == "sigma_max" and "h.0" in event.task
     ]
     assert sigma_max == pytest.approx(
         float(torch.linalg.matrix_norm(model.weight(loud.modules(model)[0]), 2)), rel=1e-5

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from editkit.config.schedule import Schedule
 from editkit.datasets.bundled import WorldDataset
-from editkit.evaluation.base import Measurement, Moment
+from editkit.evaluation.base import Moment
 from editkit.evaluation.editing import EditingEvaluator, Protocol
 from editkit.evaluation.fluency import Fluency
 from editkit.evaluation.protocols.generate import Generate
@@ -28,9 +29,10 @@ from editkit.restraints.prune import Prune
 from editkit.runner.checkpoint import RunState, load_state, save_state
 from editkit.runner.loop import run_edits
 from editkit.runner.plan import Trajectory, digest_of
-from editkit.types import EditRequest, EvalRecord, SampleRecord, StepRecord, as_json
+from editkit.types import EditRequest, EvalRecord, Measurement, SampleRecord, StepRecord, as_json
 from tests.support.fakes import FakeEditor, SumOfWeights, trajectory
 from tests.support.helpers import tiny_model
+from tests.support.records import flat
 
 ALL: tuple[Protocol, ...] = ("probability", "argmax", "token", "generate", "distribution")
 PRUNE = Restraints(
@@ -74,8 +76,10 @@ def job(
     return dataclasses.replace(made, evaluators={"editing": evaluator}, **changes)
 
 
-def evals(events: Sequence[object]) -> list[EvalRecord]:
-    return [event for event in events if isinstance(event, EvalRecord) and event.kind == "editing"]
+def evals(events: Sequence[object]) -> list[Any]:
+    """The editing measurements of a run, with the keys of their lines as attributes."""
+    records = [flat(event) for event in events if isinstance(event, EvalRecord)]
+    return [record for record in records if record.kind == "editing"]
 
 
 def value(events: Sequence[object], **where: object) -> float | None:
@@ -94,6 +98,10 @@ def value(events: Sequence[object], **where: object) -> float | None:
         if all(getattr(each, name) == given for name, given in wanted.items())
     )
     return found.value
+
+
+def with_values(record: Any, **values: object) -> Any:
+    return SimpleNamespace(**vars(record) | values)
 
 
 def whole(found: Sequence[Any]) -> dict[tuple[str | None, str], float]:
@@ -180,9 +188,9 @@ def test_final_is_the_last_measurement_by_its_own_name_also_where_no_milestone_i
 ) -> None:
     events = list(run_edits(job(world, timings=("milestone", "final"))))
     last = [each for each in evals(events) if each.step == 6 and each.block is None]
-    assert [
-        dataclasses.replace(each, timing="milestone") for each in last if each.timing == "final"
-    ] == [each for each in last if each.timing == "milestone"]
+    assert [with_values(each, timing="milestone") for each in last if each.timing == "final"] == [
+        each for each in last if each.timing == "milestone"
+    ]
     made = job(world, timings=("milestone", "final"), milestones=(0, 2))
     made = dataclasses.replace(
         made, schedule=dataclasses.replace(made.schedule, measures_last=True)
@@ -358,7 +366,7 @@ def test_a_view_that_corrects_nothing_is_asked_again_only_where_it_has_notes(
     own, prune = (
         [each for each in evals(events) if each.view == view] for view in ("unrestrained", "prune")
     )
-    assert [dataclasses.replace(each, view="prune") for each in own] == prune
+    assert [with_values(each, view="prune") for each in own] == prune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -380,7 +388,7 @@ def test_with_rollback_whatever_takes_no_notes_is_of_the_last_batch_and_says_so(
     made = dataclasses.replace(
         made, evaluators={"ability": Ability(module=module), "fake": SumOfWeights(module=module)}
     )
-    found = [event for event in run_edits(made) if isinstance(event, EvalRecord)]
+    found = [flat(event) for event in run_edits(made) if isinstance(event, EvalRecord)]
     ability, edits = (
         [each for each in found if each.kind == kind] for kind in ("downstream", "editing")
     )
@@ -445,7 +453,7 @@ def test_rollback_tells_generations_and_parts_as_other_runs_do(
     )
 
     def told(events: Sequence[object]) -> list[EvalRecord]:
-        return [dataclasses.replace(each, timing=None) for each in evals(events) if each.step]
+        return [with_values(each, timing=None) for each in evals(events) if each.step]
 
     assert told(alone) == told(sequential), "one edit is the same either way"
     rows = [

@@ -12,12 +12,12 @@ import torch
 
 from editkit.config.schedule import Schedule
 from editkit.editors.base import AbstractEditor, Plan, Step
-from editkit.evaluation.base import AbstractEvaluator, Measurement
+from editkit.evaluation.base import AbstractEvaluator
 from editkit.linalg.lowrank import LowRank
 from editkit.restraints.base import Restraints
 from editkit.runner.plan import Trajectory
 from editkit.stats.store import Moments
-from editkit.types import EditRequest
+from editkit.types import EditRequest, Measurement
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from editkit.types import EvalRecord, StepRecord, as_json
 
@@ -31,6 +33,21 @@ def a_step(
     )
 
 
+def evaluation(**fields: Any) -> EvalRecord:
+    """A record by the keys of its line."""
+    return EvalRecord.from_flat(fields)
+
+
+def changed(record: EvalRecord, **fields: Any) -> EvalRecord:
+    """The record with other values under some keys of its line."""
+    return EvalRecord.from_flat(record.flat() | fields)
+
+
+def flat(record: EvalRecord, **fields: Any) -> SimpleNamespace:
+    """The keys of a record's line as attributes, some of them with other values."""
+    return SimpleNamespace(**record.flat() | fields)
+
+
 def editing(
     step: int,
     metric: str,
@@ -40,7 +57,7 @@ def editing(
     protocol: str = "probability",
 ) -> EvalRecord:
     timing = "milestone" if step else "before"
-    return EvalRecord(
+    return evaluation(
         step=step,
         view=view,
         kind="editing",
@@ -56,7 +73,7 @@ def editing(
 def task(
     step: int, name: str, value: float, *, view: str = "unrestrained", version: int = 1
 ) -> EvalRecord:
-    return EvalRecord(
+    return evaluation(
         step=step,
         view=view,
         kind="downstream",

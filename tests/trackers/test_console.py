@@ -17,6 +17,7 @@ from editkit.trackers.console import Console
 from editkit.trackers.none import Silent
 from editkit.trackers.watch import Watch
 from editkit.types import EvalRecord, StepRecord, as_json
+from tests.support.records import evaluation
 
 MODULE = "transformer.h.3.mlp.c_proj"
 
@@ -32,7 +33,7 @@ def a_step(step: int, *, condition: float = 40.0, loss: float = 0.04) -> StepRec
 
 
 def efficacy(step: int, view: str, value: float = 0.875) -> EvalRecord:
-    return EvalRecord(
+    return evaluation(
         step=step,
         view=view,
         kind="editing",

@@ -167,7 +167,8 @@ def effective_edits(each: Measured, protocol: str) -> tuple[int, bool] | None:
     evals = [
         record
         for record in each.run.evals
-        if (record.view, record.kind, record.protocol) == (each.view, "editing", protocol)
+        if (record.view, record.measurement.kind, record.measurement.protocol)
+        == (each.view, "editing", protocol)
     ]
     point = next(
         collapse_points(evals, edits_by_step(each.run.steps), thresholds_of(each.run.config)), None
@@ -221,10 +222,19 @@ def _value(each: Measured, row: Published, at: int | None) -> float | None:
             and is_summarised(record)
             and steps.get(record.step, record.step) == at
         ):
-            if record.kind == "editing" and row.protocol not in ("", record.protocol):
+            if record.measurement.kind == "editing" and row.protocol not in (
+                "",
+                record.measurement.protocol,
+            ):
                 continue
-            name = record.metric if record.kind == "editing" else str(record.task)
-            found.setdefault(name, math.nan if record.value is None else record.value)
+            name = (
+                record.measurement.metric
+                if record.measurement.kind == "editing"
+                else str(record.measurement.task)
+            )
+            found.setdefault(
+                name, math.nan if record.measurement.value is None else record.measurement.value
+            )
     if row.metric == "average":
         return (
             sum(found[name] for name in AVERAGED) / len(AVERAGED)

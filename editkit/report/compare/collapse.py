@@ -57,7 +57,7 @@ def collapse_points(
     model's number of the same view; a task of which it solves nothing has no point. With rollback
     no edits add up, and there is none.
     """
-    if any(record.timing == "rollback" for record in evals):
+    if any(record.measurement.timing == "rollback" for record in evals):
         return
     chosen = [record for record in evals if is_summarised(record)]
     series: dict[tuple[str, str, str, str, str], list[EvalRecord]] = {}
@@ -65,18 +65,18 @@ def collapse_points(
         tuple[str, str, str, str, str], str
     ] = {}  # a task's first metric stands for it, as in the tables
     for record in chosen:
-        if record.kind == "editing" and (
-            record.metric != EFFICACY or record.task or record.step == 0
+        if record.measurement.kind == "editing" and (
+            record.measurement.metric != EFFICACY or record.measurement.task or record.step == 0
         ):
             continue
         about = (
             record.view,
-            record.kind,
-            record.protocol or "",
-            record.suite or "",
-            record.task or "",
+            record.measurement.kind,
+            record.measurement.protocol or "",
+            record.measurement.suite or "",
+            record.measurement.task or "",
         )
-        if headline.setdefault(about, record.metric) == record.metric:
+        if headline.setdefault(about, record.measurement.metric) == record.measurement.metric:
             series.setdefault(about, []).append(record)
     for about, records in series.items():
         found = _bound(records, thresholds)
@@ -86,7 +86,7 @@ def collapse_points(
                 name,
                 about[0],
                 [
-                    (edits.get(record.step, record.step), is_beyond(record.value))
+                    (edits.get(record.step, record.step), is_beyond(record.measurement.value))
                     for record in records
                 ],
             )
@@ -143,21 +143,25 @@ def _bound(
     records: Sequence[EvalRecord], thresholds: Thresholds
 ) -> tuple[str, Callable[[float | None], bool]] | None:
     first = records[0]
-    if first.kind == "editing":
+    if first.measurement.kind == "editing":
         bound = thresholds.efficacy
         return (
-            f"{UNTIL}{EFFICACY} ({first.protocol}) < {number(bound)}",
+            f"{UNTIL}{EFFICACY} ({first.measurement.protocol}) < {number(bound)}",
             lambda value: value is None or value < bound,
         )
-    if first.step != 0 or first.value is None or (first.kind == "downstream" and first.value == 0):
+    if (
+        first.step != 0
+        or first.measurement.value is None
+        or (first.measurement.kind == "downstream" and first.measurement.value == 0)
+    ):
         return None
-    if first.kind == "language":
-        bound = thresholds.perplexity * first.value
-        name = f"{UNTIL}{first.task or first.metric} perplexity > {number(thresholds.perplexity)} x unedited"
+    if first.measurement.kind == "language":
+        bound = thresholds.perplexity * first.measurement.value
+        name = f"{UNTIL}{first.measurement.task or first.measurement.metric} perplexity > {number(thresholds.perplexity)} x unedited"
         return name, lambda value: value is None or value > bound
-    bound = thresholds.task * first.value
+    bound = thresholds.task * first.measurement.value
     return (
-        f"{UNTIL}{first.task} {first.metric} < {number(thresholds.task)} x unedited",
+        f"{UNTIL}{first.measurement.task} {first.measurement.metric} < {number(thresholds.task)} x unedited",
         lambda value: value is None or value < bound,
     )
 

@@ -139,14 +139,16 @@ def _tables(each: Measured) -> dict[_Kind, dict[int, dict[str, tuple[Cell, Summa
             "abilities",
             None,
             "the last batch alone in the model"
-            if any(r.timing == "rollback" for r in run.evals)
+            if any(r.measurement.timing == "rollback" for r in run.evals)
             else "",
         )
     )
     found: dict[_Kind, dict[int, dict[str, tuple[Cell, SummaryColumn]]]] = {}
     for kind in kinds:
         evals = [
-            record for record in run.evals if (record.kind == "editing") == (kind[0] == "editing")
+            record
+            for record in run.evals
+            if (record.measurement.kind == "editing") == (kind[0] == "editing")
         ]
         table = summarise(run.steps, evals, edits=edits, protocol=kind[1])
         by_edits = found.setdefault(kind, {})
@@ -185,22 +187,32 @@ def _manner(evals: Sequence[EvalRecord], protocol: str | None) -> str:
     records = [
         record
         for record in evals
-        if record.kind == "editing" and record.protocol == protocol and is_summarised(record)
+        if record.measurement.kind == "editing"
+        and record.measurement.protocol == protocol
+        and is_summarised(record)
     ]
     ways = (
         ["each batch alone on the unedited model"]
-        if any(record.timing == "rollback" for record in records)
+        if any(record.measurement.timing == "rollback" for record in records)
         else []
     )
     ways += [
         f"mean over {each}s"
         for each in sorted(
-            {r.aggregation for r in records if r.aggregation not in (None, "request")}, key=str
+            {
+                r.measurement.aggregation
+                for r in records
+                if r.measurement.aggregation not in (None, "request")
+            },
+            key=str,
         )
     ]
     ways += [
         f"context {each!r}"
-        for each in sorted({r.context for r in records if r.context not in (None, "{}")}, key=str)
+        for each in sorted(
+            {r.measurement.context for r in records if r.measurement.context not in (None, "{}")},
+            key=str,
+        )
     ]
     return ", ".join(ways)
 

@@ -79,10 +79,10 @@ def sheets(subjects: Sequence[Measured]) -> Iterator[Sheet]:
                     panels=panels,
                 )
         for suite in dict.fromkeys(
-            record.suite
+            record.measurement.suite
             for each in here
             for record in each.run.evals
-            if record.kind == "downstream"
+            if record.measurement.kind == "downstream"
         ):
             if panels := tuple(_task_panels(here, suite)):
                 yield Sheet(
@@ -138,9 +138,13 @@ def weights_by_edits(
                     by_edits.setdefault(edits[step.step], []).append(figures[metric])
     else:
         for record in each.run.evals:
-            if (record.view, record.kind, record.metric) == (each.view, "weights", metric):
+            if (record.view, record.measurement.kind, record.measurement.metric) == (
+                each.view,
+                "weights",
+                metric,
+            ):
                 by_edits.setdefault(edits.get(record.step, record.step), []).append(
-                    math.nan if record.value is None else record.value
+                    math.nan if record.measurement.value is None else record.measurement.value
                 )
     if metric.startswith("total_"):
         by_edits.pop(0, None)  # nothing was added yet, which a log axis cannot show
@@ -152,10 +156,10 @@ def weights_by_edits(
 
 def _editing_panels(here: Sequence[Measured], protocol: str | None) -> Iterator[Panel]:
     def is_wanted(record: EvalRecord) -> bool:
-        return record.kind == "editing" and record.protocol == protocol
+        return record.measurement.kind == "editing" and record.measurement.protocol == protocol
 
     metrics = {
-        (record.metric, record.task or "")
+        (record.measurement.metric, record.measurement.task or "")
         for each in here
         for record in each.run.evals
         if is_wanted(record) and is_summarised(record)
@@ -172,10 +176,10 @@ def _editing_panels(here: Sequence[Measured], protocol: str | None) -> Iterator[
 
 def _task_panels(here: Sequence[Measured], suite: str | None) -> Iterator[Panel]:
     def is_wanted(record: EvalRecord) -> bool:
-        return record.kind == "downstream" and record.suite == suite
+        return record.measurement.kind == "downstream" and record.measurement.suite == suite
 
     names = dict.fromkeys(
-        (r.task or "", r.metric)
+        (r.measurement.task or "", r.measurement.metric)
         for each in here
         for r in each.run.evals
         if is_wanted(r) and is_summarised(r)
@@ -193,10 +197,10 @@ def _task_panels(here: Sequence[Measured], suite: str | None) -> Iterator[Panel]
 
 def _language_panels(here: Sequence[Measured]) -> Iterator[Panel]:
     def is_wanted(record: EvalRecord) -> bool:
-        return record.kind == "language"
+        return record.measurement.kind == "language"
 
     names = dict.fromkeys(
-        (r.task or "", r.metric)
+        (r.measurement.task or "", r.measurement.metric)
         for each in here
         for r in each.run.evals
         if is_wanted(r) and is_summarised(r)
@@ -218,9 +222,12 @@ def _points(
 ) -> dict[int, float]:
     edits = edits_by_step(each.run.steps)
     return {
-        edits.get(record.step, record.step): math.nan if record.value is None else record.value
+        edits.get(record.step, record.step): math.nan
+        if record.measurement.value is None
+        else record.measurement.value
         for record in each.run.evals
-        if (record.view, record.metric, record.task or "") == (each.view, metric, task)
+        if (record.view, record.measurement.metric, record.measurement.task or "")
+        == (each.view, metric, task)
         and is_summarised(record)
         and is_wanted(record)
     }

@@ -39,7 +39,9 @@ def retention_protocols(evals: Iterable[EvalRecord]) -> tuple[str, ...]:
     """The protocols by which blocks of edits were measured."""
     return tuple(
         dict.fromkeys(
-            record.protocol for record in evals if _is_retention(record) and record.protocol
+            record.measurement.protocol
+            for record in evals
+            if _is_retention(record) and record.measurement.protocol
         )
     )
 
@@ -54,13 +56,16 @@ def retention(
         each
         for each in evals
         if _is_retention(each)
-        and (each.protocol, each.metric, each.view) == (protocol, metric, view)
+        and (each.measurement.protocol, each.measurement.metric, each.view)
+        == (protocol, metric, view)
     ]
     if not records:
         return None
-    blocks = sorted({str(record.block) for record in records}, key=_first)
+    blocks = sorted({str(record.measurement.block) for record in records}, key=_first)
     steps = sorted({record.step for record in records})
-    values = {(str(record.block), record.step): record.value for record in records}
+    values = {
+        (str(record.measurement.block), record.step): record.measurement.value for record in records
+    }
     return Retention(
         protocol=protocol,
         metric=metric,
@@ -79,7 +84,9 @@ def draw_retention(
 
     views = list(
         dict.fromkeys(
-            record.view for record in evals if _is_retention(record) and record.protocol == protocol
+            record.view
+            for record in evals
+            if _is_retention(record) and record.measurement.protocol == protocol
         )
     )
     maps = [
@@ -138,10 +145,10 @@ def _draw(axis: Axes, found: Retention, *, title: str) -> AxesImage:
 
 def _is_retention(record: EvalRecord) -> bool:
     return (
-        record.block is not None
-        and record.kind == "editing"
-        and record.timing in ("before", "milestone")
-        and record.task is None
+        record.measurement.block is not None
+        and record.measurement.kind == "editing"
+        and record.measurement.timing in ("before", "milestone")
+        and record.measurement.task is None
     )
 
 

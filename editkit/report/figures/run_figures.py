@@ -88,12 +88,19 @@ def draw_editing(run: RunRecords, protocol: str | None) -> Figure | None:
     records = [
         record
         for record in run.evals
-        if record.kind == "editing" and record.protocol == protocol and is_summarised(record)
+        if record.measurement.kind == "editing"
+        and record.measurement.protocol == protocol
+        and is_summarised(record)
     ]
     panels: dict[str, list[EvalRecord]] = {}
-    for record in sorted(records, key=lambda record: places.get(record.metric, len(places))):
+    for record in sorted(
+        records, key=lambda record: places.get(record.measurement.metric, len(places))
+    ):
         panels.setdefault(
-            f"{record.metric}, {record.task}" if record.task else record.metric, []
+            f"{record.measurement.metric}, {record.measurement.task}"
+            if record.measurement.task
+            else record.measurement.metric,
+            [],
         ).append(record)
     return _draw_panels(run, panels, ylabel=f"{protocol} protocol, %" if protocol else "%")
 
@@ -101,13 +108,21 @@ def draw_editing(run: RunRecords, protocol: str | None) -> Figure | None:
 def draw_tasks(run: RunRecords) -> Figure | None:
     """The downstream tasks by edit, a panel each."""
     records = [
-        record for record in run.evals if record.kind == "downstream" and is_summarised(record)
+        record
+        for record in run.evals
+        if record.measurement.kind == "downstream" and is_summarised(record)
     ]
-    has_suites = len({record.suite for record in records}) > 1
+    has_suites = len({record.measurement.suite for record in records}) > 1
     panels: dict[str, list[EvalRecord]] = {}
     for record in records:
-        name = f"{record.suite}/{record.task}" if has_suites else str(record.task)
-        panels.setdefault(f"{name}: {record.metric.replace('_', ' ')}", []).append(record)
+        name = (
+            f"{record.measurement.suite}/{record.measurement.task}"
+            if has_suites
+            else str(record.measurement.task)
+        )
+        panels.setdefault(f"{name}: {record.measurement.metric.replace('_', ' ')}", []).append(
+            record
+        )
     return _draw_panels(run, panels, ylabel="score, %")
 
 
@@ -123,7 +138,9 @@ def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> 
         run.evals[0].view if run.evals else UNRESTRAINED
     )  # the runner measures the trajectory's own view first
     weights = [
-        record for record in run.evals if record.kind == "weights" and record.view != trajectory
+        record
+        for record in run.evals
+        if record.measurement.kind == "weights" and record.view != trajectory
     ]
     views = list(dict.fromkeys([trajectory, *(record.view for record in weights)]))
     figure, axes = grid(len(titles), width=3.4 if len(titles) > 1 else 5.0, height=2.9)
@@ -141,11 +158,12 @@ def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> 
                     found = [
                         record
                         for record in weights
-                        if (record.view, record.metric, record.task) == (view, metric, module)
+                        if (record.view, record.measurement.metric, record.measurement.task)
+                        == (view, metric, module)
                     ]
                     at, values = (
                         [edits.get(record.step, record.step) for record in found],
-                        [_number(record.value) for record in found],
+                        [_number(record.measurement.value) for record in found],
                     )
                 style = view_style(view, views) | {"linewidth": 1.3, "markersize": 3.5}
                 style |= (
@@ -202,7 +220,9 @@ def _draw_panels(
             _draw_view(axis, [record for record in records if record.view == view], edits, views)
         axis.set_ylim(-4, 104)
         dress(axis, title=title, ylabel=ylabel if place % num_columns(len(panels)) == 0 else "")
-    has_errors = any(record.stderr is not None for records in panels.values() for record in records)
+    has_errors = any(
+        record.measurement.stderr is not None for records in panels.values() for record in records
+    )
     legend(figure, axes, note="bars: ± one standard error" if has_errors else None)
     return figure
 
@@ -213,8 +233,8 @@ def _draw_view(
     if not records:
         return
     at = [edits.get(record.step, record.step) for record in records]
-    values = [100 * _number(record.value) for record in records]
-    errors = [100 * (record.stderr or 0.0) for record in records]
+    values = [100 * _number(record.measurement.value) for record in records]
+    errors = [100 * (record.measurement.stderr or 0.0) for record in records]
     style = view_style(records[0].view, views)
     axis.errorbar(
         at,
@@ -229,7 +249,11 @@ def _draw_view(
     )
     mark_lost(
         axis,
-        [edits.get(record.step, record.step) for record in records if record.value is None],
+        [
+            edits.get(record.step, record.step)
+            for record in records
+            if record.measurement.value is None
+        ],
         color=style["color"],
     )
 
