@@ -23,13 +23,15 @@ def message(
         problem: what is wrong, without a full stop.
         got: what was given, as Python shows it; left out where nothing was.
         expected: what is allowed.
-        fix: what to do, as an imperative without a full stop.
+        fix: what to do, as an imperative without a full stop, or a question.
     """
     details = [] if got is _ABSENT else [f"got {got!r}"]
     details += [f"expected {expected}"] if expected else []
     told = f" ({'; '.join(details)})" if details else ""
     sentence = f"{key}: {problem}{told}."
-    return f"{sentence} Fix: {fix}." if fix else sentence
+    if not fix:
+        return sentence
+    return f"{sentence} Fix: {fix}" + ("" if fix.endswith("?") else ".")
 
 
 class ConfigError(ValueError):

@@ -50,7 +50,7 @@ def probe(
     """
     from rich.console import Console
 
-    from editkit.config.build import Parts
+    from editkit.config.parts import Parts
     from editkit.model.load import ModelConfig
     from editkit.model.probe import probe as look
     from editkit.resources.runtime import Runtime
@@ -159,7 +159,7 @@ def traced(
     """The average indirect effect of every layer, and what follows from it."""
     from rich.table import Table
 
-    from editkit.config.build import Parts
+    from editkit.config.parts import Parts
     from editkit.datasets.base import AbstractDataset
     from editkit.model.trace import known_facts_of
     from editkit.model.trace import trace as run

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.config.compose import ROOT, compose, conf_folder, in_our_words, with_every_key_added
+from editkit.config.compose import ROOT, compose, conf_folder, explain_composition_error, force_add
 from editkit.errors import ConfigError, report
 
 OK, FAILURE, MISTAKE, BUSY, SIGNAL = 0, 1, 2, 3, 128
@@ -226,13 +226,13 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path | None)
         from editkit.config.build import build
 
         try:
-            composed = compose(with_every_key_added(overrides), config_dir=config_dir)
+            composed = compose(force_add(overrides), config_dir=config_dir)
             build(composed.config, choices=composed.choices)
         except ConfigError as known:
             return known
         except config_mistakes():
             pass  # what Hydra said first stands
-    if own := in_our_words(error, overrides):
+    if own := explain_composition_error(error, overrides):
         return ConfigError(own)
     causes = [
         str(each).partition("Config search path")[0].strip()

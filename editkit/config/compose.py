@@ -1,6 +1,4 @@
-"""The configuration files: where they are, which options they offer, and composing them outside of
-`editkit run`.
-"""
+"""The configuration files: their folder, options and composition."""
 
 from __future__ import annotations
 
@@ -9,67 +7,75 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 
 ROOT = "config"  # conf/config.yaml
-HIDDEN = (
-    "hydra",
-    "scaled",
-)  # how Hydra is told to behave, and what scale=... finds by itself: nothing to choose
+# Groups that nobody chooses from: Hydra's own settings, and the overlays that scale=... selects.
+HIDDEN = ("hydra", "scaled")
 
 
 def conf_folder() -> Path:
-    """The configuration's folder: beside the package in a checkout, inside it when it was installed
-    from a wheel.
+    """The folder of the configuration files: next to the package in a checkout, inside the package
+    in an installed wheel.
+
+    Raises:
+        ConfigError: there is no such folder.
     """
     package = Path(__file__).resolve().parent.parent
-    for folder in (package / "conf", package.parent / "conf"):
+    candidates = (package / "conf", package.parent / "conf")
+    for folder in candidates:
         if (folder / f"{ROOT}.yaml").is_file():
             return folder
     raise ConfigError(
-        f"the configuration is missing: neither {package / 'conf'} nor {package.parent / 'conf'} holds {ROOT}.yaml. Install again."
+        message(
+            f"{ROOT}.yaml",
+            "the configuration files are missing",
+            expected=f"the file in {candidates[0]} or {candidates[1]}",
+            fix="reinstall editkit",
+        )
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One choice of a group."""
+    """One choice of a configuration group."""
 
     group: str
     name: str
-    about: str  # the file's first comment line
+    about: str  # the first comment line of the file
     is_default: bool
 
 
 def options(config_dir: Path | None = None) -> Iterator[Option]:
-    """Every option of every group, in the order of their names; `config_dir` adds a person's own
-    folder.
-    """
+    """Every option of every group, sorted by name. `config_dir` adds the user's own folder."""
     import yaml
 
     defaults = yaml.safe_load((conf_folder() / f"{ROOT}.yaml").read_text())["defaults"]
-    chosen = {
+    default_options = {
         group: name
         for entry in defaults
         if isinstance(entry, dict)
         for group, name in entry.items()
     }
-    found: dict[tuple[str, str], Path] = {}
+    files: dict[tuple[str, str], Path] = {}
     for folder in (conf_folder(), *((config_dir,) if config_dir else ())):
         for path in folder.glob("*/**/*.yaml"):
             group, *rest = path.relative_to(folder).with_suffix("").parts
             if group not in HIDDEN:
-                found.setdefault((group, "/".join(rest)), path)
-    for (group, name), path in sorted(found.items()):
+                files.setdefault((group, "/".join(rest)), path)
+    for (group, name), path in sorted(files.items()):
         yield Option(
-            group=group, name=name, about=first_comment(path), is_default=chosen.get(group) == name
+            group=group,
+            name=name,
+            about=first_comment(path),
+            is_default=default_options.get(group) == name,
         )
 
 
 def first_comment(path: Path) -> str:
-    """The first comment line of a file that is not Hydra's `# @package`; empty if there is none."""
+    """The first comment line of a file, without Hydra's `# @package`. Empty if there is none."""
     comments = (
         line.lstrip("# ").rstrip() for line in path.read_text().splitlines() if line.startswith("#")
     )
@@ -80,16 +86,20 @@ def first_comment(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composed:
-    """A configuration as Hydra composed it: plain values, interpolations resolved, what nobody set
-    still `???`.
+    """A composed configuration: plain values with interpolations resolved. Mandatory values that
+    were not set are `???`.
     """
 
     config: dict[str, Any]
-    choices: Mapping[str, Any]  # option by group
+    choices: Mapping[str, Any]  # the chosen option by group
 
 
 def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Composed:
-    """What `editkit run` would compose from these overrides. Raises Hydra's own exceptions."""
+    """The configuration that `editkit run` would compose from these overrides.
+
+    Raises:
+        HydraException, OmegaConfBaseException: the overrides cannot be composed.
+    """
     import hydra
     from omegaconf import open_dict
 
@@ -102,23 +112,34 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Comp
     return Composed(config=plain(config), choices=choices)
 
 
-def in_our_words(error: Exception, overrides: Sequence[str]) -> str | None:
-    """What kept a configuration from being composed; None where Hydra's own words tell a user what
-    to do.
-    """
+def explain_composition_error(error: Exception, overrides: Sequence[str]) -> str | None:
+    """A message for errors of Hydra that do not say what to change. None for all other errors."""
     if twice := re.search(r"restraint_recipe/(\w+)@\S* appears more than once", str(error)):
-        return f"restraint: {twice[1]} is chosen twice - name it once; editor={twice[1]}, where there is one, has it in itself."
+        restraint = twice[1]
+        return message(
+            "restraint",
+            f"{restraint} is chosen twice",
+            fix=f"name it once (editor={restraint}, if it exists, includes it)",
+        )
     added = [
-        each for each in overrides if each.startswith("+") and "." not in each.partition("=")[0]
+        override
+        for override in overrides
+        if override.startswith("+") and "." not in override.partition("=")[0]
     ]
     if "Error resolving interpolation '${" in str(error) and added:
-        return f"{', '.join(added)}: the group has a choice already - leave the + out; several restraints: restraint=[a,b]."
+        return message(
+            ", ".join(added),
+            "the group already has a choice",
+            fix="remove the +; several restraints are restraint=[a,b]",
+        )
     return None
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A configuration as plain values, also if it is plain already. Raises ConfigError where an
-    interpolation leads nowhere.
+    """A copy of a configuration as plain values.
+
+    Raises:
+        ConfigError: an interpolation cannot be resolved.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -126,23 +147,25 @@ def plain(config: Any) -> dict[str, Any]:
     if not OmegaConf.is_config(config):
         return copy.deepcopy(dict(config))
     try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
+        return cast(
+            dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+        )
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from None
 
 
-def with_every_key_added(overrides: Sequence[str]) -> list[str]:
-    """The overrides with every plain `key=value` as `++key=value`, which also adds keys that do not
-    exist; of a sweep its first value.
+def force_add(overrides: Sequence[str]) -> list[str]:
+    """The overrides with `key=value` written as `++key=value`, which also adds unknown keys. A
+    sweep is replaced by its first value.
 
-    Composing these gets past the misspelt keys, so that `build` can name all of them with what
-    there is instead.
+    Hydra stops at the first unknown key. Composing these overrides gets past it, so that `build`
+    can report every unknown key together with the known ones.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
 
     groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
-    kept = []
+    forced = []
     for text, override in zip(
         overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True
     ):
@@ -154,5 +177,5 @@ def with_every_key_added(overrides: Sequence[str]) -> list[str]:
             override.type is OverrideType.CHANGE
             and override.key_or_group.split("/")[0] not in groups
         )
-        kept.append(f"++{text}" if is_value else text)
-    return kept
+        forced.append(f"++{text}" if is_value else text)
+    return forced

@@ -1,6 +1,4 @@
-"""An experiment as a value: everything that a run needs to know, checked, before a model is
-loaded.
-"""
+"""A checked experiment as a value: everything that a run needs before a model is loaded."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from editkit.config.schedule import Schedule
 from editkit.datasets.base import LoadedDataset
 from editkit.editors.base import AbstractEditor
+from editkit.errors import message
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.linalg.recursive import SolveDtype
@@ -28,28 +27,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Every:
-    """A rhythm, in batches."""
+    """An interval in batches."""
 
     every: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solve:
-    """How least squares are computed."""
+    """Options of the least-squares solve."""
 
     dtype: SolveDtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
-    """Where things are written."""
+    """Folders that are written to."""
 
     outputs: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The values at the root of the configuration; `conf/config.yaml` says what each means."""
+    """The values at the root of the configuration. `conf/config.yaml` documents them."""
 
     name: str | None
     experiment_name: str
@@ -68,51 +67,43 @@ class Settings:
     paths: Paths
 
     def problems(self) -> list[str]:
-        """What is out of range; no error, so that the rest of the configuration is looked at all
-        the same.
+        """The values that are out of range. They are returned and not raised, so that the rest of
+        the configuration is checked as well.
         """
-        least = {
+        minima = {
             "seed": (self.seed, 0),
             "edits": (self.edits, 1),
             "batch_size": (self.batch_size, 1),
-        }
-        least |= {
             "checkpoint.every": (self.checkpoint.every, 1),
             "telemetry.every": (self.telemetry.every, 1),
         }
         problems = [
-            f"{key}: {value} was given; at least {limit} is needed."
-            for key, (value, limit) in least.items()
-            if value < limit
+            message(key, "out of range", got=value, expected=f"at least {minimum}")
+            for key, (value, minimum) in minima.items()
+            if value < minimum
         ]
-        if outside := [
-            str(milestone)
-            for milestone in self.milestones or ()
-            if not 0 <= milestone <= self.edits
-        ]:
-            problems.append(
-                f"milestones: {', '.join(outside)} was given; edits={self.edits} allows 0 to {self.edits}."
-            )
+        outside = [
+            milestone for milestone in self.milestones or () if not 0 <= milestone <= self.edits
+        ]
+        if outside:
+            expected = f"numbers from 0 to edits={self.edits}"
+            problems.append(message("milestones", "out of range", got=outside, expected=expected))
         for key, name in {"name": self.name, "experiment_name": self.experiment_name}.items():
             if name is not None and not re.fullmatch(r"[\w.+=-]*\w[\w.+=-]*", name):
-                problems.append(
-                    f"{key}: {name!r} was given; a folder's name of letters, digits and . _ + = - is needed."
-                )
+                expected = "letters, digits and . _ + = -"
+                problems.append(message(key, "not a folder name", got=name, expected=expected))
         return problems
 
     @property
     def schedule(self) -> Schedule:
-        chosen = (
-            (self.edits // 10, self.edits // 2, self.edits)
-            if self.milestones is None
-            else self.milestones
-        )
+        milestones = self.milestones
+        if milestones is None:
+            milestones = (self.edits // 10, self.edits // 2, self.edits)
         return Schedule(
             edits=self.edits,
             batch_size=self.batch_size,
-            milestones=tuple(
-                sorted({0, *chosen})
-            ),  # every number needs what it was before the first edit
+            # The unedited model is always measured: every later number is compared with it.
+            milestones=tuple(sorted({0, *milestones})),
             telemetry_every=self.telemetry.every,
             checkpoint_every=self.checkpoint.every,
         )
@@ -127,10 +118,9 @@ class Experiment:
     editor: AbstractEditor[Any]
     restraints: Restraints
     data: LoadedDataset
-    evaluation: EditingEvaluator  # its options that are the runner's: timings, how many requests
-    evaluators: Mapping[
-        str, AbstractEvaluator
-    ]  # "editing" and its companions, and "suite" for the downstream tasks
+    evaluation: EditingEvaluator  # for the options that the runner applies, such as timings
+    # "editing" with its companions, and "suite" for the downstream tasks
+    evaluators: Mapping[str, AbstractEvaluator]
     stats: StatsConfig
     solve: Solve
     tracker: AbstractTracker
@@ -139,7 +129,7 @@ class Experiment:
     seed: int
     rollback: bool
     resume: Literal["auto", "never"]
-    retry_failed: bool  # of a sweep's cells; a single run always tries again
+    retry_failed: bool  # for the cells of a sweep; a single run is always retried
     when_locked: Literal["leave", "wait"]
     on_collapse: Literal["stop", "continue"]
     folder: Path  # outputs/<experiment_name>/<name>-<hash>/seed<k>

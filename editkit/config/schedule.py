@@ -1,5 +1,5 @@
-"""When what happens: milestones, telemetry, checkpoints. Steps count batches; milestones count
-edits, as people say them.
+"""The schedule of a run: milestones, telemetry and checkpoints. Steps count batches; milestones
+count edits.
 """
 
 from __future__ import annotations
@@ -9,27 +9,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """The rhythm of a run of `edits` edits, `batch_size` a step. Step 0 is the unedited model."""
+    """The schedule of `edits` edits with `batch_size` per step. Step 0 is the unedited model."""
 
     edits: int
     batch_size: int
-    milestones: tuple[
-        int, ...
-    ]  # in edits; 0, the unedited model, is among those of every configured run
+    milestones: tuple[int, ...]  # in edits; every configured run includes 0, the unedited model
     telemetry_every: int
     checkpoint_every: int
-    measures_last: bool = False  # the last step is measured even if it is no milestone
+    measures_last: bool = False  # the last step is measured even if it is not a milestone
 
     @property
     def last_step(self) -> int:
         return self.step_of(self.edits)
 
     def step_of(self, edits: int) -> int:
-        """The first step after which at least that many edits are in the model."""
+        """The first step after which the model has at least this many edits."""
         return -(-edits // self.batch_size)
 
     def edits_at(self, step: int) -> int:
-        """How many edits are in the model after a step."""
+        """The number of edits in the model after a step."""
         return min(step * self.batch_size, self.edits)
 
     def is_milestone(self, step: int) -> bool:
@@ -39,8 +37,8 @@ class Schedule:
         return self.is_milestone(step) or (self.measures_last and step == self.last_step)
 
     def is_every(self, step: int, every: int) -> bool:
-        """Whether a milestone is one of every so many of them, the first and the last always
-        included.
+        """Whether a step is among every `every`-th milestone. The first and the last milestone
+        always are.
         """
         steps = sorted({self.step_of(edits) for edits in self.milestones})
         return step not in steps or steps.index(step) % every == 0 or step == steps[-1]

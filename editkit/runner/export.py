@@ -40,11 +40,11 @@ def export(run: Path, to: Path, *, view: str | None = None) -> None:
         )
     config = construct(records.config.get("model"), "model", ModelConfig, problems)
     added = () if view is None else _added(records.config.get("restraint"), view, problems)
-    if config is None or problems.found:
+    if config is None or problems.messages:
         raise ConfigError(
             [
                 f"{run}: {problem}" if not problem.startswith("--") else problem
-                for problem in problems.found
+                for problem in problems.messages
             ]
         )
     state = load_state(run / "state")

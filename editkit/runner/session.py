@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from editkit.config.build import Experiment
+from editkit.config.experiment import Experiment
 from editkit.errors import ConfigError
 from editkit.files import write_atomically
 from editkit.lazy import torch

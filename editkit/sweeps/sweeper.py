@@ -15,7 +15,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import open_dict
 
 from editkit.config.build import Place, locate
-from editkit.config.compose import in_our_words
+from editkit.config.compose import explain_composition_error
 from editkit.errors import ConfigError, report
 from editkit.sweeps import summary
 from editkit.sweeps.merge import Candidate
@@ -177,7 +177,7 @@ class CellSweeper(Sweeper):
             return Broken(
                 number=number,
                 overrides=overrides,
-                error=ConfigError(in_our_words(error, overrides) or str(error).splitlines()[0]),
+                error=ConfigError(explain_composition_error(error, overrides) or str(error).splitlines()[0]),
             )
 
     def _place(self, overrides: Sequence[str]) -> Place:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.config.build import Parts, folder_name, memory_demand
-from editkit.config.compose import plain
+from editkit.config.build import folder_name, memory_demand
+from editkit.config.checks import check_combination
 from editkit.config.experiment import Settings
 from editkit.config.identity import config_hash
+from editkit.config.parts import Parts
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.editors.base import AbstractEditor
 from editkit.editors.mend import Mend
@@ -52,7 +53,7 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
     """The training that a configuration describes; its suite, restraints and edits play no part.
     Raises ConfigError with all problems.
     """
-    parts = Parts({"restraint": {}} | plain(config), choices or {})
+    parts = Parts(config, choices)
     settings, model, editor = (
         parts.settings(),
         parts.one("model", ModelConfig),
@@ -68,7 +69,7 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
             f"editor={parts.name_of('editor')} has nothing to train; editor=mend has."
         )
     if settings is not None:
-        parts.check_together(settings, editor, None)
+        check_combination(parts, settings, editor, None)
         # How many edits a run makes is no matter here.
         data = parts.load(dataset, _with_edits(settings, 1))
     else:

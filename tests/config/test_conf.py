@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from editkit.config.build import PARTS, build
+from editkit.config.build import build
 from editkit.config.compose import Option, compose, conf_folder, options
+from editkit.config.parts import PARTS
 from editkit.config.schema import Problems, construct
 from editkit.editors.base import AbstractEditor
 
@@ -42,7 +43,7 @@ def test_every_option_is_taken_by_its_class(option: Option) -> None:
     problems = Problems()
     for key, each in nodes.items():
         construct(each, key, PARTS[option.group], problems)
-    assert not problems.found
+    assert not problems.messages
 
 
 @pytest.mark.parametrize("option", of("restraint"), ids=label)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from editkit.config.build import Parts, build, locate
+from editkit.config.build import build, locate
 from editkit.config.compose import compose, conf_folder
+from editkit.config.parts import Parts
 from editkit.datasets.base import AbstractDataset
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError
@@ -67,7 +68,7 @@ def checked(overrides: list[str]) -> dict[str, Any]:
     ConfigError.
     """
     composed = compose(overrides)
-    parts = Parts({"restraint": {}} | composed.config, composed.choices)
+    parts = Parts(composed.config, composed.choices)
     parts.settings()
     parts.one("model", ModelConfig)
     parts.one("editor", AbstractEditor)
@@ -123,7 +124,8 @@ def test_mend_is_refused_before_a_sweep_starts_until_it_has_a_hypernetwork_and_t
         return locate(found.config, choices=found.choices).folder
 
     with pytest.raises(
-        ConfigError, match=r"editor\.hypernetwork: not set, .* Fix: train one with `editkit train editor=mend"
+        ConfigError,
+        match=r"editor\.hypernetwork: not set, .* Fix: train one with `editkit train editor=mend",
     ):
         place("experiment=prune/table1")
     with pytest.raises(ConfigError, match=r"editor\.hypernetwork: .*there is no file"):

@@ -1,9 +1,10 @@
-"""How edits are made and measured, as configuration: the literature's four settings, what
-evaluation asks for, what cannot be had.
+"""The configuration of a run: the four settings of the literature, the options of evaluation, and
+combinations that are refused.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_rollback_leaves_no_trajectory_to_write_into() -> None:
     assert built("setting=single", "restraint=prune").rollback
     with pytest.raises(
         ConfigError,
-        match=r"restraint\.prune\.apply_at: end was given; with rollback=true no edits add up",
+        match=r"restraint\.prune\.apply_at: with rollback=true no total remains in the model \(got 'end';",
     ):
         built("setting=single", "restraint=prune", "restraint.prune.apply_at=end")
 
@@ -98,12 +99,12 @@ def test_protocols_can_be_left_out_and_what_cannot_be_is_named() -> None:
             "evaluation.perplexity.path=no/such/file",
         )
     for part in (
-        "protocols.1: 'guess'",
-        "timings.0: 'later'",
-        "generate.judge._target_: editkit",
-        "perplexity.path: no/such/file",
+        r"protocols\.1: invalid value \(got 'guess';",
+        r"timings\.0: invalid value \(got 'later';",
+        r"generate\.judge\._target_: cannot import editkit\.evaluation\.protocols\.judge\.NoJudge",
+        r"perplexity\.path: .*no/such/file",
     ):
-        assert f"evaluation.{part}" in str(raised.value)
+        assert re.search(rf"evaluation\.{part}", str(raised.value)), part
     assert built("evaluation.generate.judge=null").evaluation.generate.judge is None
 
 

@@ -24,7 +24,7 @@ def construct_dataset(option: str, **changes: Any) -> AbstractDataset:
     problems = Problems()
     dataset = construct(node | changes, "dataset", AbstractDataset, problems)
     if dataset is None:
-        raise ConfigError(problems.found)
+        raise ConfigError(problems.messages)
     return dataset
 
 

@@ -25,7 +25,7 @@ def load(option: str, file: str, **changes: Any) -> LoadedDataset:
     dataset = construct(
         node | {"path": str(real_data(file))} | changes, "dataset", AbstractDataset, problems
     )
-    assert dataset is not None, problems.found
+    assert dataset is not None, problems.messages
     return dataset.load(0)
 
 

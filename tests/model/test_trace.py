@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.config.build import Parts
 from editkit.config.compose import compose
+from editkit.config.parts import Parts
 from editkit.datasets.base import AbstractDataset
 from editkit.errors import ConfigError
 from editkit.model.editable import EditableModel

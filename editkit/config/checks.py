@@ -1,0 +1,110 @@
+"""Checks of parts that do not fit together. Each function adds to the problems of the parts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from editkit.config.experiment import Settings
+from editkit.config.parts import Parts
+from editkit.datasets.base import LoadedDataset
+from editkit.editors.base import AbstractEditor
+from editkit.errors import ConfigError, message
+from editkit.evaluation.base import AbstractEvaluator, AbstractSuite
+from editkit.model.load import ModelConfig
+from editkit.restraints.base import Restraints
+from editkit.stats.corpus import StatsConfig
+
+
+def check_combination(
+    parts: Parts,
+    settings: Settings | None,
+    editor: AbstractEditor[Any] | None,
+    stats: StatsConfig | None,
+) -> None:
+    """The editor with statistics, devices and batch size, and the folder of the outputs."""
+    name = f"editor={parts.name_of('editor')}"
+    if stats is not None and stats.source == "none" and editor is not None and editor.needs_moments:
+        parts.problems.add(
+            message(
+                "stats",
+                f"{name} needs second moments",
+                got="none",
+                expected="world, text or hub",
+                fix="choose stats=world|text|hub (for ROME, editor.covariance=null also works)",
+            )
+        )
+    kind = parts.editor_class()
+    device_map = (parts.config.get("model") or {}).get("device_map")
+    if device_map is not None and kind is not None and not kind.spans_devices:
+        problem = f"{name} needs the whole model on one device"
+        parts.problems.add(message("model.device_map", problem, got=device_map, expected="null"))
+    if settings is None:
+        return
+    limit = kind.max_batch_size if kind is not None else None
+    if limit is not None and settings.batch_size > limit:
+        number = "one request" if limit == 1 else f"{limit} requests"
+        parts.problems.add(
+            message(
+                "batch_size",
+                f"{name} edits {number} at a time",
+                got=settings.batch_size,
+                expected=f"at most {limit}",
+                fix=f"set batch_size={limit}",
+            )
+        )
+    outputs = settings.paths.outputs
+    if obstacle := not_writable(Path(outputs).expanduser()):
+        parts.problems.add(message("paths.outputs", obstacle, got=outputs))
+
+
+def check_rollback(parts: Parts, settings: Settings | None, restraints: Restraints | None) -> None:
+    """With rollback, updates do not add up, so nothing can restrain the total in the model."""
+    if settings is None or restraints is None or not settings.rollback:
+        return
+    for name, restraint in restraints.totals.items():
+        if restraint.apply_at != "evaluation":
+            key = f"restraint.{name}.apply_at"
+            parts.problems.add(
+                message(
+                    key,
+                    "with rollback=true no total remains in the model",
+                    got=restraint.apply_at,
+                    expected="'evaluation'",
+                    fix=f"set {key}=evaluation or rollback=false",
+                )
+            )
+
+
+def check_requests(
+    parts: Parts,
+    editor: AbstractEditor[Any] | None,
+    data: LoadedDataset | None,
+    settings: Settings | None,
+) -> None:
+    """The edit requests that the editor cannot edit."""
+    if editor is not None and data is not None and settings is not None:
+        problems = editor.check_requests(data, data.requests[: settings.edits])
+        parts.problems.add_all(f"editor.{problem}" for problem in problems)
+
+
+def check_suite(parts: Parts, suite: AbstractEvaluator | None, model: ModelConfig | None) -> None:
+    """The data of the suite's tasks, and prompts that exceed the model's context length."""
+    if isinstance(suite, AbstractSuite):
+        try:
+            suite.check(positions=model.positions if model is not None else None)
+        except ConfigError as error:
+            parts.problems.add_all(error.problems)
+
+
+def not_writable(folder: Path) -> str | None:
+    """Why nothing can be written below `folder`, which may not exist yet. None if it is writable.
+    Nothing is written by the check.
+    """
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable"

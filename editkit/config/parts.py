@@ -1,0 +1,213 @@
+"""The parts of a composed configuration, constructed one by one while problems are collected.
+
+There is no registry: the `_target_` of a node names its class, and the fields of that class are its
+options. torch is not needed here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from editkit.config.compose import plain
+from editkit.config.experiment import Settings
+from editkit.config.identity import TARGET
+from editkit.config.schema import Problems, construct, resolve, unknown_option
+from editkit.datasets.base import AbstractDataset, LoadedDataset
+from editkit.datasets.groups import asked_in_one_batch
+from editkit.editors.base import AbstractEditor
+from editkit.errors import ConfigError, message
+from editkit.evaluation.base import AbstractEvaluator
+from editkit.evaluation.editing import EditingEvaluator
+from editkit.model.load import ModelConfig
+from editkit.records.tracker import AbstractTracker
+from editkit.resources.runtime import Runtime
+from editkit.restraints.base import (
+    PLACES,
+    AbstractObjectiveRestraint,
+    AbstractRestraint,
+    AbstractSolveRestraint,
+    AbstractTotalRestraint,
+    AbstractUpdateRestraint,
+    Restraints,
+)
+from editkit.stats.corpus import StatsConfig
+
+T = TypeVar("T")
+
+# The class of every node at the root. `restraint` maps names to nodes. `recipe` documents the
+# source of the numbers and is not constructed.
+PARTS: dict[str, type] = {
+    "model": ModelConfig,
+    "editor": AbstractEditor,
+    "restraint": AbstractRestraint,
+    "dataset": AbstractDataset,
+    "suite": AbstractEvaluator,
+    "tracker": AbstractTracker,
+    "stats": StatsConfig,
+    "runtime": Runtime,
+    "evaluation": EditingEvaluator,
+}
+RECIPE = "recipe"
+
+
+class Parts:
+    """A resolved configuration and the problems of its parts.
+
+    Args:
+        config: an OmegaConf configuration or plain values; not modified.
+        choices: the chosen option by group, for messages only.
+    """
+
+    def __init__(self, config: Any, choices: Mapping[str, Any] | None = None) -> None:
+        self.config: dict[str, Any] = {"restraint": {}} | plain(config)
+        self.problems = Problems()
+        self._choices = choices or {}
+
+    def one(self, key: str, expected: type[T]) -> T | None:
+        """The object at a root key."""
+        return construct(self.config.get(key), key, expected, self.problems)
+
+    def settings(self) -> Settings | None:
+        """The values at the root. Unknown keys at the root are reported here."""
+        fields = Settings.__dataclass_fields__
+        names = {*fields, *PARTS, RECIPE}
+        for key in self.config.keys() - names:
+            self.problems.add(unknown_option(key, "the configuration", names))
+        known = {key: value for key, value in self.config.items() if key in fields}
+        settings = construct(known, "", Settings, self.problems)
+        if settings is not None:
+            self.problems.add_all(settings.problems())
+        return settings
+
+    def editor_class(self) -> type[AbstractEditor[Any]] | None:
+        """The class of the editor, which states its limits even if an option is invalid."""
+        node = self.config.get("editor")
+        if not (isinstance(node, Mapping) and TARGET in node):
+            return None
+        editor = resolve(node[TARGET], "editor", AbstractEditor, self.problems)
+        return None if editor is None or inspect.isabstract(editor) else editor
+
+    def restraints(self) -> Restraints | None:
+        """The restraints by place. A restraint that the editor does not support is a problem."""
+        nodes = self.config["restraint"]
+        if TARGET in nodes:
+            self.problems.add(
+                message(
+                    "restraint",
+                    "the values of a restraint are not under its name, so restraints cannot stack",
+                    expected=f"restraint.<name>.{TARGET}",
+                    fix="move the values under the name of the restraint in its file",
+                )
+            )
+            return None
+        chosen = {
+            name: node
+            for name, node in nodes.items()
+            if not isinstance(node, Mapping) or TARGET in node
+        }
+        for name in nodes.keys() - chosen.keys():
+            stack = ",".join([*chosen, name])
+            problem = "a value is set, but the restraint is not chosen"
+            fix = f"choose it with restraint=[{stack}]"
+            self.problems.add(message(f"restraint.{name}", problem, fix=fix))
+        constructed = {
+            name: construct(node, f"restraint.{name}", AbstractRestraint, self.problems)
+            for name, node in chosen.items()
+        }
+        restraints = {name: part for name, part in constructed.items() if part is not None}
+        self._check_places(restraints)
+        objectives = _of_kind(restraints, AbstractObjectiveRestraint)
+        solves = _of_kind(restraints, AbstractSolveRestraint)
+        for place, names in (("objective", objectives.keys()), ("solve", solves.keys())):
+            if len(names) > 1:
+                problem = f"{' and '.join(names)} act on the {place}"
+                expected = f"at most one restraint on the {place}"
+                self.problems.add(message("restraint", problem, expected=expected))
+        return Restraints(
+            objective=next(iter(objectives.values()), None),
+            solve=next(iter(solves.values()), None),
+            solve_name=next(iter(solves), "solve"),
+            updates=tuple(_of_kind(restraints, AbstractUpdateRestraint).values()),
+            totals=_of_kind(restraints, AbstractTotalRestraint),
+        )
+
+    def _check_places(self, restraints: Mapping[str, AbstractRestraint]) -> None:
+        editor = self.editor_class()
+        if editor is None:
+            return
+        supported = [place for place in PLACES if place in editor.places]
+        for name, restraint in restraints.items():
+            if restraint.place not in supported:
+                self.problems.add(
+                    message(
+                        f"restraint.{name}",
+                        f"editor={self.name_of('editor')} cannot be restrained at this place",
+                        got=restraint.place,
+                        expected=f"one of {', '.join(supported)}" if supported else "no restraint",
+                    )
+                )
+
+    def load(
+        self, dataset: AbstractDataset | None, settings: Settings | None
+    ) -> LoadedDataset | None:
+        """The edit requests. A dataset that cannot be read or is too small is a problem."""
+        if dataset is None or settings is None:
+            return None
+        try:
+            data = dataset.load(settings.seed)
+        except ConfigError as error:
+            self.problems.add_all(error.problems)
+            return None
+        if settings.edits > (available := len(data.requests)):
+            problem = f"dataset={self.name_of('dataset')} has {available} requests"
+            expected = f"at most {available}"
+            self.problems.add(message("edits", problem, got=settings.edits, expected=expected))
+        if settings.rollback:
+            return asked_in_one_batch(data, batch_size=settings.batch_size)
+        return data
+
+    def name_of(self, group: str) -> str:
+        """The name of an option: as it was chosen, or as its node states it."""
+        node = self.config.get(group) or {}
+        return str(
+            self._choices.get(group)
+            or node.get("name")
+            or node.get(TARGET, "?").rpartition(".")[2].lower()
+        )
+
+    def finish(self) -> None:
+        """Ends the collection of problems.
+
+        Raises:
+            ConfigError: with all problems, if there are any.
+        """
+        unset = self.problems.unset
+        numbers = [key for key in unset if key.startswith("editor.")]
+        missing = []
+        if numbers and RECIPE not in self.config:
+            unset = [key for key in unset if key not in numbers]
+            missing.append(self._missing_recipe(numbers))
+        missing += [
+            message(key, "mandatory value is not set", fix=f"set {key}=<value>") for key in unset
+        ]
+        if problems := missing + self.problems.messages:
+            raise ConfigError(problems)
+
+    def _missing_recipe(self, keys: Iterable[str]) -> str:
+        editor, model = self.name_of("editor"), self.name_of("model")
+        chosen = self._choices.get(RECIPE)
+        wanted = f"for editor={editor}, model={model}"
+        if chosen and chosen != f"{editor}/{model}":
+            wanted = str(chosen)
+        return message(
+            RECIPE,
+            f"no recipe {wanted}",
+            fix=f"set {', '.join(keys)}, or use the numbers of another model with "
+            "recipe=<editor>/<model>",
+        )
+
+
+def _of_kind(restraints: Mapping[str, AbstractRestraint], kind: type[T]) -> dict[str, T]:
+    return {name: part for name, part in restraints.items() if isinstance(part, kind)}
