@@ -157,7 +157,7 @@ class EvalRecord:
     def flat(self) -> dict[str, Any]:
         """All fields by name, in the order of a line's keys."""
         values = dataclasses.asdict(self)
-        measurement = values.pop("measurement")
+        measurement: dict[str, Any] = values.pop("measurement")
         first: dict[str, Any] = {"step": values.pop("step"), "view": values.pop("view")}
         return first | measurement | values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.records.reader import RunRecords, load_run
 
 
@@ -20,9 +20,8 @@ def run_folders(folders: Iterable[Path]) -> tuple[Path, ...]:
             sorted(path.parent for path in folder.rglob("steps.jsonl")) if folder.is_dir() else []
         )
         if not runs:
-            problems.append(
-                f"no run to read: {folder} {'holds no steps.jsonl' if folder.is_dir() else 'is not a folder'}."
-            )
+            problem = "holds no run" if folder.is_dir() else "not a folder"
+            problems.append(message(str(folder), problem, expected="folders with steps.jsonl"))
         found |= {run.resolve(): run for run in runs if run.resolve() not in found}
     if problems:
         raise ConfigError(problems)

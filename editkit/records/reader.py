@@ -1,6 +1,4 @@
-"""The files of a run's folder, as frozen values. The files are a contract (DESIGN section 5);
-reading them needs no model.
-"""
+"""The files of a run's folder as frozen values. Reading them needs no model."""
 
 from __future__ import annotations
 
@@ -16,6 +14,7 @@ from editkit.errors import ConfigError, message
 from editkit.records.views import trajectory_view_of
 from editkit.types import EVAL_FIELDS, EvalRecord, Measurement, StepRecord
 
+A_RUN = "the folder of one run, outputs/.../seed<k>, with steps.jsonl and evals.jsonl"
 PARTS = ("block", "subset", "task")  # fields of measurements of a part, or of a task
 NUMBERS = ("value", "stderr", "n", "nonfinite", "low", "high", "cut")  # they identify nothing
 _Record = TypeVar("_Record", StepRecord, EvalRecord)
@@ -23,7 +22,7 @@ _Record = TypeVar("_Record", StepRecord, EvalRecord)
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecords:
-    """What a run has written so far."""
+    """The records that a run has written so far."""
 
     folder: Path
     steps: tuple[StepRecord, ...]
@@ -35,12 +34,12 @@ class RunRecords:
 
     @property
     def trajectory_view(self) -> str:
-        """What the trajectory's own view is called, also where nothing was measured."""
+        """The name of the trajectory's own view, also before anything was measured."""
         return trajectory_view_of(self.config)
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The trajectory's own first; a run that has measured nothing yet has that one alone."""
+        """The trajectory's own view first. A run without measurements has that one alone."""
         return tuple(dict.fromkeys((self.trajectory_view, *(record.view for record in self.evals))))
 
     def find(self, **facts: object) -> tuple[EvalRecord, ...]:
@@ -99,14 +98,11 @@ def load_run(folder: Path) -> RunRecords:
     them at once, with file, line and field.
     """
     if not folder.is_dir():
-        raise ConfigError(
-            f"no run to read: {folder} is not a folder. Give the folder that a run wrote (it holds steps.jsonl and evals.jsonl)."
-        )
+        raise ConfigError(message(str(folder), "not a folder", expected=A_RUN))
     if not (folder / "steps.jsonl").exists():
         inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise ConfigError(
-            f"no run to read: {folder} has no steps.jsonl; it holds {inside}. Give the folder of one run, outputs/.../seed<k>."
-        )
+        problem = "no run's folder, as it has no steps.jsonl"
+        raise ConfigError(message(str(folder), problem, got=inside, expected=A_RUN))
     problems: list[str] = []
     steps = tuple(_records(folder / "steps.jsonl", _step, problems))
     evals = tuple(_records(folder / "evals.jsonl", _evaluation, problems))

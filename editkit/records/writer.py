@@ -1,8 +1,7 @@
-"""The record files of a run: `steps.jsonl` and `evals.jsonl`, one JSON object a line (DESIGN
-section 5).
+"""The record files of a run: `steps.jsonl` and `evals.jsonl`, one JSON object a line.
 
-They are only ever appended to. A checkpoint notes their lengths; going on from it cuts them back to
-these, so that a killed run leaves no record twice and no half line.
+Records are only ever appended. A checkpoint holds the lengths of the files. Resuming from it
+truncates them to these lengths, so that a killed run leaves no duplicate and no partial line.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.files import write_atomically
 from editkit.types import EvalRecord, SampleRecord, StepRecord, as_json
 
@@ -44,7 +43,13 @@ class RecordFiles:
             found = path.stat().st_size if path.exists() else 0
             if found < length:
                 raise ConfigError(
-                    f"{path} has {found} bytes, but the checkpoint was made at {length}: records were lost. Start anew with resume=never."
+                    message(
+                        str(path),
+                        "records were lost since the last checkpoint",
+                        got=f"{found} bytes",
+                        expected=f"at least {length} bytes",
+                        fix="start anew with resume=never",
+                    )
                 )
             file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the run)
             file.truncate(length)

@@ -250,8 +250,8 @@ def test_malformed_files_are_named_all_at_once(tmp_path: Path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match="not a folder"):
         load_run(tmp_path / "nowhere")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ConfigError, match=r"no steps\.jsonl; it holds notes\.txt"):
+    with pytest.raises(ConfigError, match=r"it has no steps\.jsonl \(got 'notes\.txt'"):
         load_run(tmp_path)

@@ -146,9 +146,11 @@ def test_a_total_restrained_at_the_end_is_the_evaluated_view_written_into_the_mo
     assert last_end.step == 6
     assert last_end.measurement.value == pytest.approx(last_view, rel=1e-5)
     (sigma_max,) = [
-        event.value
+        event.measurement.value
         for event in ended
-        if isinstance(event, EvalRecord) and event.measurement.metric == "sigma_max" and "h.0" in event.task
+        if isinstance(event, EvalRecord)
+        and event.measurement.metric == "sigma_max"
+        and "h.0" in event.measurement.task
     ]
     assert sigma_max == pytest.approx(
         float(torch.linalg.matrix_norm(model.weight(loud.modules(model)[0]), 2)), rel=1e-5

@@ -189,7 +189,8 @@ def _edits(
     """Where to look: at the published number of edits or within 1 % of it; a stand-in's at the
     milestone of the same place, or its last.
     """
-    measured = sorted(edits for edits in {*(each.run.config.get("milestones") or ())} if edits)
+    milestones: set[int] = {*(each.run.config.get("milestones") or ())}
+    measured = sorted(edits for edits in milestones if edits)
     if not row.edits or row.edits in measured:
         return row.edits
     near = [edits for edits in measured if abs(edits - row.edits) <= 0.01 * row.edits]

@@ -305,11 +305,8 @@ def _with_best(
     best: dict[tuple[str, int], float] = {}
     for place, column in enumerate(columns):
         for model in {row.model for row in rows}:
-            means = [
-                row.cells[place].mean
-                for row in rows
-                if row.model == model and row.cells[place] is not None
-            ]  # type: ignore[union-attr]
+            cells = (row.cells[place] for row in rows if row.model == model)
+            means = [cell.mean for cell in cells if cell is not None]
             finite = [mean for mean in means if math.isfinite(mean)]
             if column.better is not None and len(means) > 1 and finite:
                 best[model, place] = max(finite) if column.better == "higher" else min(finite)

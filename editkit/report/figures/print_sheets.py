@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from editkit.files import write_atomically
 from editkit.report.figures.axes import dress, grid, legend, mark_lost, num_columns
@@ -31,7 +31,9 @@ def draw(sheet: Sheet) -> Figure:
         axis.set_yscale("log" if panel.is_log else "linear")
         for line in panel.lines:
             style = styles[line.subject]
-            marks = {"marker": "o", "markersize": 3.0} if len(line.at) <= 40 else {}
+            marks: dict[str, Any] = {}
+            if len(line.at) <= 40:
+                marks = {"marker": "o", "markersize": 3.0}
             dash = "--" if style["dash"] == "dash" else "-"
             values = [scale * mean for mean in line.mean]
             axis.plot(
@@ -42,7 +44,7 @@ def draw(sheet: Sheet) -> Figure:
                 color=style["color"],
                 linewidth=1.3,
                 **marks,
-            )  # type: ignore[arg-type]
+            )
             if any(high > low for low, high in zip(line.low, line.high, strict=True)):
                 has_bands = True
                 band = [scale * low for low in line.low], [scale * high for high in line.high]
