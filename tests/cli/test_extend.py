@@ -1,5 +1,5 @@
-"""Adding an editor, a restraint, a dataset or a task takes one file and one yaml, anywhere: the
-README's examples, run as a user would.
+"""Adding an editor, a restraint, a dataset or an evaluator takes one file and one yaml, anywhere:
+the examples of docs/extending.md, run as a user would.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-README = Path(os.environ.get("EDITKIT_README", ROOT / "README.md"))
+PAGE = Path(os.environ.get("EDITKIT_EXTENDING", ROOT / "docs/extending.md"))
 FILES = {  # by the option's group: the yaml and the module
     "editor": ("conf/editor/mine.yaml", "mine.py"),
     "restraint": ("conf/restraint/halve.yaml", "halve.py"),
@@ -27,8 +27,8 @@ PAIRS = (
 
 
 def example(language: str, name: str) -> str:
-    """The README's code block whose first line names this file."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    """The page's code block whose first line names this file."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     (found,) = [block for block in blocks if block.startswith(f"# {name}")]
     return found
 
@@ -41,7 +41,7 @@ def test_an_editor_a_restraint_a_dataset_and_a_task_of_ones_own_run_from_an_empt
         (tmp_path / yaml_name).write_text(example("yaml", yaml_name))
         (tmp_path / module_name).write_text(example("python", module_name))
     (tmp_path / "pairs.tsv").write_text(PAIRS)
-    (line,) = re.findall(r"^editkit (run --config-dir .*)$", README.read_text(), flags=re.MULTILINE)
+    (line,) = re.findall(r"^editkit (run --config-dir .*)$", PAGE.read_text(), flags=re.MULTILINE)
     command = [sys.executable, "-m", "editkit", *shlex.split(line)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

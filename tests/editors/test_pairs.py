@@ -34,7 +34,7 @@ from tests.support.hypernets import saved
 from tests.support.methods import model_moments
 from tests.support.paths import ROOT
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/guides/editors.md"
 EDITORS = sorted(path.stem for path in (conf_folder() / "editor").glob("*.yaml"))
 RESTRAINTS = sorted(
     path.stem for path in (conf_folder() / "restraint").glob("*.yaml") if path.stem != "none"
@@ -230,8 +230,8 @@ def test_a_pair_that_is_put_together_here_is_what_composing_it_gives() -> None:
         assert whole["editor"].keys() == parts["editor"].keys()
 
 
-def test_the_readmes_table_says_which_editor_takes_which_restraint() -> None:
-    header, *rows = re.search(r"(?m)^\| editor \|.*\n(?:\|.*\n)+", README.read_text())[
+def test_the_guides_table_says_which_editor_takes_which_restraint() -> None:
+    header, *rows = re.search(r"(?m)^\| editor \|.*\n(?:\|.*\n)+", PAGE.read_text())[
         0
     ].splitlines()  # type: ignore[index]
     places = [cell.strip() for cell in header.strip("|").split("|")][1:]
@@ -249,4 +249,4 @@ def test_the_readmes_table_says_which_editor_takes_which_restraint() -> None:
             (place_of(name), name) for name in RESTRAINTS if is_allowed(editor, (name,))
         }
     for editor in set(EDITORS) - set(plain):
-        assert re.search(rf"`editor={editor}`[^.]* composed with", README.read_text()), editor
+        assert re.search(rf"`editor={editor}`[^.]* composed with", PAGE.read_text()), editor
