@@ -25,7 +25,7 @@ from docs.gen.annotated import (
     shown,
 )
 from editkit.config.compose import conf_folder
-from editkit.types import EvalRecord, StepRecord
+from editkit.types import EVAL_FIELDS, EvalRecord, Measurement, StepRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "name in tables, figures and folder names"
@@ -58,6 +58,9 @@ def pages() -> dict[str, str]:
     made["reference/configuration/launchers.md"] = launcher_page()
     for readme in sorted((ROOT / "experiments").glob("*/README.md")):
         made[f"guides/papers/{readme.parent.name}.md"] = readme.read_text()
+    made["reference/records.md"] = with_fields((ROOT / "docs/reference/records.md").read_text())
+    made["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text()
+    made["changelog.md"] = (ROOT / "CHANGELOG.md").read_text()
     made["benchmarks/pairs.md"] = (ROOT / "benchmarks/pairs.md").read_text()
     return made
 
@@ -296,7 +299,14 @@ def launcher_page() -> str:
     return "\n".join(lines)
 
 
-def fields_table(record: type[StepRecord] | type[EvalRecord]) -> str:
-    """The fields of a record with the comments of their class."""
-    comments = field_comments(record)
-    return table(["key", "meaning"], [[code(name), prose(text)] for name, text in comments.items()])
+def with_fields(page: str) -> str:
+    """A page with the tables of fields in the places that name a record."""
+    tables = {
+        "StepRecord": field_comments(StepRecord),
+        "EvalRecord": field_comments(EvalRecord) | field_comments(Measurement),
+    }
+    for name, comments in tables.items():
+        order = EVAL_FIELDS if name == "EvalRecord" else tuple(comments)
+        rows = [[code(field), prose(comments[field])] for field in order]
+        page = page.replace(f"<!-- fields: {name} -->", table(["key", "meaning"], rows))
+    return page
