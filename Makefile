@@ -58,7 +58,7 @@ check: lint format-check type test  ## What has to pass before a change goes in
 .PHONY: docs
 docs: setup  ## Build the documentation into site/; a broken link or reference is an error
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 .PHONY: bench
 bench: setup  ## The plain way against ours: telemetry on GPT-2 XL's shape

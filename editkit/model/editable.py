@@ -78,30 +78,35 @@ class EditableModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        result: torch.device = next(self.network.parameters()).device
+        return result
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the stored weights."""
-        return next(self.network.parameters()).dtype
+        result: torch.dtype = next(self.network.parameters()).dtype
+        return result
 
     @property
     def max_length(self) -> int:
         """The number of positions that the network was made for."""
-        return self.network.config.max_position_embeddings
+        result: int = self.network.config.max_position_embeddings
+        return result
 
     def module(self, name: str) -> torch.nn.Module:
         """A module by its dotted name. Raises ConfigError, with the nearest names, where there is
         none.
         """
         try:
-            return self.network.get_submodule(name)
+            result: torch.nn.Module = self.network.get_submodule(name)
+            return result
         except AttributeError:
             near = difflib.get_close_matches(
                 name, [known for known, _ in self.network.named_modules()], n=3
             )
             raise ConfigError(
-                f"{self.name} ({self.num_layers} layers) has no module {name!r}. Nearest: {', '.join(near) or 'none'}."
+                f"{self.name} ({self.num_layers} layers) has no module {name!r}. Nearest: "
+                f"{', '.join(near) or 'none'}."
             ) from None
 
     def down_projections(self, layers: Sequence[int]) -> tuple[str, ...]:
@@ -129,9 +134,10 @@ class EditableModel:
         """(B, T, D): the hidden states behind the final norm, before the head. Under the caller's
         grad mode.
         """
-        return self.module(self.family.base)(
+        result: torch.Tensor = self.module(self.family.base)(
             **batch.arguments, use_cache=False
         ).last_hidden_state.to(self.device)
+        return result
 
     def hidden_to_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) in the model's dtype, from `final_hidden` at the positions that matter: logits of
@@ -139,7 +145,8 @@ class EditableModel:
         """
         logits_NV = self.network.get_output_embeddings()(hidden_ND).to(hidden_ND.device)
         cap = getattr(self.network.config, "final_logit_softcapping", None)  # Gemma 2
-        return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
+        result: torch.Tensor = logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
+        return result
 
     # Its weights
 
@@ -153,7 +160,8 @@ class EditableModel:
         if isinstance(found, torch.nn.Linear):
             return found.weight.detach()
         raise ConfigError(
-            f"{module} is a {type(found).__name__} - only Linear and Conv1D hold a matrix that can be edited."
+            f"{module} is a {type(found).__name__} - only Linear and Conv1D hold a matrix that "
+            "can be edited."
         )
 
     def edit(self, modules: Sequence[str], *, base_device: str | None = None) -> None:
@@ -165,7 +173,7 @@ class EditableModel:
 
         Raises:
             ConfigError: other modules share a matrix (tied embeddings), or its weights are
-            quantised, or elsewhere until they are needed.
+                quantised, or elsewhere until they are needed.
         """
         for name in modules:
             if name not in self._edited:
@@ -211,7 +219,8 @@ class EditableModel:
         """
         if self._is_corrected:
             raise RuntimeError(
-                "apply inside `temporarily`: the update would be computed on weights that are about to go."
+                "apply inside `temporarily`: the update would be computed on weights that are "
+                "about to go."
             )
         edited = self._declared(module)
         update = update.to(device=edited.sum_OI.device)
@@ -236,7 +245,8 @@ class EditableModel:
             edited = self._declared(name)
             if tuple(total.shape) != tuple(edited.base_OI.shape):
                 raise ConfigError(
-                    f"the saved total of {name} is {tuple(total.shape)}, the matrix is {tuple(edited.base_OI.shape)}: another model."
+                    f"the saved total of {name} is {tuple(total.shape)}, the matrix is "
+                    f"{tuple(edited.base_OI.shape)}: another model."
                 )
             edited.total = _moved(total, edited.sum_OI.device)
             sum_OI = edited.total.dense() if edited.total.matrix is None else edited.total.matrix
@@ -284,7 +294,8 @@ class EditableModel:
     def _declared(self, module: str) -> _Edited:
         if module not in self._edited:
             raise KeyError(
-                f"{module} was not declared by `edit`. Declared: {', '.join(self._edited) or 'none'}."
+                f"{module} was not declared by `edit`. Declared: "
+                f"{', '.join(self._edited) or 'none'}."
             )
         return self._edited[module]
 
@@ -304,12 +315,14 @@ class EditableModel:
                 base = base.to(total.device, non_blocking=True)
                 weight.copy_(base.float() + total)
                 squares += (weight.double() - (base.double() + total.double())).square().sum()
-        return float(squares) ** 0.5
+        result: float = float(squares) ** 0.5
+        return result
 
     def _require_editable(self, module: str, weight_OI: torch.Tensor) -> None:
         if weight_OI.device.type == "meta":
             raise ConfigError(
-                f"{module} lies elsewhere until it is needed (offloaded) - an edit has to be written: give it a device."
+                f"{module} lies elsewhere until it is needed (offloaded) - an edit has to be "
+                "written: give it a device."
             )
         if not weight_OI.is_floating_point():
             raise ConfigError(
@@ -323,7 +336,8 @@ class EditableModel:
         ]
         if sharing:
             raise ConfigError(
-                f"{module} shares its weights with {', '.join(sharing)}: an edit would change those too."
+                f"{module} shares its weights with {', '.join(sharing)}: an edit would change "
+                "those too."
             )
 
 
