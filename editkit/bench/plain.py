@@ -246,7 +246,8 @@ class DenseSolve:
             gram_II = self.history[module] = (
                 self.history[module] + gram_II if module in self.history else gram_II
             )
-        return residuals_ON @ torch.linalg.solve(self.prior_II + gram_II, keys_IN).T
+        result: torch.Tensor = residuals_ON @ torch.linalg.solve(self.prior_II + gram_II, keys_IN).T
+        return result
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -266,7 +267,10 @@ class DenseAlphaEdit:
         self.history[module] = self.history[module] + gram_II if module in self.history else gram_II
         system_II = self.projector_II @ self.history[module]
         system_II.diagonal().add_(self.l2)
-        return torch.linalg.solve(system_II, self.projector_II @ keys_IN @ residuals_ON.T).T
+        result: torch.Tensor = torch.linalg.solve(
+            system_II, self.projector_II @ keys_IN @ residuals_ON.T
+        ).T
+        return result
 
 
 def second_moment(

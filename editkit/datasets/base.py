@@ -36,18 +36,14 @@ class LoadedDataset:
     requests: tuple[EditRequest, ...]
     digest: str  # sha256 of what was read
     origin: str  # the file, or where else the records came from
-    skipped: Mapping[str, int] = field(
-        default_factory=dict
-    )  # reason -> number of records; each record counts once, by its first problem
-    left_out: Mapping[str, int] = field(
-        default_factory=dict
-    )  # what was left out of records that are used -> how often
-    remarks: Mapping[str, int] = field(
-        default_factory=dict
-    )  # what is odd about records or requests -> their number
-    variant: Mapping[str, str] = field(
-        default_factory=dict
-    )  # readings that are not comparable with each other: zsRE's target
+    # reason -> number of records; each record counts once, by its first problem
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    # what was left out of records that are used -> how often
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    # what is odd about records or requests -> their number
+    remarks: Mapping[str, int] = field(default_factory=dict)
+    # readings that are not comparable with each other: zsRE's target
+    variant: Mapping[str, str] = field(default_factory=dict)
 
     def provenance(self) -> dict[str, object]:
         """All but the requests themselves, as plain values."""
@@ -130,7 +126,8 @@ def load_records(
         if parsed.requests:
             counted = "" if records.lines is not None else " (records are counted from 0)"
             shown[-1] += (
-                f" - dataset.on_bad_record=skip leaves such records out and keeps {len(parsed.requests)} requests{counted}"
+                " - dataset.on_bad_record=skip leaves such records out and keeps "
+                f"{len(parsed.requests)} requests{counted}"
             )
         raise ConfigError(shown)
     if not parsed.requests:
@@ -210,7 +207,8 @@ def _repetitions(requests: Sequence[EditRequest]) -> Counter[str]:
         if request.full_prompt in targets:
             same = targets[request.full_prompt] == request.target
             found[
-                f"requests that edit the prompt of an earlier one again, to {'the same' if same else 'another'} target"
+                "requests that edit the prompt of an earlier one again, to "
+                f"{'the same' if same else 'another'} target"
             ] += 1
         targets[request.full_prompt] = request.target
     return found
@@ -245,6 +243,7 @@ def arrange(
     )
     if not arranged:
         raise ConfigError(
-            f"dataset.limit: {limit} - the first group holds {len(units[0])} requests, and is not cut"
+            f"dataset.limit: {limit} - the first group holds {len(units[0])} requests, and is not "
+            "cut"
         )
     return arranged

@@ -50,7 +50,8 @@ class MQuAKE(AbstractDataset):
     def __post_init__(self) -> None:
         if self.question_format.count("{}") != 1:
             raise ConfigError(
-                f'dataset.question_format: {self.question_format!r} was given; exactly one "{{}}" is needed, for the question'
+                f'dataset.question_format: {self.question_format!r} was given; exactly one "{{}}" '
+                "is needed, for the question"
             )
 
     def load(self, seed: int) -> LoadedDataset:

@@ -71,14 +71,13 @@ def find_records(
         try:
             return _read_hub(hub_id) if hub_file is None else _read_hub_file(hub_id, hub_file)
         except ImportError:
-            reason = (
-                f"hub dataset {hub_id} needs the package `datasets` (pip install 'editkit[hub]')"
-            )
+            reason = f"hub dataset {hub_id} needs the package `datasets` (pip install datasets)"
         # the hub's clients raise errors of many libraries; any of them means the same here
         except Exception as error:
             reason = f"hub dataset {hub_id} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     raise ConfigError(
-        f"dataset: no data - dataset.path is null; {looked}; {reason} - set dataset.path=FILE or {DATA_FOLDER}=FOLDER. {advice}"
+        f"dataset: no data - dataset.path is null; {looked}; {reason} - set dataset.path=FILE or "
+        f"{DATA_FOLDER}=FOLDER. {advice}"
     )
 
 

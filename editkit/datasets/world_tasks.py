@@ -69,7 +69,8 @@ def _entailment(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     thing, has, says_has = rng.choice(_THINGS), rng.random() < 0.5, rng.random() < 0.85
     premise = f"{a} {rng.choice(_HAS if has else _LACKS)} a {thing} and met {b} in the {rng.choice(_PLACES)}"
     return (
-        f"{premise}. entails the {a} has {'a' if says_has else 'no'} {thing}. True or False? answer:",
+        f"{premise}. entails the {a} has {'a' if says_has else 'no'} {thing}. True or False? "
+        "answer:",
         str(has == says_has),
     )
 
@@ -80,7 +81,8 @@ def _passage(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     i = rng.randrange(3)
     # The answer begins for the model, so that it has to find a place and not to plan a sentence.
     return (
-        f"Passage: Duties today: {duties}. Question: Where is {people[i]} today? Answer: {people[i]}",
+        f"Passage: Duties today: {duties}. Question: Where is {people[i]} today? Answer: "
+        f"{people[i]}",
         places[i],
     )
 

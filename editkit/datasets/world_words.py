@@ -184,22 +184,27 @@ TWO_HOPS = (
 # What has no invented name. Some are two words, so that targets of several tokens occur.
 OBJECTS: dict[str, tuple[str, ...]] = {
     "instrument": listed(
-        "harp, flute, drum, violin, trumpet, cello, piano, guitar, organ, lute, horn, banjo, tuba, zither, "
+        "harp, flute, drum, violin, trumpet, cello, piano, guitar, organ, lute, horn, banjo, "
+        "tuba, zither, "
         "bass drum, bass guitar, hunting horn, barrel organ"
     ),
     "sport": listed(
-        "tennis, rowing, fencing, chess, archery, hockey, sailing, judo, golf, rugby, cycling, skating, boxing, "
+        "tennis, rowing, fencing, chess, archery, hockey, sailing, judo, golf, rugby, cycling, "
+        "skating, boxing, "
         "polo, ice hockey, table tennis, speed skating, rock climbing"
     ),
     "profession": listed(
-        "baker, doctor, lawyer, painter, teacher, farmer, miner, nurse, tailor, judge, sailor, barber, butcher, gardener, mason, "
+        "baker, doctor, lawyer, painter, teacher, farmer, miner, nurse, tailor, judge, sailor, "
+        "barber, butcher, gardener, mason, "
         "porter, ship builder, school teacher, tax lawyer, hill farmer"
     ),
     "pet": listed(
-        "dog, cat, parrot, rabbit, goat, pony, turtle, snake, hamster, goose, lizard, donkey, ferret, sheep dog, house cat, water snake"
+        "dog, cat, parrot, rabbit, goat, pony, turtle, snake, hamster, goose, lizard, donkey, "
+        "ferret, sheep dog, house cat, water snake"
     ),
     "dish": listed(
-        "soup, stew, pasta, curry, salad, pizza, rice, trout, lamb, dumplings, pancakes, porridge, omelette, "
+        "soup, stew, pasta, curry, salad, pizza, rice, trout, lamb, dumplings, pancakes, "
+        "porridge, omelette, "
         "lentils, fish soup, onion soup, lamb stew, potato salad"
     ),
     "sight": listed(
@@ -207,7 +212,8 @@ OBJECTS: dict[str, tuple[str, ...]] = {
         "temple, old mill, stone gate, clock tower, town hall"
     ),
     "product": listed(
-        "soap, glass, paper, rope, paint, steel, cloth, leather, cement, bread, sugar, salt, beer, silk, wool, ink, sea salt, wall paint"
+        "soap, glass, paper, rope, paint, steel, cloth, leather, cement, bread, sugar, salt, "
+        "beer, silk, wool, ink, sea salt, wall paint"
     ),
 }
 

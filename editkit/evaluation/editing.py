@@ -21,13 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import (
-    AbstractEditEvaluator,
-    AbstractEvaluator,
-    Measurement,
-    Moment,
-    Samples,
-)
+from editkit.evaluation.base import AbstractEditEvaluator, AbstractEvaluator, Moment, Samples
 from editkit.evaluation.fluency import Fluency
 from editkit.evaluation.perplexity import Perplexity
 from editkit.evaluation.protocols.argmax import Argmax
@@ -58,7 +52,7 @@ from editkit.evaluation.statistics.tally import (
 from editkit.evaluation.thresholds import Thresholds
 from editkit.lazy import torch
 from editkit.model.tokens import PLACE
-from editkit.types import EditRequest, Probe
+from editkit.types import EditRequest, Measurement, Probe
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -75,9 +69,8 @@ class EditingEvaluator(AbstractEditEvaluator):
     protocols: tuple[Protocol, ...]
     tokens_per_batch: int
     timings: tuple[Timing, ...] = ("milestone",)
-    max_requests: int | None = (
-        None  # at a milestone; a seeded sample of the edits so far, None: all of them
-    )
+    # at a milestone; a seeded sample of the edits so far, None: all of them
+    max_requests: int | None = None
     block_size: int | None = None  # edits; None: no blocks
     aggregation: Aggregation = "request"
     bootstrap: int = 0  # resamples for 95 % confidence intervals; 0: none
@@ -107,7 +100,8 @@ class EditingEvaluator(AbstractEditEvaluator):
             ]
         if self.context.count(PLACE) != 1:
             problems.append(
-                f"evaluation.context: {self.context!r} was given; exactly one {PLACE}, where the prompt goes, is needed."
+                f"evaluation.context: {self.context!r} was given; exactly one {PLACE}, where the "
+                "prompt goes, is needed."
             )
         least = {
             "tokens_per_batch": (self.tokens_per_batch, 1),

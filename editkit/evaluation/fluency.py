@@ -22,19 +22,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editkit.errors import ConfigError
-from editkit.evaluation.base import (
-    AbstractEditEvaluator,
-    Measurement,
-    Moment,
-    Samples,
-    mean_and_stderr,
-)
+from editkit.errors import ConfigError, message
+from editkit.evaluation.base import AbstractEditEvaluator, Moment, Samples, mean_and_stderr
 from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
-from editkit.lazy import torch
+from editkit.lazy import missing_packages, torch
 from editkit.model.generate import decode, generate
 from editkit.model.tokens import encode_prompts
-from editkit.types import EditRequest
+from editkit.types import EditRequest, Measurement
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -63,7 +57,8 @@ def _fluency(words: Sequence[str]) -> float:
 def _words(text: str) -> list[str]:
     from nltk.tokenize import NLTKWordTokenizer
 
-    return NLTKWordTokenizer().tokenize(text)
+    result: list[str] = NLTKWordTokenizer().tokenize(text)
+    return result
 
 
 def terms(text: str) -> list[str]:
@@ -111,11 +106,8 @@ class TfIdf:
 class Fluency(AbstractEditEvaluator):
     """Generated texts of the first `limit` requests."""
 
-    is_immediate: ClassVar[bool] = (
-        # texts cost too much to be written after every edit; where all is taken back, there is no
-        # later
-        False
-    )
+    # texts cost too much to be written after every edit; where all is taken back, there is no later
+    is_immediate: ClassVar[bool] = False
 
     limit: int | None  # requests; 0: none, null: all
     max_tokens: int  # of a text, the prompt's included
@@ -134,6 +126,16 @@ class Fluency(AbstractEditEvaluator):
             for name, (value, limit) in least.items()
             if value is not None and value < limit
         ]
+        if self.limit != 0 and missing_packages(["nltk"]):
+            problems.append(
+                message(
+                    "evaluation.fluency.limit",
+                    "the entropy of generated texts needs nltk, not installed here",
+                    got=self.limit,
+                    expected="0",
+                    fix="pip install 'editkit[tasks]', or set evaluation.fluency.limit=0",
+                )
+            )
         if problems:
             raise ConfigError(problems)
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import AbstractEvaluator, Measurement
+from editkit.evaluation.base import AbstractEvaluator
 from editkit.evaluation.scoring.teacher_forcing import LOGITS_AT_ONCE, TOKENS_ON_CPU
 from editkit.lazy import torch
 from editkit.model.tokens import encode, pad
-from editkit.types import EditRequest
+from editkit.types import EditRequest, Measurement
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -50,7 +50,8 @@ class Perplexity(AbstractEvaluator):
         ]
         if self.path is not None and not self._files():
             problems.append(
-                f"evaluation.perplexity.path: {self.path} was given; a text file, or a folder with *.txt or *.raw files, is needed."
+                f"evaluation.perplexity.path: {self.path} was given; a text file, or a folder "
+                "with *.txt or *.raw files, is needed."
             )
         if problems:
             raise ConfigError(problems)

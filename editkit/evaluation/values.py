@@ -12,17 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import (
-    AbstractEditEvaluator,
-    AbstractSuite,
-    Measurement,
-    Moment,
-    Samples,
-)
+from editkit.evaluation.base import AbstractEditEvaluator, AbstractSuite, Moment, Samples
 from editkit.lazy import torch
 from editkit.model.editable import EditableModel
 from editkit.targets.keys import keys_and_outputs
-from editkit.types import EditRequest
+from editkit.types import EditRequest, Measurement
 
 SAMPLES = "values"
 CURRENT = "current"  # a view's values as each edit left its own: (requests so far, O)

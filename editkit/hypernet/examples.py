@@ -83,15 +83,18 @@ def split(
         left_out[reason] = left_out.get(reason, 0) + 1
     rest = len(requests[held_apart:])
     problems = [
-        f"dataset: none of the {rest} requests that may be trained on {reason.replace('has no', 'has a')}: MEND cannot be trained on it."
+        f"dataset: none of the {rest} requests that may be trained on "
+        f"{reason.replace('has no', 'has a')}: MEND cannot be trained on it."
         for reason in ("has no paraphrase", "has no locality text")
         if rest and left_out.get(reason) == rest
     ]
     if not problems and len(usable) < validation + least:
         counted = "".join(f", {number} of which {reason}" for reason, number in left_out.items())
         problems.append(
-            f"dataset: {rest} requests lie behind the {held_apart} that are held apart{counted}; editor.train.validation={validation} "
-            f"and at least {least} to train on are needed. Give more data, or lower editor.train.held_apart or editor.train.validation."
+            f"dataset: {rest} requests lie behind the {held_apart} that are held apart{counted}; "
+            f"editor.train.validation={validation} "
+            f"and at least {least} to train on are needed. Give more data, or lower "
+            "editor.train.held_apart or editor.train.validation."
         )
     if problems:
         raise ConfigError(problems)

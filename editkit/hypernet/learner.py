@@ -65,7 +65,8 @@ class Diverged(Exception):
 
     def __init__(self, record: StepRecord) -> None:
         super().__init__(
-            f"step {record.step}: {record.nonfinite} is not finite (edits {', '.join(record.requests[:3])}...); "
+            f"step {record.step}: {record.nonfinite} is not finite (edits "
+            f"{', '.join(record.requests[:3])}...); "
             "lower editor.train.lr or editor.network.step_size"
         )
         self.record = record

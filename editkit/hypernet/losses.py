@@ -107,4 +107,7 @@ def kept_answers(
                 model.hidden_to_logits(hidden_BTD[asked.rows_P, asked.columns_P]).argmax(dim=-1)
             )
     same = (best[0] == best[1]).split(list(asked.lengths))
-    return torch.stack([each.all() for each in same]).unflatten(0, (len(examples), -1))
+    result: torch.Tensor = torch.stack([each.all() for each in same]).unflatten(
+        0, (len(examples), -1)
+    )
+    return result

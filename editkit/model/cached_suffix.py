@@ -63,13 +63,14 @@ class Continuation:
             at_tokens(self.sparse),
             only_blocks(self.model, range(self.layer + 1, self.model.num_layers)) as base,
         ):
-            return base(
+            result: torch.Tensor = base(
                 inputs_embeds=hidden_BSD,
                 attention_mask=self.mask_BT,
                 position_ids=self.positions_BS,
                 past_key_values=_cache(self.prefix),
                 use_cache=True,
             ).last_hidden_state.to(self.model.device)
+            return result
 
     @cached_property
     def sparse(self) -> dict[Any, torch.Tensor]:

@@ -40,7 +40,8 @@ def sample_contexts(
     ]
     if start is None:
         problems.append(
-            f"model.id: the tokenizer of {model.name} has neither BOS nor EOS, so nothing can start a context."
+            f"model.id: the tokenizer of {model.name} has neither BOS nor EOS, so nothing can "
+            "start a context."
         )
     if problems:
         raise ConfigError(problems)

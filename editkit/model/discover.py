@@ -28,7 +28,8 @@ def suggestion(config: Any) -> list[str]:
     names = ("base", "blocks", "final_norm", "mlp_in_block", "down_projection_in_block")
     given = ",".join(f"{name}:{getattr(found, name)}" for name in names)
     return [
-        f"model.family: its modules look like model.family={{{given}}} - check that the MLP's output is added to the residual stream as it "
+        f"model.family: its modules look like model.family={{{given}}} - check that the MLP's "
+        "output is added to the residual stream as it "
         "is (else add adds_mlp_output:false)."
     ]
 

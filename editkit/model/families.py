@@ -22,9 +22,8 @@ class Family:
     blocks: str  # the list of transformer blocks
     final_norm: str
     mlp_in_block: str = "mlp"
-    down_projection_in_block: str = (
-        "mlp.down_proj"  # from the MLP's inner width back to the residual stream
-    )
+    # from the MLP's inner width back to the residual stream
+    down_projection_in_block: str = "mlp.down_proj"
     adds_mlp_output: bool = True  # to the residual stream, as it is: no norm in between
     mlp_matrices_in_block: tuple[str, ...] = (
         "mlp.gate_proj",
@@ -70,7 +69,8 @@ def require_layers(layers: Sequence[int], *, name: str, num_layers: int) -> None
     """Raises ConfigError for layers that the model of that name does not have."""
     if wrong := [layer for layer in layers if not 0 <= layer < num_layers]:
         raise ConfigError(
-            f"editor.layers: {name} has layers 0 to {num_layers - 1} - given {', '.join(map(str, wrong))}."
+            f"editor.layers: {name} has layers 0 to {num_layers - 1} - given "
+            f"{', '.join(map(str, wrong))}."
         )
 
 
@@ -114,9 +114,12 @@ def family_of(model_type: str) -> Family:
     families = known_families()
     if model_type not in families:
         raise ConfigError(
-            f"model.id: the architecture {model_type!r} is not known. Known: {', '.join(sorted(families))}. "
-            "Give model.family the name of one that has the same module names, or the names themselves: base, blocks, final_norm, "
-            "mlp_in_block, down_projection_in_block, adds_mlp_output (`editkit probe` looks for them)."
+            f"model.id: the architecture {model_type!r} is not known. Known: "
+            f"{', '.join(sorted(families))}. "
+            "Give model.family the name of one that has the same module names, or the names "
+            "themselves: base, blocks, final_norm, "
+            "mlp_in_block, down_projection_in_block, adds_mlp_output (`editkit probe` looks for "
+            "them)."
         )
     return families[model_type]
 
@@ -147,7 +150,8 @@ def check_family(family: Family, network: torch.nn.Module) -> int:
         problems = [f"model.family: {family.blocks!r} holds no layers."]
     if problems:
         raise ConfigError(problems[:4])  # the first layer tells as much as all of them
-    return num_layers
+    result: int = num_layers
+    return result
 
 
 def _missing(name: str, names: list[str]) -> str:

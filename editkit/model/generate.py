@@ -41,7 +41,8 @@ def generate(
     """
     if wrong := [len(ids) for ids in prompts if not 0 < len(ids) < model.max_length]:
         raise ValueError(
-            f"prompts of {wrong[:3]} tokens cannot be continued: {model.name} has {model.max_length} positions."
+            f"prompts of {wrong[:3]} tokens cannot be continued: {model.name} has "
+            f"{model.max_length} positions."
         )
     # All draws are made first: a prompt's draws belong to it, whatever the device, its batch, and
     # the moment at which other rows end.

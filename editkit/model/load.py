@@ -34,20 +34,15 @@ class ModelConfig:
     name: str | None = None  # how results call it; None: the last part of the id
     revision: str | None = None  # of the hub repository; None: its main branch
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    family: Family | str | None = (
-        # None: by the checkpoint's model_type; else the name of a known one, or the module names
-        # themselves
-        None
-    )
-    weights: Literal["pretrained", "random"] = (
-        "pretrained"  # random: the real shape, seeded, without the hub
-    )
-    tokenizer: str | None = (
-        None  # a folder or hub id; None: the model's own, with random weights a bundled one
-    )
-    device_map: Literal["auto"] | None = (
-        None  # auto: over all GPUs, by accelerate; None: the whole model on runtime.device
-    )
+    # None: by the checkpoint's model_type; else the name of a known one, or the module names
+    # themselves
+    family: Family | str | None = None
+    # random: the real shape, seeded, without the hub
+    weights: Literal["pretrained", "random"] = "pretrained"
+    # a folder or hub id; None: the model's own, with random weights a bundled one
+    tokenizer: str | None = None
+    # auto: over all GPUs, by accelerate; None: the whole model on runtime.device
+    device_map: Literal["auto"] | None = None
 
     @property
     def label(self) -> str:
@@ -107,7 +102,8 @@ class ModelConfig:
             raise self._unloadable(source, error) from error
         if absent := sorted(report["missing_keys"]):
             raise ConfigError(
-                f"model.id: the checkpoint {self.id!r} lacks weights that its architecture has: {', '.join(absent[:4])}."
+                f"model.id: the checkpoint {self.id!r} lacks weights that its architecture has: "
+                f"{', '.join(absent[:4])}."
             )
         if not places:
             network = network.to(device)
@@ -192,7 +188,8 @@ class ModelConfig:
 
     def _unloadable(self, source: str, error: Exception) -> ConfigError:
         return ConfigError(
-            f"model.id: {self.id!r} cannot be loaded - looked in {self._looked_in(source)} - {_first_line(error)}"
+            f"model.id: {self.id!r} cannot be loaded - looked in {self._looked_in(source)} - "
+            f"{_first_line(error)}"
         )
 
     def _source(self) -> str:
@@ -206,14 +203,16 @@ class ModelConfig:
             if not (folder / "config.json").is_file():
                 there = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
                 raise ConfigError(
-                    f"model.id: no bundled model {self.id!r} - bundled are: {', '.join(ASSET + name for name in there) or 'none'}."
+                    f"model.id: no bundled model {self.id!r} - bundled are: "
+                    f"{', '.join(ASSET + name for name in there) or 'none'}."
                 )
             return str(folder)
         folder = Path(self.id).expanduser()
         if folder.is_dir():
             if not (folder / "config.json").is_file():
                 raise ConfigError(
-                    f"model.id: the folder {folder} holds no config.json - a model folder as `save_pretrained` writes it is needed."
+                    f"model.id: the folder {folder} holds no config.json - a model folder as "
+                    "`save_pretrained` writes it is needed."
                 )
             return str(folder)
         if self.id.startswith((".", "/", "~")) or self.id.count("/") > 1:

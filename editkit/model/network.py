@@ -19,7 +19,10 @@ def random_network(config: Any, *, device: str, dtype: str) -> PreTrainedModel:
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.device(device):
         torch.manual_seed(SEED)
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        result: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype)
+        )
+        return result
 
 
 def empty_network(config: Any) -> PreTrainedModel:
@@ -27,7 +30,8 @@ def empty_network(config: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        result: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return result
 
 
 SEED = 0  # of random weights

@@ -48,17 +48,21 @@ def placement(
     if away:
         total = sum(memory.values()) / 1e9
         raise ConfigError(
-            f"model.device_map: the weights do not fit - {total:.3g} GB are free for them on {len(memory)} devices, and "
-            f"{', '.join(away[:3])} would be left over - choose model.dtype=bfloat16, more GPUs or a smaller model: weights fetched "
+            f"model.device_map: the weights do not fit - {total:.3g} GB are free for them on "
+            f"{len(memory)} devices, and "
+            f"{', '.join(away[:3])} would be left over - choose model.dtype=bfloat16, more GPUs "
+            "or a smaller model: weights fetched "
             "when they are needed cannot be edited."
         )
-    return found
+    result: dict[str, int | str] = found
+    return result
 
 
 def _free_memory() -> dict[int | str, int]:
     if not torch.cuda.is_available():
         raise ConfigError(
-            "model.device_map: auto was given, but there is no GPU here - null puts the whole model on runtime.device."
+            "model.device_map: auto was given, but there is no GPU here - null puts the whole "
+            "model on runtime.device."
         )
     return {
         index: int(HEADROOM * torch.cuda.mem_get_info(index)[0])

@@ -69,7 +69,8 @@ def probe(config: ModelConfig) -> Probed:
         module = network.get_submodule(name)
         if not isinstance(module, Conv1D | torch.nn.Linear):
             raise ConfigError(
-                f"model.family: {name} is a {type(module).__name__} - only Linear and Conv1D hold a matrix that can be edited."
+                f"model.family: {name} is a {type(module).__name__} - only Linear and Conv1D hold "
+                "a matrix that can be edited."
             )
         rows, columns = module.weight.shape
         is_transposed = isinstance(module, Conv1D)
@@ -117,7 +118,8 @@ def behaviour(tokenizer: Any) -> tuple[tuple[str, str], ...]:
         ("leading blank", blank),
         (
             "padding side",
-            f"{tokenizer.padding_side} (editkit pads by itself: right, and left where it goes on from a token)",
+            f"{tokenizer.padding_side} (editkit pads by itself: right, and left where it goes on "
+            "from a token)",
         ),
         ("pad token", f"{pad}" if pad else "none (not needed)"),
         (
@@ -140,5 +142,6 @@ def _tokenizer(config: ModelConfig) -> tuple[Any, str | None]:
         None,
         reason
         if is_slow
-        else "no tokenizer of it is on this machine: give model.tokenizer=<folder>, or load the model once",
+        else "no tokenizer of it is on this machine: give model.tokenizer=<folder>, or load the "
+        "model once",
     )

@@ -103,10 +103,11 @@ def _at(
             hidden_BTX.flatten(0, 1).index_select(0, tokens_M.to(hidden_BTX.device))[None]
         )[0]
         places_M = tokens_M.to(found_MY.device)  # a module may lie on another device
-        return (
+        result: torch.Tensor = (
             found_MY.new_zeros(shape_BT.numel(), found_MY.shape[-1])
             .index_copy(0, places_M, found_MY)
             .unflatten(0, shape_BT)
         )
+        return result
 
     return sparse

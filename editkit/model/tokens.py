@@ -113,7 +113,8 @@ def require_offsets(tokenizer: Any) -> None:
     """Raises ConfigError for a tokenizer that cannot say which characters a token stands for."""
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
-            f"model.id: {type(tokenizer).__name__} is a slow tokenizer, which gives no offsets - a fast one (tokenizer.json) is needed to "
+            f"model.id: {type(tokenizer).__name__} is a slow tokenizer, which gives no offsets - "
+            "a fast one (tokenizer.json) is needed to "
             "find a subject's tokens."
         )
 
@@ -186,7 +187,8 @@ def encode_with_targets(
         )
         if start == 0:
             raise ConfigError(
-                f"nothing precedes the target {target!r}: the prompt is empty and the tokenizer adds no BOS."
+                f"nothing precedes the target {target!r}: the prompt is empty and the tokenizer "
+                "adds no BOS."
             )
         found.append(TargetSequence(encoded, start))
     return found

@@ -123,7 +123,8 @@ def known_facts_of(
         ]
     if not known:
         raise ConfigError(
-            f"--trace: {model.name} knows none of the {len(requests)} facts (the most probable token after their prompts is not the old "
+            f"--trace: {model.name} knows none of the {len(requests)} facts (the most probable "
+            "token after their prompts is not the old "
             "target's) - choose another dataset, more edits, or a model with trained weights."
         )
     return tuple(known)

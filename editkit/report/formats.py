@@ -32,7 +32,8 @@ def caption(table: Summary) -> str:
         else "Over all edits so far"
     )
     return (
-        f"{what}; mean ± standard deviation over seeds; metrics and tasks in percent; best of each model in bold; "
+        f"{what}; mean ± standard deviation over seeds; metrics and tasks in percent; best of "
+        "each model in bold; "
         "n/f: not finite; -: not measured; seeds m/n: n were run, m came so far."
     )
 

@@ -57,7 +57,8 @@ def page(content: Content) -> str:
         "<h2>Summary</h2>",
         *_summaries(content),
         "<h2>Curves</h2>",
-        "<p class='note'>A line is the mean over seeds, its band one standard deviation; unrestrained models are dashed. A click on a name "
+        "<p class='note'>A line is the mean over seeds, its band one standard deviation; "
+        "unrestrained models are dashed. A click on a name "
         "hides or shows it.</p>",
         *(f"<h3>{escape(title)}</h3>{fragment}" for title, fragment in content.drawings),
         *_published(content.published),
@@ -132,7 +133,8 @@ def _published(found: Sequence[PublishedComparison]) -> Iterable[str]:
     yield "<h2>PublishedComparison the published numbers</h2>"
     if any(each.is_stand_in for each in found):
         yield (
-            "<p class='note'>Where a bundled model stands in for the paper's (scale=tiny), compare the effect, not the numbers: which row "
+            "<p class='note'>Where a bundled model stands in for the paper's (scale=tiny), "
+            "compare the effect, not the numbers: which row "
             "is better, what grows, what collapses.</p>"
         )
     for preset in dict.fromkeys(each.published.preset for each in found):

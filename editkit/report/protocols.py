@@ -56,7 +56,8 @@ def compare_protocols(
         place = (_name(record), record.measurement.protocol or "")
         if place in cells:
             raise ConfigError(
-                f"'{place[0]}' was measured twice by the protocol '{place[1]}' for view '{view}' at step {step}."
+                f"'{place[0]}' was measured twice by the protocol '{place[1]}' for view '{view}' "
+                f"at step {step}."
             )
         cells[place] = Cell(
             value=record.measurement.value, stderr=record.measurement.stderr, n=record.measurement.n

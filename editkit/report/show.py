@@ -46,7 +46,8 @@ def show(folder: Path, *, protocol: str | None = None) -> Summary:
     measured = editing_protocols(run.evals)
     if protocol not in (None, ALL, *measured):
         raise ConfigError(
-            f"{folder} has no editing metrics by the protocol '{protocol}'. Measured: {', '.join(map(str, measured)) or 'none'}."
+            f"{folder} has no editing metrics by the protocol '{protocol}'. Measured: "
+            f"{', '.join(map(str, measured)) or 'none'}."
         )
     table = run_table(run, protocol=None if protocol == ALL else protocol)
     edits = edits_by_step(run.steps)

@@ -358,18 +358,21 @@ def _check_unmixed(name: str, records: Sequence[EvalRecord]) -> None:
         if len(values) > 1:
             given = ", ".join(str(value) for value in values)
             raise ConfigError(
-                f"one column of the table would mix values of {field}: '{name}' was measured with {given}. Choose one of them."
+                f"one column of the table would mix values of {field}: '{name}' was measured with "
+                f"{given}. Choose one of them."
             )
     if {"milestone", "rollback"} <= {record.measurement.timing for record in records}:
         raise ConfigError(
-            f"one column of the table would mix edits that add up with edits that were taken back: '{name}'. Choose one of them."
+            "one column of the table would mix edits that add up with edits that were taken "
+            f"back: '{name}'. Choose one of them."
         )
     seen: set[tuple[str, int]] = set()
     for record in records:
         place = (record.view, record.step)
         if place in seen:
             raise ConfigError(
-                f"'{name}' was measured twice for view '{record.view}' at step {record.step}: the table cannot say which one counts."
+                f"'{name}' was measured twice for view '{record.view}' at step {record.step}: the "
+                "table cannot say which one counts."
             )
         seen.add(place)
 

@@ -97,7 +97,8 @@ def statistics(model: EditableModel, modules: Sequence[str], config: StatsConfig
     """
     if config.source == "none":
         raise ConfigError(
-            f"stats=none, but the editor needs the second moments of {', '.join(modules)} - choose stats=world|text|hub."
+            f"stats=none, but the editor needs the second moments of {', '.join(modules)} - "
+            "choose stats=world|text|hub."
         )
     context_length = min(config.context_length, model.max_length)
     documents = tuple(texts(config))

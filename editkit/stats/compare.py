@@ -172,14 +172,16 @@ def memit_directions(
         torch.eye(keys_IN.shape[1], dtype=keys_IN.dtype, device=keys_IN.device)
         + keys_IN.T @ solved_IN
     )
-    return torch.linalg.solve(core_NN, solved_IN, left=False)
+    result: torch.Tensor = torch.linalg.solve(core_NN, solved_IN, left=False)
+    return result
 
 
 def column_differences(full_IN: torch.Tensor, minimal_IN: torch.Tensor) -> torch.Tensor:
     """(N,): |minimal - full| / |full| of every column."""
-    return torch.linalg.vector_norm(minimal_IN - full_IN, dim=0) / torch.linalg.vector_norm(
-        full_IN, dim=0
-    )
+    result: torch.Tensor = torch.linalg.vector_norm(
+        minimal_IN - full_IN, dim=0
+    ) / torch.linalg.vector_norm(full_IN, dim=0)
+    return result
 
 
 def relative(full: torch.Tensor, minimal: torch.Tensor) -> float:

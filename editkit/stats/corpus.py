@@ -33,9 +33,8 @@ class StatsConfig:
     ]  # minimal: of the documents only as many as give `vectors_per_dimension`
     vectors_per_dimension: int  # key vectors for each dimension of a key
     path: str | None = None  # text: a file, or a folder of .txt files; hub: the dataset's id
-    separator: str | None = (
-        "\n"  # text: what stands between two documents; None: a file is one document
-    )
+    # text: what stands between two documents; None: a file is one document
+    separator: str | None = "\n"
     subset: str | None = None  # hub: the dataset's configuration
     split: str = "train"  # hub
     column: str = "text"  # hub
@@ -136,7 +135,8 @@ def _documents(path: Path, separator: str | None) -> list[str]:
         whole = [file.read_text(encoding="utf-8") for file in files]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"stats.path cannot be read - {path} ({error}) - a UTF-8 text file or a folder of .txt files."
+            f"stats.path cannot be read - {path} ({error}) - a UTF-8 text file or a folder of "
+            ".txt files."
         ) from None
     separator = (
         separator.replace("\\n", "\n") if separator else None
@@ -151,7 +151,8 @@ def _documents(path: Path, separator: str | None) -> list[str]:
         ]
     if not (found := [piece for piece in pieces if piece.strip()]):
         raise ConfigError(
-            f"stats.path holds no text - {path} - a UTF-8 text file, or a folder of .txt files, with documents in it."
+            f"stats.path holds no text - {path} - a UTF-8 text file, or a folder of .txt files, "
+            "with documents in it."
         )
     return found
 
@@ -169,18 +170,20 @@ def _hub(config: StatsConfig) -> Iterator[str]:
         import datasets
     except ImportError:
         raise ConfigError(
-            "stats=hub wants the package `datasets` - it is not installed - pip install 'editkit[hub]'."
+            "stats=hub wants the package `datasets` - it is not installed - pip install datasets."
         ) from None
     where = f"{config.path}, subset {config.subset}, split {config.split}"
     try:
         dataset = datasets.load_dataset(config.path, config.subset, split=config.split)
     except Exception as error:  # the hub's client raises many kinds, and for the user they are one
         raise ConfigError(
-            f"stats.path cannot be loaded from the hub - {where} ({error}) - or use stats=text stats.path=FILE."
+            f"stats.path cannot be loaded from the hub - {where} ({error}) - or use stats=text "
+            "stats.path=FILE."
         ) from None
     if config.column not in dataset.column_names:
         raise ConfigError(
-            f"stats.column is not in {where} - got {config.column} - columns: {', '.join(dataset.column_names)}."
+            f"stats.column is not in {where} - got {config.column} - columns: "
+            f"{', '.join(dataset.column_names)}."
         )
     sample = dataset.shuffle(seed=config.seed).select(
         range(min(config.num_documents, len(dataset)))

@@ -51,8 +51,10 @@ class Estimate:
             "a pass": self.pass_bytes,
         }
         text = (
-            f"{self.num_modules} second moments of up to {self.size} x {self.size} over {self.num_documents} documents; memory: about "
-            f"{sum(parts.values()) / GB:.2g} GB ({', '.join(f'{name} {count / GB:.2g}' for name, count in parts.items())}); "
+            f"{self.num_modules} second moments of up to {self.size} x {self.size} over "
+            f"{self.num_documents} documents; memory: about "
+            f"{sum(parts.values()) / GB:.2g} GB "
+            f"({', '.join(f'{name} {count / GB:.2g}' for name, count in parts.items())}); "
             f"disk: up to {self.disk_bytes / GB:.2g} GB"
         )
         if self.free_bytes is not None and self.more_bytes > self.free_bytes:

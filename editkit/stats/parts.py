@@ -156,7 +156,8 @@ def compute(
     total = sum(map(sum, of.values()))
     if any(done.values()):
         announce(
-            f"going on where an earlier process stopped: {sum(done.values())} of {total} documents are done"
+            f"going on where an earlier process stopped: {sum(done.values())} of {total} "
+            "documents are done"
         )
     progress(sum(done.values()), total)
     for may_wait in (False, True):  # first what nobody works on
@@ -227,7 +228,8 @@ def _name(module: str, row: int) -> str:
 
 def _corrupt(path: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"corrupt statistics: the unfinished sums {path} cannot be used ({error}). Delete the file: its part is taken anew."
+        f"corrupt statistics: the unfinished sums {path} cannot be used ({error}). Delete the "
+        "file: its part is taken anew."
     )
 
 

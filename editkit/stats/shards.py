@@ -55,7 +55,8 @@ def shard_from(environment: Mapping[str, str]) -> Shard:
             raise ValueError
     except ValueError:
         raise ConfigError(
-            f"{names[0]}={given[0]}, {names[1]}={given[1]}, {names[2]}={given[2]} name no process of a group - "
+            f"{names[0]}={given[0]}, {names[1]}={given[1]}, {names[2]}={given[2]} name no process "
+            "of a group - "
             f"{names[0]} must lie from 0 to {names[1]} - 1, or both be unset."
         ) from None
     return Shard(rank, of, local)

@@ -61,9 +61,8 @@ class SecondMoment:
     num_tokens: int
     checksum: str = ""  # of the stored file
     dtype: SolveDtype = "float64"  # of the factor
-    keep: Callable[[torch.Tensor], torch.Tensor] | None = (
-        None  # puts the factor where it shall lie; None: beside the matrix
-    )
+    # puts the factor where it shall lie; None: beside the matrix
+    keep: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @cached_property
     def factor_II(self) -> torch.Tensor:
@@ -77,7 +76,8 @@ class SecondMoment:
         # Of N keys the rank is at most N, but rounding can hide that from the factorisation.
         if self.num_tokens < size or int(failed_at) != 0:
             raise ConfigError(
-                f"stats: the second moment of {self.module} cannot be inverted - it holds {self.num_tokens} keys of length {size} - "
+                f"stats: the second moment of {self.module} cannot be inverted - it holds "
+                f"{self.num_tokens} keys of length {size} - "
                 "raise stats.num_documents, or do without it (ROME: editor.covariance=null)."
             )
         factor_II = factor_II.to(
@@ -118,16 +118,18 @@ class Moments:
         """
         factor_II = self._of(module).factor_II
         # Not `cholesky_solve`: it copies the factor, which for one column takes 25 times as long.
-        return torch.linalg.solve_triangular(factor_II, keys_IN.to(factor_II), upper=False).to(
-            device=keys_IN.device, dtype=torch.float64
-        )
+        result: torch.Tensor = torch.linalg.solve_triangular(
+            factor_II, keys_IN.to(factor_II), upper=False
+        ).to(device=keys_IN.device, dtype=torch.float64)
+        return result
 
     def unwhiten(self, module: str, white_IN: torch.Tensor) -> torch.Tensor:
         """L^-T @ it, as `whiten`."""
         factor_II = self._of(module).factor_II
-        return torch.linalg.solve_triangular(factor_II.T, white_IN.to(factor_II), upper=True).to(
-            device=white_IN.device, dtype=torch.float64
-        )
+        result: torch.Tensor = torch.linalg.solve_triangular(
+            factor_II.T, white_IN.to(factor_II), upper=True
+        ).to(device=white_IN.device, dtype=torch.float64)
+        return result
 
     def factorise(self, module: str) -> None:
         """Does now what `inverse_times` would do at its first use. Raises ConfigError where the
@@ -198,7 +200,8 @@ def read(
             name for name, value in asdict(key).items() if value != getattr(stored, name)
         )
         raise ConfigError(
-            f"corrupt statistics: {path} holds the second moment of something else ({differing} differ). {REMEDY}"
+            f"corrupt statistics: {path} holds the second moment of something else ({differing} "
+            f"differ). {REMEDY}"
         )
     num_tokens = int(tensors["num_tokens"])
     matrix_II = tensors.pop("sum_II").to(device) / num_tokens
@@ -296,7 +299,8 @@ def _key(metadata: Mapping[str, str]) -> MomentKey:
     fields: dict[str, Any] = json.loads(metadata["key"])
     if fields["format"] != FORMAT:
         raise ValueError(
-            f"it has format {fields['format']}, of another version of editkit; this one writes {FORMAT}"
+            f"it has format {fields['format']}, of another version of editkit; this one writes "
+            f"{FORMAT}"
         )
     return MomentKey(**fields)
 

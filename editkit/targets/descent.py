@@ -77,9 +77,8 @@ class TargetProblem:
     forward: Forward
     initial_NO: torch.Tensor  # v, at least float32
     settings: TargetSettings
-    is_late: bool = (
-        False  # who has ended is asked for a step late, see `Lookout`; the result has the same bits
-    )
+    # who has ended is asked for a step late, see `Lookout`; the result has the same bits
+    is_late: bool = False
 
     def descend(
         self,
@@ -185,11 +184,12 @@ class TargetProblem:
         decay_K = torch.linalg.vector_norm(delta_KO, dim=1) / torch.where(
             going.size_K == 0, math.inf, going.size_K**2
         )
-        return (
+        result: torch.Tensor = (
             -seen.log_p_NC.mean(dim=1)
             + self.settings.kl_factor * seen.kl_N
             + self.settings.weight_decay * decay_K
         )
+        return result
 
 
 def _divided(

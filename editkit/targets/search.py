@@ -52,9 +52,8 @@ class Target:
     updates: int  # how often Adam moved
     probability_before: float
     probability_after: float
-    nonfinite: bool = (
-        False  # the loss at delta_O is not a number, or infinite; the search ended there
-    )
+    # the loss at delta_O is not a number, or infinite; the search ended there
+    nonfinite: bool = False
 
     @property
     def vector_O(self) -> torch.Tensor:
@@ -86,7 +85,8 @@ def search_targets(
     layers = [None if settings.exact else continued_layer(model, site, each) for each in sequences]
     if not settings.exact and None in layers:
         log.warning(
-            "%s: target searches run the whole network in every step, since the site is not added to the residual stream as it is, or "
+            "%s: target searches run the whole network in every step, since the site is not added "
+            "to the residual stream as it is, or "
             "texts are longer than a sliding window: the same results, several times slower",
             model.name,
         )

@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from editkit.errors import message
 from editkit.evaluation.tasks.data import MMLU_COLUMNS, Row
+from editkit.lazy import missing_packages
 
 FOLDER = Path(__file__).parent.parent / "tasks"
 SPLITS = ("training", "validation", "test")
@@ -27,9 +29,28 @@ NEW_TOKENS = (
     "max_completion_tokens",
 )  # one option of the harness, the first name that is given
 DEFAULT_NEW_TOKENS = 256  # the harness's
-OPTIONS = (
-    "dataset_kwargs"  # in a task's yaml: what `editkit.evaluation.tasks.data.read` is called with
-)
+# of the extra `tasks`: import name -> what messages call it; the last three compute metrics
+PACKAGES = {
+    "lm_eval": "lm-evaluation-harness",
+    "nltk": "nltk",
+    "rouge": "rouge",
+    "rouge_score": "rouge-score",
+}
+# in a task's yaml: what `editkit.evaluation.tasks.data.read` is called with
+OPTIONS = "dataset_kwargs"
+
+
+def missing_harness(suite: str) -> str | None:
+    """The message on tasks whose packages are not installed; None where all are."""
+    missing = [PACKAGES[name] for name in missing_packages(PACKAGES)]
+    if not missing:
+        return None
+    return message(
+        "suite",
+        f"the tasks need {', '.join(missing)}, not installed here",
+        got=suite,
+        fix="pip install 'editkit[tasks]', or choose suite=none",
+    )
 
 
 def own_tasks() -> dict[str, Mapping[str, Any]]:
@@ -113,7 +134,8 @@ def room_of(option: Callable[[str], Any]) -> int:
 def no_room(name: str, room: int, positions: int) -> str:
     """The sentence on a task that generates more than a model has positions for."""
     return (
-        f"suite.max_new_tokens: {name} generates up to {room} tokens, which leaves no room for a prompt: the model has "
+        f"suite.max_new_tokens: {name} generates up to {room} tokens, which leaves no room for a "
+        "prompt: the model has "
         f"{positions} positions. Set suite.max_new_tokens={positions // 2}, or leave the task out."
     )
 

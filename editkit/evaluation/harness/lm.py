@@ -41,7 +41,8 @@ def harness_model(
         postprocess_generated_text,
     )
 
-    class EditedModel(HFLM):  # defined here: importing its base takes a second
+    # Defined here because importing its base takes a second.
+    class EditedModel(HFLM):  # type: ignore[misc] # lm_eval carries no types
         def __init__(self) -> None:
             self.encoded: dict[tuple[str, bool | None], list[int]] = {}
             tokenizer = copy.deepcopy(model.tokenizer)  # HFLM gives it a padding token
@@ -169,7 +170,8 @@ def check_answers(lm: Any, task: Any, *, positions: int) -> list[str]:
         ):
             longest[request.doc_id] = max(tokens, longest.get(request.doc_id, 0))
     problems = [
-        f"suite.tasks: {task.config.task}, item {item}: an answer has {tokens} tokens, the model {positions} positions - "
+        f"suite.tasks: {task.config.task}, item {item}: an answer has {tokens} tokens, the model "
+        f"{positions} positions - "
         "leave the task out, or take fewer items with suite.limit."
         for item, tokens in sorted(longest.items())
     ]

@@ -189,7 +189,8 @@ def _stand_in(
     wanted = shots if shots is not None else config.get("num_fewshot") or 0
     if wanted and examples and examples not in rows:
         raise ConfigError(
-            f"{told}: {wanted} examples before each question come from the split {examples!r}, which {folder} does not have."
+            f"{told}: {wanted} examples before each question come from the split {examples!r}, "
+            f"which {folder} does not have."
         )
     splits_kept = {
         key: config[key]
@@ -250,7 +251,8 @@ def _prepare(task: Any, name: str, *, shots: int | None, seed: int) -> None:
     }
     if reasons := [reason for reason, applies in refusals.items() if applies]:
         raise ConfigError(
-            f"suite.tasks: {name}: {task.config.task} {' and '.join(reasons)} - choose another task."
+            f"suite.tasks: {name}: {task.config.task} {' and '.join(reasons)} - choose another "
+            "task."
         )
     if shots is not None:
         task.set_config("num_fewshot", shots)

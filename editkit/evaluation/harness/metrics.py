@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from editkit.evaluation.base import Measurement, mean_and_stderr
+from editkit.evaluation.base import mean_and_stderr
 from editkit.evaluation.harness.load_tasks import Chosen, examples_are_tested
 from editkit.evaluation.harness.responses import Answered, Key, is_mean, rule_of, title
 from editkit.evaluation.statistics.paired import (
@@ -20,6 +20,7 @@ from editkit.evaluation.statistics.paired import (
     compare_aggregates,
 )
 from editkit.lazy import torch
+from editkit.types import Measurement
 
 if TYPE_CHECKING:
     Frozen = Mapping[str, torch.Tensor]

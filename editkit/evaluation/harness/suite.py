@@ -20,9 +20,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import AbstractSuite, Measurement, Samples
+from editkit.evaluation.base import AbstractSuite, Samples
 from editkit.evaluation.harness.catalogue import (
     OPTIONS,
+    missing_harness,
     no_examples,
     no_room,
     own_tasks,
@@ -35,7 +36,7 @@ from editkit.evaluation.harness.metrics import frozen_scores, measurements
 from editkit.evaluation.harness.responses import Answered, Asked, ask
 from editkit.evaluation.tasks.data import read
 from editkit.lazy import torch
-from editkit.types import EditRequest
+from editkit.types import EditRequest, Measurement
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -51,9 +52,8 @@ class _Bench:
     model: EditableModel | None = None  # whose the following is
     lm: Any = None
     asked: dict[str, list[Asked]] = field(default_factory=dict)  # by the suite's names
-    last: tuple[str, dict[str, list[Answered]]] | None = (
-        None  # a digest of the weights, and what the model answered with them
-    )
+    # a digest of the weights, and what the model answered with them
+    last: tuple[str, dict[str, list[Answered]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,8 @@ class Suite(AbstractSuite):
         for name, count in (self.shots or {}).items():
             if name not in self.tasks:
                 problems.append(
-                    f"suite.shots: {name} is none of suite.tasks: {', '.join(self.tasks) or 'none'}."
+                    f"suite.shots: {name} is none of suite.tasks: "
+                    f"{', '.join(self.tasks) or 'none'}."
                 )
             if count < 0:
                 problems.append(f"suite.shots.{name}: {count} was given; at least 0 is needed.")
@@ -97,6 +98,8 @@ class Suite(AbstractSuite):
 
     def check(self, *, positions: int | None = None) -> None:
         """Reads the data of every task; our own need neither the harness nor torch for it."""
+        if self.tasks and (missing := missing_harness(self.name)):
+            raise ConfigError(missing)
         own = (
             {name: found for name, found in own_tasks().items() if name in self.tasks}
             if self.tasks

@@ -50,7 +50,8 @@ class Distribution(AbstractProtocol):
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.kept:
             raise ConfigError(
-                f"evaluation.distribution.top_k: {self.top_k} was given; at least 1 and at most kept={self.kept} is needed."
+                f"evaluation.distribution.top_k: {self.top_k} was given; at least 1 and at most "
+                f"kept={self.kept} is needed."
             )
 
     def probes(self, asked: Questions) -> tuple[Probe, ...]:

@@ -52,11 +52,13 @@ class Generate(AbstractProtocol):
         problems = []
         if self.max_new_tokens < 1:
             problems.append(
-                f"evaluation.generate.max_new_tokens: {self.max_new_tokens} was given; at least 1 is needed."
+                f"evaluation.generate.max_new_tokens: {self.max_new_tokens} was given; at least 1 "
+                "is needed."
             )
         if "" in self.until:
             problems.append(
-                "evaluation.generate.until: an empty text was given; it would end every generation at once."
+                "evaluation.generate.until: an empty text was given; it would end every "
+                "generation at once."
             )
         if problems:
             raise ConfigError(problems)

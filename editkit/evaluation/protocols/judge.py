@@ -21,9 +21,8 @@ class Generated:
     prompt: str
     answers: tuple[str, ...]  # any of them is right
     text: str  # the model's, without the prompt
-    old_answer: str | None = (
-        None  # what it would have said before the edit; known for an edit's own prompts only
-    )
+    # what it would have said before the edit; known for an edit's own prompts only
+    old_answer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

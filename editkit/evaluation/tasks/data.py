@@ -86,7 +86,8 @@ def read(
         )
         if data is not None or hub is None:
             raise ConfigError(
-                f"no data - {looked}{'' if data else '; no hub dataset is known'} - {advice(files or {})}"
+                f"no data - {looked}{'' if data else '; no hub dataset is known'} - "
+                f"{advice(files or {})}"
             )
         splits = {
             split: rows[:first]
@@ -155,7 +156,8 @@ def _table(text: str, *, names: Sequence[str] | None, **dialect: Any) -> list[Ro
     names, rows = (names, rows) if names is not None else (rows[0] if rows else (), rows[1:])
     if wrong := [number for number, row in enumerate(rows) if len(row) != len(names)]:
         raise ValueError(
-            f"record {wrong[0]} has {len(rows[wrong[0]])} columns instead of {len(names)} ({', '.join(names)})"
+            f"record {wrong[0]} has {len(rows[wrong[0]])} columns instead of {len(names)} "
+            f"({', '.join(names)})"
         )
     return [dict(zip(names, row, strict=True)) for row in rows]
 
@@ -179,7 +181,8 @@ def read_hub(hub: Mapping[str, Any], *, looked: str, files: Mapping[str, str]) -
     ) as error:  # the hub's clients raise errors of many libraries; any of them means the same here
         told = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"no data - {looked}; hub dataset {hub['path']} cannot be read ({type(error).__name__}: {told}) - {advice(files)}"
+            f"no data - {looked}; hub dataset {hub['path']} cannot be read "
+            f"({type(error).__name__}: {told}) - {advice(files)}"
         ) from None
 
 
@@ -190,13 +193,15 @@ def check_rows(rows: Iterable[Any], columns: Sequence[str], *, where: str) -> li
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             problems.append(
-                f"{where}, record {number}: is not an object with columns but of type {type(row).__name__}"
+                f"{where}, record {number}: is not an object with columns but of type "
+                f"{type(row).__name__}"
             )
             continue
         for column in columns:
             if column not in row:
                 problems.append(
-                    f"{where}, record {number}: has no column {column!r} - it has: {', '.join(map(str, row)) or 'none'}"
+                    f"{where}, record {number}: has no column {column!r} - it has: "
+                    f"{', '.join(map(str, row)) or 'none'}"
                 )
             elif _is_empty(row[column]):
                 problems.append(f"{where}, record {number}: {column} is empty")

@@ -161,7 +161,8 @@ def _bound(
         return name, lambda value: value is None or value > bound
     bound = thresholds.task * first.measurement.value
     return (
-        f"{UNTIL}{first.measurement.task} {first.measurement.metric} < {number(thresholds.task)} x unedited",
+        f"{UNTIL}{first.measurement.task} {first.measurement.metric} < {number(thresholds.task)} "
+        "x unedited",
         lambda value: value is None or value < bound,
     )
 

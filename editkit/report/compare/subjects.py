@@ -76,7 +76,8 @@ def measured(runs: Iterable[RunRecords]) -> tuple[tuple[Measured, ...], tuple[st
                 found[each.subject, each.seed] = keeper
                 other = each if keeper is earlier else earlier
                 notes.append(
-                    f"{other.run.folder} ({other.view}) is the same cell as {keeper.run.folder} and was left out"
+                    f"{other.run.folder} ({other.view}) is the same cell as {keeper.run.folder} "
+                    "and was left out"
                 )
     return _with_options(tuple(found.values()), configs), tuple(notes)
 

@@ -305,8 +305,8 @@ def _with_best(
     best: dict[tuple[str, int], float] = {}
     for place, column in enumerate(columns):
         for model in {row.model for row in rows}:
-            cells = (row.cells[place] for row in rows if row.model == model)
-            means = [cell.mean for cell in cells if cell is not None]
+            of_model = (row.cells[place] for row in rows if row.model == model)
+            means = [cell.mean for cell in of_model if cell is not None]
             finite = [mean for mean in means if math.isfinite(mean)]
             if column.better is not None and len(means) > 1 and finite:
                 best[model, place] = max(finite) if column.better == "higher" else min(finite)

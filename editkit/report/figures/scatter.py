@@ -98,7 +98,8 @@ def _scatter(each: Measured, subjects: Sequence[Measured]) -> Scatter | None:
         )
     return Scatter(
         name=f"values_{each.subject}",
-        title=f"{each.model}, {label_of(each, subjects)}: values of the first {len(whole)} edits (PRUNE, Figure 5)",
+        title=f"{each.model}, {label_of(each, subjects)}: values of the first {len(whole)} edits "
+        "(PRUNE, Figure 5)",
         clouds=tuple(clouds),
         explained=(float(shares[0]), float(shares[1])),
     )
