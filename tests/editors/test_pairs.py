@@ -198,14 +198,16 @@ def assert_refused(editor: str, restraints: tuple[str, ...]) -> None:
         if place_of(restraint) not in places:
             allowed = ", ".join(place for place in PLACES if place in places)
             assert (
-                f"restraint={restraint} acts on the {place_of(restraint)}; editor={name} can be restrained at: {allowed}."
+                f"restraint.{restraint}: editor={name} cannot be restrained at this place "
+                f"(got '{place_of(restraint)}'; expected one of {allowed})."
                 in text
             )
     for place in ONE_SEAT:
         named = [each for each in (*inherent(editor), *restraints) if place_of(each) == place]
         if place in places and len(set(named)) > 1:
             assert (
-                f"restraint=[{','.join(named)}] all act on the {place}; it has room for one."
+                f"restraint: {' and '.join(named)} act on the {place} "
+                f"(expected at most one restraint on the {place})."
                 in text
             )
 

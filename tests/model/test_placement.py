@@ -113,6 +113,6 @@ def test_an_editor_that_wants_one_device_says_so_before_anything_is_loaded() -> 
     locate(composed.config, choices=composed.choices)
     with pytest.raises(
         ConfigError,
-        match=r"model\.device_map: auto was given; editor=fakeeditor wants the whole model on one device",
+        match=r"model\.device_map: editor=fakeeditor needs the whole model on one device \(got 'auto';",
     ):
         locate(composed.config | {"editor": {"_target_": "tests.support.fakes.FakeEditor"}})

@@ -126,7 +126,8 @@ def test_a_training_that_does_not_fit_is_refused_before_the_model_is_loaded(
 
 def test_an_infinite_step_size_is_a_mistake() -> None:
     with pytest.raises(
-        ConfigError, match=r"editor.network.step_size: inf was given; should be a finite number"
+        ConfigError,
+        match=r"editor.network.step_size: invalid value \(got inf; expected a finite number\)",
     ):
         estimated(demand("editor=mend", "editor.network.step_size=inf"))
 

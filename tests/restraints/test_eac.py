@@ -497,6 +497,7 @@ def test_it_is_the_objective_of_rome_and_memit(editor: str) -> None:
 def test_it_is_refused_where_no_target_vector_is_searched() -> None:
     composed = compose(["restraint=eac", "editor=ft"])
     with pytest.raises(
-        ConfigError, match="restraint=eac acts on the objective; editor=ft can be restrained at:"
+        ConfigError,
+        match=r"restraint\.eac: editor=ft cannot be restrained at this place \(got 'objective';",
     ):
         build(composed.config, choices=composed.choices)

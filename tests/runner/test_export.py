@@ -220,7 +220,7 @@ def remove_config(run: Path, to: Path) -> None:
             "unrestrained",
             r"--view: the run has no view 'unrestrained'\. Views: prune\.",
         ),
-        (remove_config, None, "run: model: None was given"),
+        (remove_config, None, r"run: model: not a mapping \(got None;"),
     ],
 )
 def test_what_cannot_be_exported_is_one_clear_error_and_leaves_no_folder(

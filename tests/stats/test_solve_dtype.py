@@ -161,6 +161,7 @@ def test_the_configurations_choice_reaches_the_run(dtype: Any, tmp_path: Path) -
 
 def test_another_dtype_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"solve\.dtype: 'bfloat16' was given; should be 'float32' or 'float64'"
+        ConfigError,
+        match=r"solve\.dtype: invalid value \(got 'bfloat16'; expected 'float32' or 'float64'\)",
     ):
         build(compose(["solve.dtype=bfloat16"]).config)

@@ -254,7 +254,8 @@ def test_only_options_can_be_set_from_a_configuration():
     assert construct({"loss_ratio": 5.0}, "tracker", Console, problems) == Console(loss_ratio=5.0)
     construct({"_open": []}, "tracker", Console, problems)
     assert problems.messages == [
-        "tracker._open is not an option of Console. Options: condition_ratio, loss_ratio, loss_window."
+        "tracker._open: unknown option of Console "
+        "(expected one of condition_ratio, loss_ratio, loss_window)."
     ]
 
 
