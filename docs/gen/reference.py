@@ -24,8 +24,8 @@ from docs.gen.annotated import (
     read,
     shown,
 )
+from editkit import types
 from editkit.config.compose import conf_folder
-from editkit.types import EVAL_FIELDS, EvalRecord, Measurement, StepRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "name in tables, figures and folder names"
@@ -58,7 +58,8 @@ def pages() -> dict[str, str]:
     made["reference/configuration/launchers.md"] = launcher_page()
     for readme in sorted((ROOT / "experiments").glob("*/README.md")):
         made[f"guides/papers/{readme.parent.name}.md"] = readme.read_text()
-    made["reference/records.md"] = with_fields((ROOT / "docs/reference/records.md").read_text())
+    for name in ("reference/records.md", "reference/python.md"):
+        made[name] = with_fields((ROOT / "docs" / name).read_text())
     made["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text()
     made["changelog.md"] = (ROOT / "CHANGELOG.md").read_text()
     made["benchmarks/pairs.md"] = (ROOT / "benchmarks/pairs.md").read_text()
@@ -300,13 +301,13 @@ def launcher_page() -> str:
 
 
 def with_fields(page: str) -> str:
-    """A page with the tables of fields in the places that name a record."""
-    tables = {
-        "StepRecord": field_comments(StepRecord),
-        "EvalRecord": field_comments(EvalRecord) | field_comments(Measurement),
-    }
-    for name, comments in tables.items():
-        order = EVAL_FIELDS if name == "EvalRecord" else tuple(comments)
+    """A page with a table in each place that names a class: `<!-- fields: EditRequest -->`."""
+    for name in re.findall(r"<!-- fields: (\w+) -->", page):
+        comments = field_comments(getattr(types, name))
+        order = tuple(comments)
+        if name == "EvalRecord":  # a line is flat
+            comments |= field_comments(types.Measurement)
+            order = types.EVAL_FIELDS
         rows = [[code(field), prose(comments[field])] for field in order]
-        page = page.replace(f"<!-- fields: {name} -->", table(["key", "meaning"], rows))
+        page = page.replace(f"<!-- fields: {name} -->", table(["field", "meaning"], rows))
     return page
