@@ -1,7 +1,7 @@
 """Reads the comments of configuration files and of the fields of classes, for the reference pages.
 
-A comment on the line of a key, with the comment lines directly below it, describes that key. A
-comment line after a line without a comment describes the next key.
+A comment describes the key on its line, or the key below it. The first comment of a file describes
+the file. An indented line (`#   averaged: ...`) is an item of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 TARGET = "_target_"
+ITEM = 3  # blanks before an item: "#   averaged: ..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,31 +82,30 @@ def ends_of_tokens(text: str) -> dict[int, int]:
 
 def comments_by_line(lines: list[str], ends: dict[int, int]) -> tuple[dict[int, str], str]:
     """The comment of each line that holds tokens, and the file's first comment."""
-    comments: dict[int, list[str]] = {}
-    about, above = "", []
-    last: int | None = None  # the line whose comment goes on
+    comments: dict[int, str] = {}
+    about, above = "", ""
     for number, line in enumerate(lines):
         if number in ends:
-            _, mark, rest = line[ends[number] :].partition("#")
-            own = [rest.strip()] if mark else []
-            comments[number] = above + own
-            above = []
-            last = number if own else None
-        elif (text := line.strip()).startswith("#"):
-            text = text.lstrip("# ").strip()
-            if text.startswith("@package"):
-                continue
-            if last is not None:
-                comments[last].append(text)
-            elif not about:
-                about = text
-            elif comments:
-                above.append(text)
-            else:
-                about += f" {text}"  # the file's own comment has further lines
-        elif not text:
-            last = None
-    return {number: " ".join(parts) for number, parts in comments.items() if parts}, about
+            _, _, own = line[ends[number] :].partition("#")
+            comments[number] = added(above, own)
+            above = ""
+        elif line.strip().startswith("#"):
+            text = line.strip()[1:]
+            if not text.strip().startswith("@package"):
+                if comments:
+                    above = added(above, text)
+                else:
+                    about = added(about, text)
+    return {number: comment for number, comment in comments.items() if comment}, about
+
+
+def added(comment: str, line: str) -> str:
+    """A comment with one more line: an indented one begins an item, a deeper one continues it."""
+    text = line.strip()
+    indent = len(line) - len(line.lstrip())
+    if not comment or not text:
+        return comment or text
+    return f"{comment}\n{text}" if indent == ITEM else f"{comment} {text}"
 
 
 def walk(node: yaml.MappingNode, data: Any, prefix: str, comments: dict[int, str]) -> Iterator[Key]:

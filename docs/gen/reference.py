@@ -73,7 +73,7 @@ def prose(text: str) -> str:
         re.sub(r"([\\*_\[\]<>#{}$~])", r"\\\1", part).replace("|", "&#124;") for part in parts[::2]
     ]
     parts[1::2] = [part.replace("|", "&#124;") for part in parts[1::2]]
-    return "`".join(parts)
+    return "`".join(parts).replace("\n", "<br>")
 
 
 def code(text: str) -> str:
