@@ -17,7 +17,6 @@ from editkit.config.parts import PARTS, Parts
 from editkit.datasets.base import AbstractDataset
 from editkit.editors.base import AbstractEditor
 from editkit.evaluation.base import AbstractEvaluator
-from editkit.evaluation.editing import EditingEvaluator
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
 from editkit.resources.footprint import Demand
@@ -40,10 +39,7 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
     model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
     stats, restraints = parts.one("stats", StatsConfig), parts.restraints()
     dataset, suite = parts.one("dataset", AbstractDataset), parts.one("suite", AbstractEvaluator)
-    editing, tracker = (
-        parts.one("evaluation", EditingEvaluator),
-        parts.one("tracker", AbstractTracker),
-    )
+    (editing, measuring), tracker = parts.evaluation(), parts.one("tracker", AbstractTracker)
     runtime = parts.one("runtime", Runtime)
     check_combination(parts, settings, editor, stats)
     check_rollback(parts, settings, restraints)
@@ -52,7 +48,7 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
     check_suite(parts, suite, model)
     parts.finish()
     assert settings and model and editor and stats and restraints
-    assert data and suite and editing and tracker and runtime
+    assert data and suite and editing and measuring and tracker and runtime
     place = place_of(parts, settings, model)
     return Experiment(
         name=place.config["name"],
@@ -61,12 +57,13 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
         restraints=restraints,
         data=data,
         evaluation=editing,
+        measuring=measuring,
         evaluators=editing.evaluators() | {"suite": suite},
         stats=stats,
         solve=settings.solve,
         tracker=tracker,
         runtime=runtime,
-        schedule=replace(settings.schedule, measures_last="final" in editing.timings),
+        schedule=replace(settings.schedule, measures_last="final" in measuring.timings),
         seed=settings.seed,
         rollback=settings.rollback,
         resume=settings.resume,
@@ -102,6 +99,7 @@ def locate(config: Any, *, choices: Mapping[str, Any] | None = None) -> Place:
     for key, expected in PARTS.items():
         if key not in ("model", "editor", "restraint", "stats"):
             parts.one(key, expected)
+    parts.evaluation()
     check_combination(parts, settings, editor, parts.one("stats", StatsConfig))
     if editor is not None:
         parts.problems.add_all(f"editor.{problem}" for problem in editor.lacks())
@@ -151,7 +149,7 @@ def memory_demand(config: Any, *, choices: Mapping[str, Any] | None = None) -> D
     settings, runtime = parts.settings(), parts.one("runtime", Runtime)
     model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
     restraints, stats = parts.restraints(), parts.one("stats", StatsConfig)
-    evaluation = parts.one("evaluation", EditingEvaluator)
+    evaluation, _ = parts.evaluation()
     parts.finish()
     assert settings and runtime and model and editor and restraints and stats and evaluation
     return demand_of(

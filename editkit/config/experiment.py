@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from editkit.config.schedule import Schedule
 from editkit.datasets.base import LoadedDataset
 from editkit.editors.base import AbstractEditor
-from editkit.errors import message
+from editkit.errors import OptionError, message
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.linalg.recursive import SolveDtype
@@ -23,6 +23,29 @@ from editkit.stats.corpus import StatsConfig
 
 if TYPE_CHECKING:
     from editkit.model.load import ModelConfig
+
+
+Timing = Literal["milestone", "immediate", "final"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """When edits are measured, and how many: options of `evaluation` that the runner applies.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    timings: tuple[Timing, ...] = ("milestone",)
+    # The size of a seeded sample of the edits so far, at a milestone; None: all of them.
+    max_requests: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_requests is not None and self.max_requests < 1:
+            got = self.max_requests
+            raise OptionError(
+                message("max_requests", "out of range", got=got, expected="at least 1")
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +141,8 @@ class Experiment:
     editor: AbstractEditor[Any]
     restraints: Restraints
     data: LoadedDataset
-    evaluation: EditingEvaluator  # for the options that the runner applies, such as timings
+    evaluation: EditingEvaluator
+    measuring: Measuring
     # "editing" with its companions, and "suite" for the downstream tasks
     evaluators: Mapping[str, AbstractEvaluator]
     stats: StatsConfig

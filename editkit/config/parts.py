@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from editkit.config.compose import plain
-from editkit.config.experiment import Settings
+from editkit.config.experiment import Measuring, Settings
 from editkit.config.identity import TARGET
 from editkit.config.schema import Problems, construct, resolve, unknown_option
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.datasets.groups import asked_in_one_batch
 from editkit.editors.base import AbstractEditor
-from editkit.errors import ConfigError, message
+from editkit.errors import ConfigError, OptionError, message
 from editkit.evaluation.base import AbstractEvaluator
-from editkit.evaluation.editing import EditingEvaluator
+from editkit.evaluation.editing import SHIPPED, EditingEvaluator, unknown_protocols
+from editkit.evaluation.protocols.base import AbstractProtocol
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
 from editkit.resources.runtime import Runtime
@@ -47,9 +49,8 @@ PARTS: dict[str, type] = {
     "tracker": AbstractTracker,
     "stats": StatsConfig,
     "runtime": Runtime,
-    "evaluation": EditingEvaluator,
 }
-RECIPE = "recipe"
+EVALUATION, RECIPE = "evaluation", "recipe"
 
 
 class Parts:
@@ -72,7 +73,7 @@ class Parts:
     def settings(self) -> Settings | None:
         """The values at the root. Unknown keys at the root are reported here."""
         fields = Settings.__dataclass_fields__
-        names = {*fields, *PARTS, RECIPE}
+        names = {*fields, *PARTS, EVALUATION, RECIPE}
         for key in self.config.keys() - names:
             self.problems.add(unknown_option(key, "the configuration", names))
         known = {key: value for key, value in self.config.items() if key in fields}
@@ -80,6 +81,52 @@ class Parts:
         if settings is not None:
             self.problems.add_all(settings.problems())
         return settings
+
+    def evaluation(self) -> tuple[EditingEvaluator | None, Measuring | None]:
+        """The evaluator of edits with the protocols of the user's own, and the runner's options.
+
+        A node below `evaluation` that names a class and is no option of the evaluator is a
+        protocol.
+        """
+        node = self.config.get(EVALUATION)
+        if not isinstance(node, Mapping):
+            return construct(node, EVALUATION, EditingEvaluator, self.problems), None
+        plan = {name: node[name] for name in Measuring.__dataclass_fields__ if name in node}
+        own_nodes = {
+            name: value
+            for name, value in node.items()
+            if name not in EditingEvaluator.__dataclass_fields__
+            and isinstance(value, Mapping)
+            and TARGET in value
+        }
+        constructed = {
+            name: construct(value, f"{EVALUATION}.{name}", AbstractProtocol, self.problems)
+            for name, value in own_nodes.items()
+        }
+        own = tuple(protocol for protocol in constructed.values() if protocol is not None)
+        for name, protocol in constructed.items():
+            if protocol is not None and protocol.name != name:
+                key, problem = f"{EVALUATION}.{name}", "the protocol has another name"
+                self.problems.add(message(key, problem, got=protocol.name, expected=name))
+        rest = {name: value for name, value in node.items() if name not in plan | own_nodes}
+        if "own" in rest:  # a field of values, not an option
+            options = {*EditingEvaluator.__dataclass_fields__, *Measuring.__dataclass_fields__}
+            owner = EditingEvaluator.__name__
+            self.problems.add(unknown_option(f"{EVALUATION}.own", owner, options - {"own"}))
+            del rest["own"]
+        names = rest.get("protocols")
+        if isinstance(names, list):
+            unknown = unknown_protocols(names, own)
+            self.problems.add_all(f"{EVALUATION}.{problem}" for problem in unknown)
+            # The user's own protocols are added below, as objects.
+            rest["protocols"] = [name for name in names if name in SHIPPED]
+        evaluator = construct(rest, EVALUATION, EditingEvaluator, self.problems)
+        if evaluator is not None and own:
+            try:
+                evaluator = replace(evaluator, protocols=tuple(names or ()), own=own)
+            except OptionError as error:
+                self.problems.add_all(error.under(EVALUATION).problems)
+        return evaluator, construct(plan, EVALUATION, Measuring, self.problems)
 
     def editor_class(self) -> type[AbstractEditor[Any]] | None:
         """The class of the editor, which states its limits even if an option is invalid."""

@@ -16,20 +16,22 @@ What the unedited model answers is frozen at step 0, and its scores with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 from editkit.evaluation.base import AbstractEditEvaluator, AbstractEvaluator, Moment, Samples
 from editkit.evaluation.fluency import Fluency
 from editkit.evaluation.perplexity import Perplexity
 from editkit.evaluation.protocols.argmax import Argmax
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
+    Decoding,
     Questions,
     Said,
     Verdicts,
+    frozen_owner,
     in_context,
 )
 from editkit.evaluation.protocols.distribution import Distribution
@@ -38,7 +40,7 @@ from editkit.evaluation.protocols.probability import Probability
 from editkit.evaluation.protocols.token import Token
 from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
 from editkit.evaluation.scoring.greedy import continue_greedily
-from editkit.evaluation.scoring.teacher_forcing import Asks, score
+from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.evaluation.statistics import subsets as breakdown
 from editkit.evaluation.statistics.tally import (
     Aggregation,
@@ -57,20 +59,20 @@ from editkit.types import EditRequest, Measurement, Probe
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-Protocol = Literal["probability", "argmax", "token", "generate", "distribution"]
-Timing = Literal["milestone", "immediate", "final"]
+SHIPPED = ("probability", "argmax", "token", "generate", "distribution")
 BEFORE, NOTED, ROWS, IDS = "before", "noted", "rows", "ids"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditingEvaluator(AbstractEditEvaluator):
-    """The chosen protocols over the same answers: no prompt runs twice for two protocols."""
+    """The chosen protocols over the same answers: no prompt runs twice for two protocols.
 
-    protocols: tuple[Protocol, ...]
+    Raises:
+        OptionError: an option is out of range, or a protocol is unknown.
+    """
+
+    protocols: tuple[str, ...]
     tokens_per_batch: int
-    timings: tuple[Timing, ...] = ("milestone",)
-    # at a milestone; a seeded sample of the edits so far, None: all of them
-    max_requests: int | None = None
     block_size: int | None = None  # edits; None: no blocks
     aggregation: Aggregation = "request"
     bootstrap: int = 0  # resamples for 95 % confidence intervals; 0: none
@@ -85,36 +87,33 @@ class EditingEvaluator(AbstractEditEvaluator):
         default_factory=lambda: Perplexity(path=None, max_tokens=None, window=512)
     )
     thresholds: Thresholds = field(default_factory=Thresholds)  # read by reports alone
+    own: tuple[AbstractProtocol, ...] = ()  # protocols of the user's, besides the shipped ones
 
     def __post_init__(self) -> None:
-        problems = []
-        for key, chosen, allowed in (
-            ("protocols", self.protocols, Protocol),
-            ("timings", self.timings, Timing),
-        ):
-            options = get_args(allowed)
-            problems += [
-                f"evaluation.{key}: {name!r} - allowed: {', '.join(options)}"
-                for name in chosen
-                if name not in options
-            ]
+        problems = unknown_protocols(self.protocols, self.own)
         if self.context.count(PLACE) != 1:
+            expected = f"exactly one {PLACE}, which stands for the prompt"
             problems.append(
-                f"evaluation.context: {self.context!r} was given; exactly one {PLACE}, where the "
-                "prompt goes, is needed."
+                message("context", "invalid template", got=self.context, expected=expected)
             )
-        least = {
-            "tokens_per_batch": (self.tokens_per_batch, 1),
-            "max_requests": (self.max_requests, 1),
-        }
-        least |= {"block_size": (self.block_size, 1), "bootstrap": (self.bootstrap, 0)}
+        least = {"tokens_per_batch": (self.tokens_per_batch, 1)}
+        least |= {"bootstrap": (self.bootstrap, 0)}
+        if self.block_size is not None:
+            least |= {"block_size": (self.block_size, 1)}
         problems += [
-            f"evaluation.{key}: {value} was given; at least {limit} is needed."
+            message(key, "out of range", got=value, expected=f"at least {limit}")
             for key, (value, limit) in least.items()
-            if value is not None and value < limit
+            if value < limit
         ]
+        owners: dict[str, type] = {}
+        for protocol in self._known():
+            for name in protocol.frozen:
+                owner = frozen_owner(protocol, name)
+                if owners.setdefault(name, owner) is not owner:
+                    problem = f"{owner.__name__} and {owners[name].__name__} both freeze {name!r}"
+                    problems.append(message("protocols", problem, fix="rename one of them"))
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
 
     def evaluators(self) -> dict[str, AbstractEvaluator]:
         """What these options ask for, by the names under which a run keeps their baselines."""
@@ -143,7 +142,7 @@ class EditingEvaluator(AbstractEditEvaluator):
             {
                 name: each
                 for protocol in self._chosen()
-                for name, each in protocol.freeze(one, said).items()
+                for name, each in protocol.freeze(one, said[protocol.name]).items()
             }
             for one in asked
         ]
@@ -283,15 +282,11 @@ class EditingEvaluator(AbstractEditEvaluator):
     def _samples_before(
         self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
     ) -> Sequence[Samples]:
-        if "generate" not in self.protocols:
-            return ()
         asked, frozen = self._questions(requests), self._frozen(requests, baseline)
-        texts = {
-            text: said
-            for each, one in zip(asked, frozen, strict=True)
-            for text, said in self.generate.thaw(each, one).items()
+        verdicts = {
+            protocol.name: protocol.assess_before(asked, frozen) for protocol in self._chosen()
         }
-        return _samples({"generate": self.generate.assess(asked, Said({}, texts), frozen)})
+        return _samples({name: each for name, each in verdicts.items() if each is not None})
 
     # Asking and judging
 
@@ -305,10 +300,14 @@ class EditingEvaluator(AbstractEditEvaluator):
         return self._assess(asked, self._ask(model, asked, frozen), frozen)
 
     def _assess(
-        self, asked: Sequence[Questions], said: Said, frozen: Sequence[Mapping[str, torch.Tensor]]
+        self,
+        asked: Sequence[Questions],
+        said: Mapping[str, Said],
+        frozen: Sequence[Mapping[str, torch.Tensor]],
     ) -> tuple[Judged, Sequence[Samples]]:
         verdicts = {
-            protocol.name: protocol.assess(asked, said, frozen) for protocol in self._chosen()
+            protocol.name: protocol.assess(asked, said[protocol.name], frozen)
+            for protocol in self._chosen()
         }
         return self._ordered(
             {metric: found for each in verdicts.values() for metric, found in each.judged.items()}
@@ -319,26 +318,52 @@ class EditingEvaluator(AbstractEditEvaluator):
         model: EditableModel,
         asked: Sequence[Questions],
         frozen: Sequence[Mapping[str, torch.Tensor]] | None,
-    ) -> Said:
+    ) -> dict[str, Said]:
+        """The model's answers by protocol.
+
+        One pass scores the probes of all protocols. It also yields the distributions of the first
+        protocol that needs some; each further one has a pass of its own, as it may need others at
+        the same probes. Prompts that are decoded alike are continued together.
+        """
         chosen = self._chosen()
+        looks = {
+            protocol.name: look
+            for protocol in chosen
+            if (look := protocol.closer_look(asked, frozen)) is not None
+        }
+        first = next(iter(looks), None)
         probes = [probe for each in asked for probe in self._probes(each)]
-        prompts = [
-            prompt for each in asked for protocol in chosen for prompt in protocol.prompts(each)
-        ]
-        asks: Asks | None = next(
-            (
-                found
+        budget = self.tokens_per_batch
+        scores = score(
+            model, probes, tokens_per_batch=budget, asks=None if first is None else looks[first]
+        )
+        further = {
+            name: scores | score(model, list(look.probes), tokens_per_batch=budget, asks=look)
+            for name, look in looks.items()
+            if name != first
+        }
+        texts: dict[Decoding, dict[str, str]] = {}
+        for decoding in dict.fromkeys(each.decoding for each in chosen if each.decoding):
+            prompts = [
+                prompt
+                for each in asked
                 for protocol in chosen
-                if (found := protocol.closer_look(asked, frozen)) is not None
-            ),
-            None,
-        )
-        scores = score(model, probes, tokens_per_batch=self.tokens_per_batch, asks=asks)
-        cap, until = self.generate.max_new_tokens, self.generate.until
-        texts = continue_greedily(
-            model, prompts, max_new_tokens=cap, until=until, tokens_per_batch=self.tokens_per_batch
-        )
-        return Said(scores, texts)
+                if protocol.decoding == decoding
+                for prompt in protocol.prompts(each)
+            ]
+            texts[decoding] = continue_greedily(
+                model,
+                prompts,
+                max_new_tokens=decoding.max_new_tokens,
+                until=decoding.until,
+                tokens_per_batch=budget,
+            )
+        return {
+            each.name: Said(
+                further.get(each.name, scores), texts[each.decoding] if each.decoding else {}
+            )
+            for each in chosen
+        }
 
     def probes(self, requests: Sequence[EditRequest]) -> Iterator[Iterator[Probe]]:
         """All that is scored of each request, possibly more than once."""
@@ -357,7 +382,7 @@ class EditingEvaluator(AbstractEditEvaluator):
     def _frozen(
         self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
     ) -> list[dict[str, torch.Tensor]]:
-        names = ("greedy", "texts", "top", "log_probs", "sizes")
+        names = [name for protocol in self._chosen() for name in protocol.frozen]
         return [
             {name: baseline[key] for name in names if (key := f"{name}/{request.id}") in baseline}
             for request in requests
@@ -381,18 +406,13 @@ class EditingEvaluator(AbstractEditEvaluator):
 
         return {metric: judged[metric] for metric in sorted(judged, key=place)}
 
+    def _known(self) -> tuple[AbstractProtocol, ...]:
+        shipped = (Probability(), Argmax(), Token(), self.generate, self.distribution)
+        return (*shipped, *self.own)
+
     def _chosen(self) -> list[AbstractProtocol]:
-        known: tuple[AbstractProtocol, ...] = (
-            Probability(),
-            Argmax(),
-            Token(),
-            self.generate,
-            self.distribution,
-        )
-        return [
-            next(protocol for protocol in known if protocol.name == name)
-            for name in dict.fromkeys(self.protocols)
-        ]
+        known = {protocol.name: protocol for protocol in self._known()}
+        return [known[name] for name in dict.fromkeys(self.protocols)]
 
     # Saying
 
@@ -403,9 +423,9 @@ class EditingEvaluator(AbstractEditEvaluator):
     def _measurements(
         self, found: Iterator[breakdown.Found], *, timing: str | None = None
     ) -> Iterator[Measurement]:
-        protocols = {each.name: each for each in self._chosen()}
+        protocols = {protocol.name: protocol for protocol in self._chosen()}
         for each in found:
-            estimate = each.estimate
+            estimate, protocol = each.estimate, protocols[each.metric.protocol]
             yield Measurement(
                 kind="editing",
                 protocol=each.metric.protocol,
@@ -422,14 +442,23 @@ class EditingEvaluator(AbstractEditEvaluator):
                 subset=each.subset,
                 aggregation=self.aggregation,
                 context=self.context,
-                max_new_tokens=self.generate.max_new_tokens
-                if each.metric.protocol == "generate"
-                else None,
-                variant=protocols[each.metric.protocol].variant(each.metric.name),
+                max_new_tokens=protocol.decoding.max_new_tokens if protocol.decoding else None,
+                variant=protocol.variant(each.metric.name),
             )
 
 
-def probes_of(request: EditRequest, protocols: Sequence[Protocol]) -> Iterator[Probe]:
+def unknown_protocols(names: Sequence[object], own: Iterable[AbstractProtocol] = ()) -> list[str]:
+    """Problems of the names that no protocol has, as of an OptionError."""
+    known = [*SHIPPED, *(protocol.name for protocol in own)]
+    expected = f"one of {', '.join(known)}"
+    return [
+        message(f"protocols.{place}", "invalid value", got=name, expected=expected)
+        for place, name in enumerate(names)
+        if name not in known
+    ]
+
+
+def probes_of(request: EditRequest, protocols: Sequence[str]) -> Iterator[Probe]:
     """All that must be scored for a request, possibly more than once."""
     (found,) = EditingEvaluator(protocols=tuple(protocols), tokens_per_batch=1).probes([request])
     yield from found

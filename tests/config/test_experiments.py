@@ -21,7 +21,6 @@ from editkit.datasets.base import AbstractDataset
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError
 from editkit.evaluation.base import AbstractEvaluator
-from editkit.evaluation.editing import EditingEvaluator
 from editkit.model.load import ModelConfig
 from editkit.report.compare.published import Published, experiments_folder, load_published
 from editkit.stats.corpus import StatsConfig
@@ -75,7 +74,7 @@ def checked(overrides: list[str]) -> dict[str, Any]:
     parts.restraints()
     parts.one("dataset", AbstractDataset)
     parts.one("suite", AbstractEvaluator)
-    parts.one("evaluation", EditingEvaluator)
+    parts.evaluation()
     parts.one("stats", StatsConfig)
     parts.finish()
     return composed.config

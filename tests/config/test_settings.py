@@ -79,7 +79,7 @@ def test_the_full_evaluation_asks_for_everything(tmp_path: Path) -> None:
         "distribution",
     )
     assert (
-        experiment.evaluation.timings == ("milestone", "immediate", "final")
+        experiment.measuring.timings == ("milestone", "immediate", "final")
         and experiment.schedule.measures_last
     )
     assert experiment.evaluation.generate.judge == StringJudge(words=12)

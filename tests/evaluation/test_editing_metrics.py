@@ -11,7 +11,7 @@ import torch
 
 from editkit.datasets.bundled import WorldDataset
 from editkit.errors import ConfigError
-from editkit.evaluation.base import Measurement, Samples, harmonic_mean, mean_and_stderr
+from editkit.evaluation.base import Samples, harmonic_mean, mean_and_stderr
 from editkit.evaluation.editing import EditingEvaluator, probes_of
 from editkit.evaluation.protocols.argmax import Argmax
 from editkit.evaluation.protocols.base import AbstractProtocol, Questions, Said
@@ -20,7 +20,7 @@ from editkit.evaluation.protocols.token import Token
 from editkit.evaluation.scoring.teacher_forcing import Score
 from editkit.evaluation.statistics.subsets import everything
 from editkit.evaluation.statistics.tally import Estimate, Statistics
-from editkit.types import EditRequest, Probe
+from editkit.types import EditRequest, Measurement, Probe
 from tests.support.bigram import Bigram
 from tests.support.helpers import KINDS, Kind, tiny_model
 
@@ -339,7 +339,10 @@ def test_a_part_of_the_requests_is_measured_as_it_would_be_alone(
 
 
 def test_an_unknown_protocol_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.protocols: 'greedy'.*probability, argmax"):
+    with pytest.raises(
+        ConfigError,
+        match=r"protocols\.0: invalid value \(got 'greedy'; expected one of probability, argmax",
+    ):
         EditingEvaluator(protocols=("greedy",), tokens_per_batch=64)  # type: ignore[arg-type]
 
 

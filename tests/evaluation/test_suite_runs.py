@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import Measurement, Samples
+from editkit.evaluation.base import Samples
 from editkit.evaluation.harness.lm import harness_model, quiet
 from editkit.evaluation.harness.load_tasks import Chosen, load_tasks
 from editkit.evaluation.harness.suite import Suite
 from editkit.evaluation.statistics.paired import compare
 from editkit.linalg.lowrank import LowRank
 from editkit.model.editable import EditableModel
+from editkit.types import Measurement
 from tests.support.helpers import tiny_model
 
 WORLD = (

@@ -208,7 +208,7 @@ def remove_config(run: Path, to: Path) -> None:
         ),
         (change_base, None, r"model\.id: .* is not the model that was edited"),
         (remove_base, None, r"model\.id: there is no folder"),
-        (remove_checkpoint, None, "no checkpoint in .*state"),
+        (remove_checkpoint, None, r"state: no checkpoint, the run has not saved its state yet\."),
         (damage_checkpoint, None, "does not match its checksum"),
         (
             leave_out_what_was_before_the_end,

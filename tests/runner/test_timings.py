@@ -17,7 +17,7 @@ import torch
 from editkit.config.schedule import Schedule
 from editkit.datasets.bundled import WorldDataset
 from editkit.evaluation.base import Moment
-from editkit.evaluation.editing import EditingEvaluator, Protocol
+from editkit.evaluation.editing import EditingEvaluator
 from editkit.evaluation.fluency import Fluency
 from editkit.evaluation.protocols.generate import Generate
 from editkit.evaluation.scoring.frozen_text import to_bytes
@@ -34,7 +34,7 @@ from tests.support.fakes import FakeEditor, SumOfWeights, trajectory
 from tests.support.helpers import tiny_model
 from tests.support.records import flat
 
-ALL: tuple[Protocol, ...] = ("probability", "argmax", "token", "generate", "distribution")
+ALL: tuple[str, ...] = ("probability", "argmax", "token", "generate", "distribution")
 PRUNE = Restraints(
     totals={
         "prune": Prune(
@@ -54,7 +54,7 @@ def world() -> tuple[EditRequest, ...]:
 def job(
     requests: Sequence[EditRequest],
     *,
-    protocols: tuple[Protocol, ...] = ("argmax", "token"),
+    protocols: tuple[str, ...] = ("argmax", "token"),
     **changes: Any,
 ) -> Trajectory:
     """A run of loud random edits, judged by the real evaluator."""

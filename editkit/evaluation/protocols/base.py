@@ -90,38 +90,79 @@ class Verdicts:
     rows: tuple[Mapping[str, Any], ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How a protocol's prompts are continued: greedily, up to a cap."""
+
+    max_new_tokens: int
+    until: tuple[str, ...]  # texts that end a generation and are not part of it
+
+
 class AbstractProtocol(abc.ABC):
-    """One way of judging edits; `name` is what records call it."""
+    """One way of judging edits. Concrete protocols are frozen dataclasses: their fields are the
+    options. Only `assess` has to be written, and `probes` or `prompts`.
 
-    name: ClassVar[str]
+    A protocol of one's own is a class and a file `conf/protocol/<name>.yaml`:
 
-    @abc.abstractmethod
+        # @package evaluation.<name>
+        _target_: module.Class
+
+    chosen by `+protocol=<name> evaluation.protocols=[probability,<name>]`.
+    """
+
+    name: ClassVar[str]  # in records and in `evaluation.protocols`
+    # The names of the tensors that `freeze` returns, which the run's state keeps for each request.
+    # A class owns its names: two protocols share a name only if they inherit it.
+    frozen: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """How `prompts` are continued; None if there are none."""
+        return None
+
     def probes(self, asked: Questions) -> Iterable[Probe]:
-        """The answers whose probabilities it wants, possibly more than once."""
+        """The answers to score, possibly more than once."""
+        return ()
 
-    @abc.abstractmethod
     def prompts(self, asked: Questions) -> Iterable[str]:
-        """What it wants continued freely, possibly more than once."""
+        """The prompts to continue freely, possibly more than once."""
+        return ()
 
-    @abc.abstractmethod
     def closer_look(
         self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None
     ) -> Asks | None:
-        """The probes, among its own, whose distributions it wants; `frozen` is None for the
-        unedited model.
-        """
+        """The probes, among its own, whose distributions are needed.
 
-    @abc.abstractmethod
+        Args:
+            frozen: by request, as `freeze` returned it; None for the unedited model.
+        """
+        return None
+
     def freeze(self, asked: Questions, said: Said) -> Frozen:
-        """What it wants to know of the unedited model's answers later on."""
+        """What the protocol keeps of the unedited model's answers, under the names in `frozen`."""
+        return {}
 
     @abc.abstractmethod
     def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
-        """The verdicts, by the answers and those of the unedited model."""
+        """The verdicts, from the answers and those of the unedited model."""
+
+    def assess_before(
+        self, asked: Sequence[Questions], frozen: Sequence[Frozen]
+    ) -> Verdicts | None:
+        """The unedited model's verdicts with their samples, from what was frozen; None if the
+        protocol has no samples.
+        """
+        return None
 
     def variant(self, metric: str) -> str | None:
         """How a metric's numbers differ from what its name says, for the records."""
         return None
+
+
+def frozen_owner(protocol: AbstractProtocol, name: str) -> type:
+    """The class that declares the frozen name."""
+    kinds = type(protocol).__mro__
+    return next(kind for kind in reversed(kinds) if name in vars(kind).get("frozen", ()))
 
 
 def in_context(request: EditRequest, context: str) -> EditRequest:

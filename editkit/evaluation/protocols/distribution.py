@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
     Frozen,
@@ -44,21 +44,18 @@ class Distribution(AbstractProtocol):
     """Divergences from the unedited model."""
 
     name: ClassVar[str] = "distribution"
+    frozen: ClassVar[tuple[str, ...]] = ("top", "log_probs", "sizes")
+
     top_k: int = 5
     kept: int = 64  # tokens whose probabilities are frozen at each position
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.kept:
-            raise ConfigError(
-                f"evaluation.distribution.top_k: {self.top_k} was given; at least 1 and at most "
-                f"kept={self.kept} is needed."
-            )
+            expected = f"1 to kept={self.kept}"
+            raise OptionError(message("top_k", "out of range", got=self.top_k, expected=expected))
 
     def probes(self, asked: Questions) -> tuple[Probe, ...]:
         return asked.stays
-
-    def prompts(self, asked: Questions) -> tuple[str, ...]:
-        return ()
 
     def closer_look(
         self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None

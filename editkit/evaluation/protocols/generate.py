@@ -19,9 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
+    Decoding,
     Frozen,
     Kind,
     Questions,
@@ -32,7 +33,6 @@ from editkit.evaluation.protocols.base import (
 from editkit.evaluation.protocols.judge import AbstractJudge, Generated, StringJudge
 from editkit.evaluation.protocols.matching import contains, is_match, normalise
 from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
-from editkit.evaluation.scoring.teacher_forcing import Asks
 from editkit.evaluation.statistics.tally import Outcome
 from editkit.types import Probe
 
@@ -44,6 +44,8 @@ class Generate(AbstractProtocol):
     """Free-running greedy decoding."""
 
     name: ClassVar[str] = "generate"
+    frozen: ClassVar[tuple[str, ...]] = ("texts",)
+
     max_new_tokens: int = 32
     until: tuple[str, ...] = ("\n",)  # texts that end a generation and are no part of it
     judge: AbstractJudge | None = StringJudge()  # noqa: RUF009 (it is frozen)
@@ -51,29 +53,23 @@ class Generate(AbstractProtocol):
     def __post_init__(self) -> None:
         problems = []
         if self.max_new_tokens < 1:
+            got = self.max_new_tokens
             problems.append(
-                f"evaluation.generate.max_new_tokens: {self.max_new_tokens} was given; at least 1 "
-                "is needed."
+                message("max_new_tokens", "out of range", got=got, expected="at least 1")
             )
         if "" in self.until:
-            problems.append(
-                "evaluation.generate.until: an empty text was given; it would end every "
-                "generation at once."
-            )
+            problem = "holds an empty text, which would end every generation at once"
+            problems.append(message("until", problem, got=list(self.until)))
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
 
-    def probes(self, asked: Questions) -> tuple[Probe, ...]:
-        return ()
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(max_new_tokens=self.max_new_tokens, until=self.until)
 
     def prompts(self, asked: Questions) -> Iterator[str]:
         for probes in (*asked.new.values(), asked.stays):
             yield from (probe.prompt for probe in probes)
-
-    def closer_look(
-        self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None
-    ) -> Asks | None:
-        return None
 
     def freeze(self, asked: Questions, said: Said) -> Frozen:
         """The generations after all of the request's different prompts, in their order, as JSON."""
@@ -86,6 +82,14 @@ class Generate(AbstractProtocol):
         return dict(
             zip(dict.fromkeys(self.prompts(asked)), from_bytes(frozen["texts"]), strict=True)
         )
+
+    def assess_before(self, asked: Sequence[Questions], frozen: Sequence[Frozen]) -> Verdicts:
+        texts = {
+            prompt: text
+            for questions, tensors in zip(asked, frozen, strict=True)
+            for prompt, text in self.thaw(questions, tensors).items()
+        }
+        return self.assess(asked, Said({}, texts), frozen)
 
     def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
         cases = [

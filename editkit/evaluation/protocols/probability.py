@@ -23,7 +23,7 @@ from editkit.evaluation.protocols.base import (
     Verdicts,
     tallies,
 )
-from editkit.evaluation.scoring.teacher_forcing import Asks, Score
+from editkit.evaluation.scoring.teacher_forcing import Score
 from editkit.evaluation.statistics.tally import Outcome
 from editkit.types import Probe
 
@@ -62,17 +62,6 @@ class Probability(AbstractProtocol):
         for pairs in comparisons(asked).values():
             for pair in pairs:
                 yield from pair
-
-    def prompts(self, asked: Questions) -> tuple[str, ...]:
-        return ()
-
-    def closer_look(
-        self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None
-    ) -> Asks | None:
-        return None
-
-    def freeze(self, asked: Questions, said: Said) -> Frozen:
-        return {}
 
     def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
         found: list[dict[Kind, list[Outcome]]] = []

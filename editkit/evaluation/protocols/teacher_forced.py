@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
@@ -20,7 +21,7 @@ from editkit.evaluation.protocols.base import (
     pieces,
     tallies,
 )
-from editkit.evaluation.scoring.teacher_forcing import Asks, Score
+from editkit.evaluation.scoring.teacher_forcing import Score
 from editkit.evaluation.statistics.tally import Outcome
 from editkit.lazy import torch
 from editkit.types import Probe
@@ -31,6 +32,8 @@ class AbstractTeacherForced(AbstractProtocol):
     unedited model's.
     """
 
+    frozen: ClassVar[tuple[str, ...]] = ("greedy",)
+
     @abc.abstractmethod
     def grade(self, greedy: Sequence[int], expected: Sequence[int]) -> float:
         """How well an answer's greedy tokens agree with as many others, in [0, 1]."""
@@ -39,14 +42,6 @@ class AbstractTeacherForced(AbstractProtocol):
         for probes in asked.new.values():
             yield from probes
         yield from asked.stays
-
-    def prompts(self, asked: Questions) -> tuple[str, ...]:
-        return ()
-
-    def closer_look(
-        self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None
-    ) -> Asks | None:
-        return None
 
     def freeze(self, asked: Questions, said: Said) -> Frozen:
         """The greedy tokens at all answers that must stay, one answer after another: int32,
