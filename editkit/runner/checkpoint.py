@@ -1,29 +1,130 @@
-"""How far a run has come, as a value and as a file.
+"""Checkpoints: the state of a run or a training as a value and as a file.
 
-A checkpoint is one safetensors file, written under a temporary name and renamed, and `latest.json`,
-which names it with its SHA-256 and says how long the record files were at that moment. Whatever
-happens in between, `latest.json` points at a whole checkpoint.
+A checkpoint is one safetensors file and `latest.json`, which names that file with its SHA-256 and
+the lengths of the record files at that step. Both are written under a temporary name and renamed:
+`latest.json` always points at a whole checkpoint.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from editkit.errors import ConfigError
-from editkit.files import write_atomically
+from editkit.errors import ConfigError, message
+from editkit.files import file_digest, write_atomically, written_atomically
 from editkit.lazy import torch
 from editkit.linalg.spectral import Spectrum
 from editkit.linalg.total import Total
 from editkit.types import TensorState
 
 LATEST = "latest.json"
-POINTER = {"file": str, "sha256": str, "step": int, "record_bytes": dict}  # what it holds
-KEPT = 2  # checkpoints that stay on disk: the newest, and one to go back to by hand
+POINTER = {"file": str, "sha256": str, "step": int, "record_bytes": dict}  # the types of its keys
+KEPT = 2  # checkpoints on disk: the newest, and an earlier one that a person can return to
+ANEW = "start anew with resume=never"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The content of a checkpoint, for every kind of state."""
+
+    step: int
+    groups: Mapping[str, TensorState]  # the name of a group holds no "|"
+    facts: Mapping[str, Any]  # JSON values
+    record_bytes: Mapping[str, int]  # lengths of the record files, by name
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the inputs (`editkit.runner.inputs`); earlier versions of editkit wrote
+        none.
+        """
+        return dict(self.facts.get("inputs", {}))
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes a checkpoint into `folder`, the `state/` of a run's or training's folder. Tensors on
+    the CPU are written from where they lie, without a copy.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for group, state in checkpoint.groups.items():
+        for name, tensor in state.items():
+            tensor = tensor.detach().cpu().contiguous()
+            if tensor.untyped_storage().data_ptr() in storages:
+                tensor = tensor.clone()  # safetensors refuses tensors that share a storage
+            storages.add(tensor.untyped_storage().data_ptr())
+            tensors[f"{group}|{name}"] = tensor
+    facts = {"step": checkpoint.step} | dict(checkpoint.facts)
+    name = f"step-{checkpoint.step:08d}.safetensors"
+    with written_atomically(folder / name) as temporary:
+        save_file(tensors, temporary, metadata={"editkit": json.dumps(facts)})
+    pointer = {
+        "file": name,
+        "sha256": file_digest(folder / name),
+        "step": checkpoint.step,
+        "record_bytes": dict(checkpoint.record_bytes),
+    }
+    write_atomically(folder / LATEST, json.dumps(pointer, indent=1).encode())
+    for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
+        old.unlink()
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in `folder`, its tensors on the CPU; None if there is none. Raises
+    ConfigError if the file is missing or does not match its checksum.
+    """
+    from safetensors import safe_open
+
+    pointer = read_pointer(folder)
+    if pointer is None:
+        return None
+    path = folder / pointer["file"]
+    if not path.exists() or file_digest(path) != pointer["sha256"]:
+        problem = "it does not match its checksum" if path.exists() else "it is missing"
+        raise ConfigError(
+            message(
+                str(path),
+                f"corrupt checkpoint, {problem}",
+                fix=f"restore the file, or {ANEW}",
+            )
+        )
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["editkit"])
+        for key in file.keys():  # noqa: SIM118 (it is no mapping)
+            group, _, name = key.partition("|")
+            # A copy: the tensor itself lies in the mapped file, where its address decides how a
+            # kernel sums, and with that the last bits.
+            groups.setdefault(group, {})[name] = file.get_tensor(key).clone()
+    return Checkpoint(
+        step=facts["step"], groups=groups, facts=facts, record_bytes=pointer["record_bytes"]
+    )
+
+
+def read_pointer(folder: Path) -> dict[str, Any] | None:
+    """The content of `latest.json`; None if there is no checkpoint. Raises ConfigError if it cannot
+    be read.
+    """
+    path = folder / LATEST
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        pointer = {key: content[key] for key in POINTER}
+        if wrong := [key for key, kind in POINTER.items() if type(pointer[key]) is not kind]:
+            raise TypeError(f"{wrong[0]} is {pointer[wrong[0]]!r}")
+        if any(type(size) is not int or size < 0 for size in pointer["record_bytes"].values()):
+            raise TypeError(f"record_bytes is {pointer['record_bytes']!r}")
+        return pointer
+    # JSONDecodeError and UnicodeDecodeError are ValueErrors.
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            message(str(path), f"corrupt checkpoint, it cannot be read ({error})", fix=ANEW)
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +140,79 @@ class RunState:
     spectra: Mapping[str, Spectrum]  # where the next spectrum starts from, by module
     base_sigma_max: Mapping[str, float]  # sigma_max(W_0), by module
     rng: TensorState  # of torch's global generators
-    inputs: Mapping[str, str] = field(
-        default_factory=dict
-    )  # digests of what the run reads besides its configuration
-    before_end: Mapping[str, Total] = field(
-        default_factory=dict
-    )  # the totals before a restraint was put in at the end; empty until then
+    # digests of what the run reads besides its configuration
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    # the totals before a restraint was put in at the end; empty until then
+    before_end: Mapping[str, Total] = field(default_factory=dict)
+
+    def checkpoint(self, record_bytes: Mapping[str, int]) -> Checkpoint:
+        """The state as the content of a checkpoint."""
+        groups: dict[str, TensorState] = {
+            "editor": self.editor,
+            "solve": self.solve,
+            "rng": self.rng,
+        }
+        groups |= {f"total/{module}": total.state() for module, total in self.totals.items()}
+        groups |= {f"before_end/{name}": total.state() for name, total in self.before_end.items()}
+        groups |= {f"spectrum/{name}": spectrum.state() for name, spectrum in self.spectra.items()}
+        groups |= {f"baseline/{name}": tensors for name, tensors in self.baselines.items()}
+        facts = {
+            "contexts": self.contexts,
+            "modules": {module: total.shape for module, total in self.totals.items()},
+            "evaluators": list(self.baselines),
+            "base_sigma_max": dict(self.base_sigma_max),
+            "inputs": dict(self.inputs),
+            "before_end": list(self.before_end),
+        }
+        return Checkpoint(step=self.step, groups=groups, facts=facts, record_bytes=record_bytes)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> RunState:
+        """The inverse of `checkpoint`."""
+        facts, groups = checkpoint.facts, checkpoint.groups
+
+        def total(module: str, group: str) -> Total:
+            shape = tuple(facts["modules"][module])
+            return Total.from_state(shape, groups.get(f"{group}/{module}", {}))
+
+        modules = facts["modules"]
+        return cls(
+            step=checkpoint.step,
+            totals={module: total(module, "total") for module in modules},
+            contexts=tuple(facts["contexts"]),
+            editor=groups.get("editor", {}),
+            solve=groups.get("solve", {}),
+            baselines={name: groups.get(f"baseline/{name}", {}) for name in facts["evaluators"]},
+            spectra={
+                module: Spectrum.from_state(groups[f"spectrum/{module}"]) for module in modules
+            },
+            base_sigma_max=facts["base_sigma_max"],
+            rng=groups["rng"],
+            inputs=checkpoint.inputs,
+            before_end={
+                module: total(module, "before_end")
+                for module in facts.get("before_end", ())  # absent in old checkpoints
+            },
+        )
+
+
+def save_state(state: RunState, folder: Path, record_bytes: Mapping[str, int]) -> None:
+    """Writes a checkpoint of a run; `record_bytes` are the lengths of the record files up to it."""
+    write_checkpoint(state.checkpoint(record_bytes), folder)
+
+
+def load_state(folder: Path) -> RunState:
+    """The newest checkpoint of a run. Raises ConfigError if there is none or it is corrupt."""
+    checkpoint = read_checkpoint(folder)
+    if checkpoint is None:
+        raise ConfigError(
+            message(
+                str(folder),
+                "no checkpoint, the run has not saved its state yet",
+                fix="run it until its first checkpoint",
+            )
+        )
+    return RunState.from_checkpoint(checkpoint)
 
 
 def generator_states() -> TensorState:
@@ -58,129 +226,10 @@ def generator_states() -> TensorState:
 
 
 def restore_generators(states: TensorState) -> None:
-    """Puts torch's global generators back where they were; those of GPUs that this machine has not
-    are left out.
-    """
-    there = {f"cuda:{index}" for index in range(torch.cuda.device_count())}
+    """Sets torch's global generators. States of GPUs that this machine lacks are left out."""
+    present = {f"cuda:{index}" for index in range(torch.cuda.device_count())}
     for device, state in states.items():
         if device == "cpu":
             torch.random.set_rng_state(state)
-        elif device in there:
+        elif device in present:
             torch.cuda.set_rng_state(state, device)
-
-
-def save_state(state: RunState, folder: Path, record_bytes: Mapping[str, int]) -> None:
-    """Writes a checkpoint into `folder` (a run's `state/`); `record_bytes` are the lengths of the
-    record files up to it.
-    """
-    from safetensors.torch import save
-
-    groups: dict[str, TensorState] = {
-        "editor": state.editor,
-        "solve": state.solve,
-        "rng": state.rng,
-    }
-    groups |= {f"total/{module}": total.state() for module, total in state.totals.items()}
-    groups |= {f"before_end/{module}": total.state() for module, total in state.before_end.items()}
-    groups |= {f"spectrum/{module}": spectrum.state() for module, spectrum in state.spectra.items()}
-    groups |= {f"baseline/{name}": tensors for name, tensors in state.baselines.items()}
-    named = {
-        f"{group}|{name}": tensor
-        for group, items in groups.items()
-        for name, tensor in items.items()
-    }
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()
-    }  # safetensors refuses shared storage
-    facts = {
-        "step": state.step,
-        "contexts": state.contexts,
-        "modules": {module: total.shape for module, total in state.totals.items()},
-        "evaluators": list(state.baselines),
-        "base_sigma_max": dict(state.base_sigma_max),
-        "inputs": dict(state.inputs),
-        "before_end": list(state.before_end),
-    }
-    payload = save(tensors, metadata={"editkit": json.dumps(facts)})
-    name = f"step-{state.step:08d}.safetensors"
-    write_atomically(folder / name, payload)
-    pointer = {
-        "file": name,
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "step": state.step,
-        "record_bytes": dict(record_bytes),
-    }
-    write_atomically(folder / LATEST, json.dumps(pointer, indent=1).encode())
-    for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
-        old.unlink()
-
-
-def read_pointer(folder: Path) -> dict[str, Any] | None:
-    """What `latest.json` says, or None where no checkpoint was made. Raises ConfigError if it
-    cannot be read.
-    """
-    path = folder / LATEST
-    if not path.exists():
-        return None
-    try:
-        pointer = json.loads(path.read_text())
-        found = {key: pointer[key] for key in POINTER}
-        if wrong := [key for key, kind in POINTER.items() if type(found[key]) is not kind]:
-            raise TypeError(f"{wrong[0]} is {found[wrong[0]]!r}")
-        if any(type(length) is not int or length < 0 for length in found["record_bytes"].values()):
-            raise TypeError(f"record_bytes is {found['record_bytes']!r}")
-        return found
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ConfigError(
-            f"corrupt checkpoint: {path} cannot be read ({error}). Start anew with resume=never."
-        ) from None
-
-
-def load_state(folder: Path) -> RunState:
-    """The newest checkpoint of a run's `state/` folder. Raises ConfigError where there is none or
-    its checksum does not hold.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import load
-
-    pointer = read_pointer(folder)
-    if pointer is None:
-        raise ConfigError(f"no checkpoint in {folder}: the run has not saved its state yet.")
-    path = folder / pointer["file"]
-    payload = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(payload).hexdigest() != pointer["sha256"]:
-        fault = "is missing" if not payload else "does not match its checksum"
-        raise ConfigError(
-            f"corrupt checkpoint: {path} {fault}. Restore the file, or start anew with resume=never."
-        )
-    with safe_open(path, framework="pt") as opened:
-        facts = json.loads(opened.metadata()["editkit"])
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load(payload).items():
-        group, _, name = key.partition("|")
-        groups.setdefault(group, {})[name] = tensor
-
-    def totals(module: str, group: str) -> Total:
-        return Total.from_state(
-            tuple(facts["modules"][module]), groups.get(f"{group}/{module}", {})
-        )
-
-    return RunState(
-        step=facts["step"],
-        totals={module: totals(module, "total") for module in facts["modules"]},
-        contexts=tuple(facts["contexts"]),
-        editor=groups.get("editor", {}),
-        solve=groups.get("solve", {}),
-        baselines={name: groups.get(f"baseline/{name}", {}) for name in facts["evaluators"]},
-        spectra={
-            module: Spectrum.from_state(groups[f"spectrum/{module}"]) for module in facts["modules"]
-        },
-        base_sigma_max=facts["base_sigma_max"],
-        rng=groups["rng"],
-        inputs=facts.get("inputs", {}),  # earlier versions of editkit noted neither
-        before_end={module: totals(module, "before_end") for module in facts.get("before_end", ())},
-    )
