@@ -37,7 +37,7 @@ from editkit.targets.keys import Text, average_keys, clean_outputs, layerwise, s
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
-    from editkit.model.layerwise import Ascent
+    from editkit.model.layerwise import LayerwiseForward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class MemitPlan(Plan):
     targets_ON: torch.Tensor  # z, float32
     residuals_ON: torch.Tensor  # T before the first layer: the delta of the search
     texts: tuple[tuple[Text, ...], ...]  # by request, then by context, the bare prompt first
-    ascent: Ascent  # the forward passes over all these texts, layer by layer
+    forward: LayerwiseForward  # the forward passes over all these texts, layer by layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +90,17 @@ class Memit(AbstractLocateThenEdit[MemitPlan]):
             targets_ON=torch.stack([target.vector_O for target in targets], dim=1),
             residuals_ON=torch.stack([target.delta_O for target in targets], dim=1),
             texts=texts,
-            ascent=layerwise(step.model, texts),
+            forward=layerwise(step.model, texts),
         )
 
     def propose(self, step: Step, module: str, plan: MemitPlan) -> Update:
         index = self.modules(step.model).index(module)
         with measured("keys"):
-            keys_IN = average_keys(plan.ascent, self.layers[index], self.context_weights)
+            keys_IN = average_keys(plan.forward, self.layers[index], self.context_weights)
         missing_ON = plan.residuals_ON  # before the first layer nothing was written yet
         if index > 0 and self.spread == "recomputed":
             with measured("residual"):
-                now_ON = clean_outputs(plan.ascent, self.layers[-1], len(plan.texts[0]))
+                now_ON = clean_outputs(plan.forward, self.layers[-1], len(plan.texts[0]))
                 missing_ON = plan.targets_ON - now_ON
         return step.solve(
             LeastSquares(

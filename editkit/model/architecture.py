@@ -1,9 +1,9 @@
-"""The sizes of networks, from what their config.json says: known for the named models without a
-download, and without torch.
+"""The sizes of networks, from their config.json. The named models need neither a download nor
+torch.
 
-`architectures.json` holds the facts of the models that `conf/model` names, in the words of their
-own config.json (sizes, heads, vocabulary; a default of transformers may be left out). Random
-weights, benchmarks and the estimate of memory all read them there.
+`architectures.json` holds the sizes, heads and vocabulary of the models that `conf/model` names,
+with the keys of their own config.json. Defaults of transformers may be missing there. Random
+weights, benchmarks and the memory estimate read this file.
 """
 
 from __future__ import annotations
@@ -16,26 +16,21 @@ from pathlib import Path
 from typing import Any
 
 ASSET = "asset:"
-NAMES = {  # what the same size is called in config.json
+NAMES = {  # the keys of a size in config.json
     "width": ("hidden_size", "n_embd"),
     "num_layers": ("num_hidden_layers", "n_layer"),
     "num_heads": ("num_attention_heads", "n_head"),
     "num_positions": ("max_position_embeddings", "n_positions"),
     "inner": ("intermediate_size", "n_inner"),
 }
-TIED = {
-    "gpt2",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-}  # families whose head is the embedding unless the configuration says otherwise
-EAGER = {"gptj"}  # attention as scores and their softmax: transformers has no other for them
+# Families whose head is tied to the embedding unless their config.json says otherwise.
+TIED = {"gpt2", "gemma", "gemma2", "gemma3_text"}
+# Families with eager attention only: transformers implements no other attention for them.
+EAGER = {"gptj"}
 
 
 def label_of(name: str | None, model_id: str) -> str:
-    """The name that results carry: the one given, or the last part of a hub id, a folder or an
-    asset's name.
-    """
+    """The model's name in results: `name`, or the last part of the hub id, folder or asset."""
     return name or model_id.removeprefix(ASSET).rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -43,7 +38,7 @@ def label_of(name: str | None, model_id: str) -> str:
 class Architecture:
     """A network's sizes."""
 
-    facts: Mapping[str, Any]  # as in config.json
+    facts: Mapping[str, Any]  # the content of config.json
     kind: str  # config.model_type
     width: int
     inner: int
@@ -57,8 +52,8 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """To the parameter for the families of the table; another family is counted as a Llama,
-        within a few percent.
+        """The exact number of parameters for the known families. Other families are counted as a
+        Llama, which is right to a few percent.
         """
         width, inner, layers, vocabulary = self.width, self.inner, self.num_layers, self.vocabulary
         if self.kind in ("gpt2", "gptj", "gpt_neox"):
@@ -89,22 +84,26 @@ class Architecture:
 
     @property
     def block_parameters(self) -> int:
-        """Of one block."""
+        """The number of parameters of one block."""
         return self.num_parameters - self.of_depth(self.num_layers - 1).num_parameters
 
     @property
     def is_gated(self) -> bool:
-        """Whether the MLP has two matrices into its inner width."""
+        """Whether the MLP has a gate matrix, that is two matrices into its inner width."""
         return self.kind not in ("gpt2", "gptj", "gpt_neox")
 
     def of_depth(self, num_layers: int) -> Architecture:
-        """The same with another number of layers."""
+        """The same architecture with another number of layers."""
         key = next(key for key in NAMES["num_layers"] if key in self.facts)
         return replace(self, facts={**self.facts, key: num_layers}, num_layers=num_layers)
 
 
 def architecture_of(facts: Mapping[str, Any]) -> Architecture:
-    """The sizes in a config.json. Raises KeyError for one that names them otherwise."""
+    """The architecture described by a config.json.
+
+    Raises:
+        KeyError: a size is missing or has an unknown key.
+    """
 
     def size(name: str) -> int | None:
         return next((int(facts[key]) for key in NAMES[name] if facts.get(key) is not None), None)
@@ -132,15 +131,15 @@ def architecture_of(facts: Mapping[str, Any]) -> Architecture:
 
 
 def known_facts() -> dict[str, dict[str, Any]]:
-    """What is known of the named models, by name; the instances are new ones at each call."""
+    """The known parts of config.json by model name, newly read at each call."""
     text = (importlib.resources.files("editkit") / "model" / "architectures.json").read_text()
-    found: dict[str, dict[str, Any]] = json.loads(text)
-    return found
+    facts: dict[str, dict[str, Any]] = json.loads(text)
+    return facts
 
 
 def facts_without_download(name: str, id: str) -> dict[str, Any] | None:
-    """The config.json of a bundled model or a folder, or what is known of a named model; None where
-    only the hub knows.
+    """The config.json of a bundled model or a folder, or the known parts of a named model's; None
+    if only the hub has it.
     """
     folder = (
         Path(str(importlib.resources.files("editkit"))) / "assets" / id.removeprefix(ASSET)
@@ -150,8 +149,8 @@ def facts_without_download(name: str, id: str) -> dict[str, Any] | None:
     path = folder.expanduser() / "config.json"
     if path.is_file():
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
-        except ValueError:  # loading says so, with the remedy
+            facts: dict[str, Any] = json.loads(path.read_text())
+        except ValueError:  # loading the model reports it, with a fix
             return None
-        return found
+        return facts
     return known_facts().get(name)

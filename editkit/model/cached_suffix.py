@@ -1,13 +1,12 @@
-"""Running a network again and again from one block and one token on, without the work that cannot
-change.
+"""Repeated forward passes from one block and one token on, with a cache of everything before them.
 
-A target search changes the output of block l at the subject's last token. Whatever lies below that
-block, and the keys and values of every earlier token, stay as they are: they are computed once.
-Each step then runs only the remaining tokens through the remaining blocks, and of the last block's
-MLP only the tokens that are read.
+A target search changes the output of block l at the subject's last token. The blocks up to l and
+the keys and values of every earlier token stay the same, so they are computed once. Each step then
+runs only the suffix: the remaining tokens through the remaining blocks. The last block's MLP runs
+only at the tokens whose hidden states are read.
 
-Shape letters: B sequences, T all tokens, P those before the start, S those from it on (T = P + S),
-D residual width, H heads, E head width.
+Shape letters: B sequences, T all tokens, P tokens before the start, S tokens from the start on
+(T = P + S), D residual width, H heads, E head width.
 """
 
 from __future__ import annotations
@@ -20,44 +19,39 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.lazy import torch
 from editkit.model.capture import capture
-from editkit.model.shared_prefixes import Shared, share
+from editkit.model.shared_prefixes import SharedPrefixes, share_prefixes
 from editkit.model.sparse import at_tokens, sparse_modules
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-KINDS = {
-    "full_attention",
-    "sliding_attention",
-}  # of layers whose cache is keys and values, in transformers' `layer_types`
+# Layers whose cache consists of keys and values, as transformers' `layer_types` names them.
+KEY_VALUE_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Continuation:
-    """Sequences aligned at their starts (left padding before, right padding behind), run once and
-    ready to be gone on with.
+class CachedSuffix:
+    """Sequences with a cached prefix, aligned at their starts: left padding before, right padding
+    after.
     """
 
     model: EditableModel
     layer: int
     hidden_BSD: torch.Tensor  # the output of block `layer` from the start on
-    at_start: dict[
-        str, torch.Tensor
-    ]  # what else was asked for: outputs of modules at the start, (B, width)
-    # Keys and values (B, H, P, E) of every layer; of those up to `layer` lengths alone.
+    # outputs of further requested modules at the start, (B, width)
+    at_start: dict[str, torch.Tensor]
+    # Keys and values (B, H, P, E) of every layer. Those of layers up to `layer` only have a length.
     prefix: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     mask_BT: torch.Tensor
     positions_BS: torch.Tensor
-    is_token_BS: (
-        torch.Tensor
-    )  # on the CPU, as the next: what follows from them is known without waiting for a GPU
-    is_read_BS: torch.Tensor  # where the final hidden states are wanted
+    # Both masks are on the CPU, so that reading them does not wait for a GPU.
+    is_token_BS: torch.Tensor
+    is_read_BS: torch.Tensor  # true where the final hidden states are read
 
     def run(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        """What the network makes of these outputs of block `layer`: hidden states after the final
-        norm, (B, S, D). Gradients flow.
+        """Hidden states after the final norm, (B, S, D), for these outputs of block `layer`.
 
-        Right at the tokens that are read only.
+        Only the values at the tokens that are read are correct. Gradients flow.
         """
         with (
             at_tokens(self.sparse),
@@ -74,15 +68,15 @@ class Continuation:
 
     @cached_property
     def sparse(self) -> dict[Any, torch.Tensor]:
-        """Modules that run at some tokens only, and at which."""
+        """Modules that run at a part of the tokens, with the indices of these tokens."""
         last = self.model.num_layers - 1
         above = range(self.layer + 1, last + 1)
         return sparse_modules(
             self.model, above, self.is_token_BS, read_layer=last, is_read_BT=self.is_read_BS
         )
 
-    def only(self, rows: Sequence[int]) -> Continuation:
-        """Of some of the sequences."""
+    def only(self, rows: Sequence[int]) -> CachedSuffix:
+        """The same for some of the sequences."""
         on_cpu = torch.tensor(rows)
         rows_R = on_cpu.to(self.mask_BT.device)
         return replace(
@@ -109,17 +103,15 @@ def prepare(
     reads: Sequence[Sequence[int]] | None = None,
     at_start: Sequence[str] = (),
     groups: Sequence[Hashable] | None = None,
-) -> Continuation:
-    """Runs token sequences once; `starts` are the positions from which they will be gone on with,
-    the subject's last token of each.
+) -> CachedSuffix:
+    """Runs the prefixes of token sequences once.
 
     Args:
-        reads: by sequence, the positions whose final hidden states are wanted; all from the start
-        on, if not given. What lies behind the
-            last of them is left out: it can reach none of them.
-        at_start: modules up to block `layer` whose outputs at the starts are wanted. groups: by
-        sequence, a name that those have in common which may begin alike: that is run once for all
-        of them.
+        starts: by sequence, the position at which the suffix begins (the subject's last token).
+        reads: by sequence, the positions whose final hidden states are read; all from the start on
+            if None. Tokens after the last of them are dropped, because they cannot influence it.
+        at_start: modules up to block `layer` whose outputs at the starts are needed as well.
+        groups: by sequence, the name of its group. Common beginnings within a group run once.
     """
     if reads is None:
         reads = [range(start, len(ids)) for ids, start in zip(sequences, starts, strict=True)]
@@ -127,10 +119,10 @@ def prepare(
         max(start, *positions) + 1 if positions else start + 1
         for start, positions in zip(starts, reads, strict=True)
     ]
-    shared = share(model, sequences, starts, groups)
+    shared = share_prefixes(model, sequences, starts, groups)
     skipped = [0] * len(starts) if shared is None else shared.lengths
-    # At least one column before and two behind: with fewer, transformers asks whether the mask is
-    # all ones, which waits for a GPU.
+    # At least one column before the start and two from it on. With fewer, transformers tests
+    # whether the mask is all ones, which waits for a GPU.
     num_before = max(1, *(start - skip for start, skip in zip(starts, skipped, strict=True)))
     num_after = max(2, *(end - start for start, end in zip(starts, ends, strict=True)))
     ids_BT = torch.zeros(len(sequences), num_before + num_after, dtype=torch.long)
@@ -146,22 +138,22 @@ def prepare(
         model.device
     )
     is_token_BT, mask_BT = mask_BT.bool(), mask_BT.to(model.device)
-    seen_BT = mask_BT if shared is None else torch.cat([shared.mask_BP, mask_BT], dim=1)
+    full_mask_BT = mask_BT if shared is None else torch.cat([shared.mask_BP, mask_BT], dim=1)
     block, below = model.family.block(layer), range(layer + 1)
-    wanted, sparse = (
+    outputs, sparse = (
         capture(model, outputs=[*dict.fromkeys((block, *at_start))]),
         sparse_modules(model, below, is_token_BT),
     )
-    with torch.no_grad(), at_tokens(sparse), wanted as captured:
+    with torch.no_grad(), at_tokens(sparse), outputs as captured:
         model.module(model.family.base)(
             input_ids=ids_BT.to(model.device),
-            attention_mask=seen_BT,
+            attention_mask=full_mask_BT,
             position_ids=positions_BT,
-            **_after(shared, below),
+            **_cache_arguments(shared, below),
         )
     hidden_BTD = captured.outputs[block]
     before = slice(None, num_before)
-    return Continuation(
+    return CachedSuffix(
         model=model,
         layer=layer,
         hidden_BSD=hidden_BTD[:, num_before:],
@@ -171,25 +163,25 @@ def prepare(
             layer,
             shared,
             hidden_BTD[:, before],
-            seen_BT[:, :-num_after],
+            full_mask_BT[:, :-num_after],
             is_token_BT[:, before],
             positions_BT[:, before],
         ),
-        mask_BT=seen_BT,
+        mask_BT=full_mask_BT,
         positions_BS=positions_BT[:, num_before:],
         is_token_BS=is_token_BT[:, num_before:],
         is_read_BS=is_read_BT[:, num_before:],
     )
 
 
-def can_continue(model: EditableModel, num_tokens: int) -> bool:
-    """Whether cached keys and values mean the same as running everything.
+def supports_caching(model: EditableModel, num_tokens: int) -> bool:
+    """Whether a pass with cached keys and values equals a full pass for sequences of this length.
 
-    Not where a sliding window is shorter than the sequences, nor where layers keep something else
-    than keys and values.
+    It does not if a sliding window is shorter than the sequences, or if a layer caches anything
+    other than keys and values.
     """
     config = model.network.config
-    if not set(getattr(config, "layer_types", None) or ()) <= KINDS:
+    if not set(getattr(config, "layer_types", None) or ()) <= KEY_VALUE_LAYERS:
         return False
     window: int | None = getattr(config, "sliding_window", None)
     return window is None or num_tokens <= window or not getattr(config, "use_sliding_window", True)
@@ -197,23 +189,22 @@ def can_continue(model: EditableModel, num_tokens: int) -> bool:
 
 @contextmanager
 def only_blocks(model: EditableModel, layers: range) -> Iterator[Any]:
-    """Inside, the base network consists of these blocks and the final norm; what is given as
-    embeddings is the first one's input.
+    """Reduces the base network to these blocks and the final norm. `inputs_embeds` is the input of
+    the first block.
     """
     base, config = model.module(model.family.base), model.network.config
     name = model.family.blocks.rpartition(".")[2]
     blocks, kinds = getattr(base, name), getattr(config, "layer_types", None)
     setattr(base, name, blocks[layers.start : layers.stop])
     if kinds is not None:
-        config.layer_types = kinds[
-            layers.start : layers.stop
-        ]  # some networks look a block's mask up by its place in the list
+        # Some networks look up a block's mask by its index in the list.
+        config.layer_types = kinds[layers.start : layers.stop]
     positions = getattr(base, "wpe", None)
-    former = (
-        vars(positions).get("forward") if positions is not None else None
-    )  # accelerate, too, sets it on the instance
+    # accelerate also sets `forward` on the instance.
+    former = vars(positions).get("forward") if positions is not None else None
     if positions is not None:
-        positions.forward = lambda _: torch.zeros(())  # GPT-2 adds them to what it is given
+        # GPT-2 adds position embeddings to `inputs_embeds`, which already contain them.
+        positions.forward = lambda _: torch.zeros(())
     try:
         yield base
     finally:
@@ -229,17 +220,18 @@ def only_blocks(model: EditableModel, layers: range) -> Iterator[Any]:
 def _prefix(
     model: EditableModel,
     layer: int,
-    shared: Shared | None,
+    shared: SharedPrefixes | None,
     hidden_BPD: torch.Tensor,
-    seen_BP: torch.Tensor,
+    mask_BP: torch.Tensor,
     is_token_BP: torch.Tensor,
     positions_BP: torch.Tensor,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Keys and values of the tokens before the start, from the outputs of block `layer`. The last
-    block ends at its attention.
+    """Keys and values of the tokens before the start, from the outputs of block `layer`.
+
+    The pass stops after the last block's attention.
     """
     above = range(layer + 1, model.num_layers)
-    cache = _after(shared, above).get("past_key_values", _cache(()))
+    cache = _cache_arguments(shared, above).get("past_key_values", _cache(()))
     if above:
         stop = capture(model, inputs=[model.family.mlp(above[-1])])
         with (
@@ -250,56 +242,56 @@ def _prefix(
         ):
             base(
                 inputs_embeds=hidden_BPD,
-                attention_mask=seen_BP,
+                attention_mask=mask_BP,
                 position_ids=positions_BP,
                 past_key_values=cache,
                 use_cache=True,
             )
-    lengths = _lengths(len(hidden_BPD), seen_BP.shape[1], hidden_BPD)
+    placeholder = _placeholder(len(hidden_BPD), mask_BP.shape[1], hidden_BPD)
     return tuple(
-        (cache.layers[each].keys, cache.layers[each].values) if each in above else lengths
-        for each in range(model.num_layers)
+        (cache.layers[index].keys, cache.layers[index].values) if index in above else placeholder
+        for index in range(model.num_layers)
     )
 
 
-def _after(shared: Shared | None, layers: range) -> dict[str, Any]:
-    """The arguments that let these blocks go on behind what is shared."""
+def _cache_arguments(shared: SharedPrefixes | None, layers: range) -> dict[str, Any]:
+    """The arguments with which these blocks continue after the shared prefixes."""
     if shared is None:
         return {"use_cache": False}
-    unused = _lengths(len(shared.own_B), shared.num_columns, shared.layers[0][0])
+    placeholder = _placeholder(len(shared.own_B), shared.num_columns, shared.layers[0][0])
     return {
         "past_key_values": _cache(
             [
-                shared.keys_and_values(each) if each in layers else unused
-                for each in range(len(shared.layers))
+                shared.keys_and_values(index) if index in layers else placeholder
+                for index in range(len(shared.layers))
             ]
         ),
         "use_cache": True,
     }
 
 
-def _lengths(
+def _placeholder(
     num_rows: int, num_columns: int, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands for keys and values that nobody reads: a cache's length is asked of its first
-    layer.
+    """Takes the place of keys and values that no block reads. It is needed because transformers
+    takes a cache's length from its first layer.
     """
     length = like.new_zeros(1).expand(num_rows, 1, num_columns, 1)
     return length, length
 
 
 def _cache(prefix: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-    """A cache that begins with these keys and values, which are not modified: `update` puts new
-    ones behind them in new tensors.
+    """A cache that begins with these keys and values.
+
+    They are not modified, because `update` appends new ones in new tensors.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache()
     for keys, values in prefix:
-        layer: Any = (
-            DynamicLayer()
-        )  # filled by hand: its own `update` would copy them in every step
+        # Filled directly, because the layer's own `update` would copy the tensors in every step.
+        layer: Any = DynamicLayer()
         layer.keys, layer.values, layer.dtype, layer.device, layer.is_initialized = (
             keys,
             values,

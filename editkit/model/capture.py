@@ -1,12 +1,13 @@
-"""The only file that registers hooks: reading what goes into and out of modules, and adding to what
-comes out.
+"""Hooks on modules: reading their inputs and outputs, and changing their outputs. No other file
+registers hooks.
 
     with torch.no_grad(), capture(model, inputs=[down_projection], outputs=[mlp]) as captured:
-        model.final_hidden(batch)  # ends as soon as both are known
+        model.final_hidden(batch)  # stops once both tensors are captured
     captured.inputs[down_projection]  # (B, T, I)
 
-Hooks exist inside the `with` block only. Shape letters: B rows, T tokens, O the module's output
-width.
+Hooks exist only inside the `with` block.
+
+Shape letters: B rows, T tokens, R rank, I and O input and output width of a module.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captured:
-    """What passed through, by module name; as part of the graph, if one was recorded."""
+    """Inputs and outputs by module name. They are part of the graph if one was recorded."""
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class _Stop(Exception):
-    """Ends a forward pass whose rest nobody wants."""
+    """Ends a forward pass whose remaining results are not needed."""
 
     def __init__(self, owner: Captured) -> None:
         self.owner = owner
@@ -47,14 +48,17 @@ def capture(
 ) -> Iterator[Captured]:
     """Captures the first argument of the modules `inputs` and the output of the modules `outputs`.
 
-    With `stop_after_last` the forward pass ends once everything wanted is known, and with it the
-    `with` block: what follows the call in there does not run. Without, a later pass overwrites an
-    earlier one. Raises RuntimeError for a module that no pass reached.
+    Args:
+        stop_after_last: end the forward pass once all tensors are captured. This also ends the
+            `with` block, so statements after the call do not run. If false, a later pass overwrites
+            the tensors of an earlier one.
+
+    Raises:
+        RuntimeError: no pass reached one of the modules.
     """
     captured = Captured()
-    hooked = {
-        name: model.module(name) for name in (*inputs, *outputs)
-    }  # names are checked before the first hook is set
+    # Looking up all names first raises an error before the first hook is registered.
+    hooked = {name: model.module(name) for name in (*inputs, *outputs)}
 
     def stop_if_complete() -> None:
         if (
@@ -101,11 +105,12 @@ def capture(
 def add_to_output(
     model: EditableModel, module: str, positions_B: torch.Tensor, delta_BO: torch.Tensor
 ) -> Iterator[None]:
-    """Adds a vector to the module's output at one column a row; gradients reach `delta_BO`, which
-    may also be one vector (O,) for all rows.
+    """Adds a vector to the module's output at one column of each row. Other columns keep their
+    bits.
 
-    `positions_B` are columns of the padded batch (`PromptBatch.columns`). Other positions keep
-    their bits.
+    Args:
+        positions_B: columns of the padded batch (`PromptBatch.columns`).
+        delta_BO: the vectors, or one vector (O,) for all rows. Gradients flow into it.
     """
     calls = 0
 
@@ -115,7 +120,7 @@ def add_to_output(
         output_BTO = _tensor(output)
         rows_B = torch.arange(len(positions_B), device=output_BTO.device)
         columns_B = positions_B.to(output_BTO.device)
-        moved_BTO = output_BTO.clone()  # in place would spoil the graph
+        moved_BTO = output_BTO.clone()  # an in-place change would invalidate the graph
         moved_BTO[rows_B, columns_B] = output_BTO[rows_B, columns_B] + delta_BO.to(output_BTO)
         return moved_BTO if torch.is_tensor(output) else (moved_BTO, *output[1:])
 
@@ -130,8 +135,9 @@ def add_to_output(
 
 @contextlib.contextmanager
 def add_to_matrix(model: EditableModel, module: str, update_OI: torch.Tensor) -> Iterator[None]:
-    """Lets a linear module compute as if its matrix were W + update; gradients reach `update_OI`,
-    the weights stay as they are.
+    """Makes a linear module compute with the matrix W + update.
+
+    Gradients flow into `update_OI`. The stored weights do not change.
     """
 
     def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -148,10 +154,10 @@ def add_to_matrix(model: EditableModel, module: str, update_OI: torch.Tensor) ->
 def add_low_rank(
     model: EditableModel, module: str, left_BRO: torch.Tensor, right_BRI: torch.Tensor
 ) -> Iterator[None]:
-    """Lets a linear module compute, for each row b of a batch, as if its matrix were W + left_b^T
-    right_b; gradients reach the factors.
+    """Makes a linear module compute with the matrix W + left_b^T right_b for each row b of a batch.
 
-    The matrix itself is never formed. A row of zeros in either factor adds nothing.
+    The matrix is never formed, and gradients flow into the factors. A zero row in either factor
+    adds nothing.
     """
 
     def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -166,12 +172,12 @@ def add_low_rank(
 
 @contextlib.contextmanager
 def capture_for_gradients(model: EditableModel, modules: Sequence[str]) -> Iterator[Captured]:
-    """Captures the inputs, detached, and the outputs of linear modules; the graph begins at the
-    first of them, and holds no weight.
+    """Captures the detached inputs and the outputs of linear modules.
 
-    `torch.autograd.grad(loss, outputs)` then gives each module's output gradient: with the inputs,
-    the gradient of its matrix in factors. Enter it within `torch.enable_grad()`, and after
-    `add_low_rank`.
+    The graph begins at the first of the modules and contains no weight. `torch.autograd.grad(loss,
+    outputs)` then gives the output gradient of each module. Together with the inputs it is the
+    gradient of the module's matrix in factors. Enter this context inside `torch.enable_grad()` and
+    after `add_low_rank`.
     """
     captured = Captured()
 
@@ -193,8 +199,8 @@ def capture_for_gradients(model: EditableModel, modules: Sequence[str]) -> Itera
 def change_outputs(
     model: EditableModel, changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
 ) -> Iterator[None]:
-    """Inside, what each of these modules gives is what the function makes of it; the function
-    leaves what it is given as it was.
+    """Replaces the output of each module by the result of its function, which must not modify its
+    argument.
     """
 
     def changing(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -211,5 +217,7 @@ def change_outputs(
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    """Blocks return a tensor since transformers 5, a tuple that begins with it before."""
+    """The hidden states of a block's output: a tensor since transformers 5, before that a tuple
+    whose first element is the tensor.
+    """
     return output if torch.is_tensor(output) else output[0]

@@ -1,9 +1,10 @@
-"""The context templates of ROME and MEMIT: short sampled texts, put before a prompt so that a key
-does not depend on how a text begins.
+"""The context templates of ROME and MEMIT: short sampled texts before a prompt, over which keys are
+averaged so that they depend less on the beginning of a text.
 
-Meng et al. 2022 (arXiv 2202.05262), section 3.1, step 1. Differs from the authors' code: seeded;
-taken on the unedited model once a run; special tokens are never sampled, since their text would be
-tokenised as text afterwards; braces are removed, since a template is filled in.
+Source: Meng et al. 2022 (arXiv 2202.05262), section 3.1, step 1. Differences from the authors'
+code: the samples are seeded; the unedited model generates them once per run; special tokens are
+never sampled, because their text would later be tokenised as plain text; braces are removed,
+because a template is filled in.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.model.generate import decode, generate
 from editkit.model.tokens import PLACE
 
@@ -25,23 +26,33 @@ TOP_K = 5  # as published
 def sample_contexts(
     model: EditableModel, *, lengths: Sequence[tuple[int, int]], generator: torch.Generator
 ) -> tuple[str, ...]:
-    """The bare "{}", then for every (tokens, count) of `lengths` so many templates "TEXT. {}".
+    """The bare "{}", then `count` templates "TEXT. {}" for every (tokens, count) of `lengths`.
 
-    As published, `tokens` counts the start token (BOS, or EOS where there is none), so (10, 5)
-    gives five texts of nine tokens. Raises ConfigError for tokens < 2, count < 0, and a tokenizer
-    with neither BOS nor EOS.
+    As in the published code, `tokens` includes the start token (BOS, or EOS without a BOS), so
+    (10, 5) gives five texts of nine tokens.
+
+    Raises:
+        ConfigError: tokens < 2, count < 0, or a tokenizer with neither BOS nor EOS.
     """
     tokenizer = model.tokenizer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     problems = [
-        f"editor contexts: ({tokens}, {count}) - tokens must be at least 2, counts not negative."
+        message(
+            "editor.context_lengths",
+            "a pair (tokens, count) is out of range",
+            got=(tokens, count),
+            expected="at least 2 tokens and a count that is not negative",
+        )
         for tokens, count in lengths
         if tokens < 2 or count < 0
     ]
     if start is None:
         problems.append(
-            f"model.id: the tokenizer of {model.name} has neither BOS nor EOS, so nothing can "
-            "start a context."
+            message(
+                "model.id",
+                f"the tokenizer of {model.name} has neither BOS nor EOS to start a context with",
+                fix="choose a tokenizer with one of them in model.tokenizer",
+            )
         )
     if problems:
         raise ConfigError(problems)
@@ -61,8 +72,9 @@ def sample_contexts(
 
 
 def clean(text: str) -> str:
-    """One line without braces, broken characters (a text may end inside one) and repeated
-    blanks.
+    """The text as one line without braces, incomplete characters and repeated blanks.
+
+    A sampled text may end inside a character.
     """
     for unwanted in "{}\ufffd":
         text = text.replace(unwanted, "")

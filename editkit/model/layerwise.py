@@ -1,12 +1,12 @@
-"""Texts on their way up a network whose blocks are edited one after another, from below.
+"""Forward passes over the same texts while the blocks of a network are edited from the lowest up.
 
-A method that writes several layers reads, for each of them, what goes into it after the layers
-below were written. What enters the lowest of them is the same as before; so hidden states are kept
-where the last reading left them, and each reading goes on from there: a block is run once with its
-old weights and once with its new ones, however many lie below.
+A method that edits several layers reads the keys of each layer after the layers below it were
+edited. The input of the lowest edited layer never changes. Hidden states are therefore kept at the
+last layer that was read, and the next pass starts there: each block runs once with its old weights
+and once with its new weights, however many layers are edited.
 
-Shape letters: M texts, R some of them, T tokens (padded), D width of the residual stream, I inner
-width of the MLP, O width of an output.
+Shape letters: M texts, T tokens (padded), D width of the residual stream, I inner width of the MLP,
+O width of an output.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from editkit.model.tokens import PromptBatch, pad
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-KEPT_BYTES = 1 << 30  # of hidden states; texts beyond that run from their tokens each time
+KEPT_BYTES = 1 << 30  # limit of kept hidden states; further texts start from their tokens each time
 
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """Some of the texts, as one batch."""
+    """Some of the texts as one batch."""
 
     batch: PromptBatch
-    is_token_MT: torch.Tensor  # on the CPU, as the next
+    is_token_MT: torch.Tensor  # both masks are on the CPU
     is_end_MT: torch.Tensor
-    hidden_MTD: torch.Tensor | None = None  # what enters the block at which the ascent stands
+    hidden_MTD: torch.Tensor | None = None  # kept input of the block that was read last
 
     def every(self, step: int) -> Part:
         """Every `step`-th text."""
@@ -49,44 +49,42 @@ class Part:
         )
 
 
-class Ascent:
-    """Texts of token ids, read at their last tokens.
+class LayerwiseForward:
+    """Texts as token ids, whose keys and outputs are read at their last tokens.
 
-    What is read follows from the model's weights as they are at that moment. What is kept is thrown
-    away where the weights that made it have changed.
+    Every result belongs to the current weights. Kept hidden states are discarded if a weight that
+    produced them has changed.
     """
 
     def __init__(
         self, model: EditableModel, texts: Sequence[Sequence[int]], *, rows_at_once: int
     ) -> None:
-        """Runs nothing. `rows_at_once` bounds the memory of a pass."""
+        """Runs no pass yet. `rows_at_once` bounds the memory of a pass."""
         self._model = model
         self._parts = [
             _part(texts[start : start + rows_at_once], model.device)
             for start in range(0, len(texts), rows_at_once)
         ]
-        self._layer = 0  # where it stands
-        self._made_by: tuple[int, ...] = ()
+        self._layer = 0  # the layer at whose block hidden states are kept
+        self._made_by: tuple[int, ...] = ()  # versions of the weights that produced them
 
     def keys(self, layer: int) -> torch.Tensor:
-        """(M, I): what goes into the down projection of a layer. Hidden states are kept at its
-        block from here on.
-        """
+        """(M, I): the inputs of a layer's down projection. Hidden states are kept at its block."""
         block, module = self._model.family.block(layer), self._model.family.down_projection(layer)
-        found, kept, num_bytes = [], [], 0
+        keys_at_ends, kept, num_bytes = [], [], 0
         for part in self._parts:
             captured, is_sparse = self._run(part, layer, inputs=[block, module])
             keys, hidden_MTD = captured.inputs[module], captured.inputs[block]
-            found.append(keys[0] if is_sparse else keys[part.is_end_MT.to(keys.device)])
+            keys_at_ends.append(keys[0] if is_sparse else keys[part.is_end_MT.to(keys.device)])
             num_bytes += hidden_MTD.numel() * hidden_MTD.element_size()
             kept.append(hidden_MTD if num_bytes <= KEPT_BYTES else None)
         for part, hidden in zip(self._parts, kept, strict=True):
             part.hidden_MTD = hidden
         self._layer, self._made_by = layer, self._versions(layer)
-        return torch.cat(found)
+        return torch.cat(keys_at_ends)
 
     def outputs(self, layer: int) -> torch.Tensor:
-        """(M, O): what comes out of a block."""
+        """(M, O): the outputs of a block."""
         block = self._model.family.block(layer)
         return torch.cat(
             [
@@ -97,11 +95,12 @@ class Ascent:
             ]
         )
 
-    def every(self, step: int) -> Ascent:
-        """Of every `step`-th text of each pass, `rows_at_once` being a multiple of that; it stands
-        where this one does.
+    def every(self, step: int) -> LayerwiseForward:
+        """The passes over every `step`-th text, with the hidden states kept here.
+
+        `rows_at_once` must be a multiple of `step`.
         """
-        some = Ascent(self._model, (), rows_at_once=1)
+        some = LayerwiseForward(self._model, (), rows_at_once=1)
         some._layer, some._made_by = self._layer, self._made_by
         some._parts = [part.every(step) for part in self._parts]
         return some
@@ -109,8 +108,9 @@ class Ascent:
     def _run(
         self, part: Part, layer: int, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
     ) -> tuple[Captured, bool]:
-        """One pass up to a block, of whose MLP only the last tokens are run; and whether the MLP
-        was given those alone, as (1, M, D).
+        """One pass up to a block, whose MLP runs only at the last tokens.
+
+        The second value tells whether the MLP got only these tokens, as (1, M, D).
         """
         model, hidden_MTD = self._model, part.hidden_MTD
         if not 0 < self._layer <= layer or self._made_by != self._versions(self._layer):
@@ -142,7 +142,7 @@ class Ascent:
         return captured, model.module(model.family.mlp(layer)) in sparse
 
     def _versions(self, layer: int) -> tuple[int, ...]:
-        """Changes whenever a weight below this block is written: torch counts the writes."""
+        """The number of writes to each weight below this block, as counted by torch."""
         blocks = [self._model.module(self._model.family.block(below)) for below in range(layer)]
         return tuple(parameter._version for block in blocks for parameter in block.parameters())
 

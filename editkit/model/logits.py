@@ -1,17 +1,17 @@
-"""What a search reads off the vocabulary: log-probabilities of tokens, and a divergence; with a
-pass over the head's weights less.
+"""Log-probabilities of tokens and a KL divergence from hidden states, with one pass over the head's
+weights fewer.
 
-A few rows times a matrix of V x D cost what it takes to fetch the matrix, and a gradient fetches it
-again. But the gradients of these particular readings are means of the matrix's rows under the
-distribution itself, which can be taken along, as in online softmax (Milakov & Gimelshein 2018,
-arXiv 1805.02867): each slice of the matrix is used for both while it is in the cache, and no row of
-V numbers is kept.
+For a few rows, the product with the V x D matrix of the head costs as much as reading the matrix,
+and the gradient reads it again. The gradients of these values are means of the matrix's rows under
+the predicted distribution. They can be accumulated as in online softmax (Milakov & Gimelshein 2018,
+arXiv 1805.02867). Each slice of the matrix serves both computations while it is in the CPU cache,
+and no row of V weights is kept.
 
-    d log p(t) / dh      = w_t - E_p[w]                                p = softmax(l), l_v = w_v . h + b_v
-    d KL(p || q) / dh    = E_p[(l - log q) w] - E_p[l - log q] E_p[w]
+    d log p(t) / dh      = w_t - E_p[w]                                p = softmax(l), l_v = w_v . h
+    + b_v d KL(p || q) / dh    = E_p[(l - log q) w] - E_p[l - log q] E_p[w]
 
-Shape letters: K rows with a token, N rows with a divergence, M = K + N, D width, V vocabulary, S a
-slice of it.
+Shape letters: K rows with a token, N rows with a divergence, M = K + N, D width, V vocabulary, S
+slice of the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from editkit.lazy import torch
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-SLICE_BYTES = 1 << 22  # of the head's weights: what a CPU's cache holds beside the rest
+SLICE_BYTES = 1 << 22  # of the head's weights: fits into a CPU cache together with the other data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Readings:
-    """At least float32. Gradients flow through the first two."""
+    """Values of at least float32. Gradients flow through `log_p_K` and `kl_N`."""
 
     log_p_K: torch.Tensor
     kl_N: torch.Tensor
-    log_p_NV: torch.Tensor  # what a later divergence may be measured from
+    log_p_NV: torch.Tensor  # detached; a later divergence may be measured from it
 
 
 def read(
@@ -42,8 +42,9 @@ def read(
     ids_K: torch.Tensor,
     before_NV: torch.Tensor | None,
 ) -> Readings:
-    """log p of a token in each of the first K rows, and KL(p || before) in the other N; 0 where
-    nothing was before.
+    """log p of a token in each of the first K rows, and KL(p || before) in the other N rows.
+
+    The divergence is 0 if `before_NV` is None.
     """
     logits_MV = model.hidden_to_logits(hidden_MD)
     log_p_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)).log_softmax(dim=-1)
@@ -70,10 +71,10 @@ def read_sliced(
     ids_K: torch.Tensor,
     before_NV: torch.Tensor | None,
 ) -> Readings:
-    """The same, to rounding; the gradients come with it.
+    """The values of `read` to rounding, with the gradients computed in the same pass.
 
-    Where that does not pay or would not be exact (a GPU, half precision, a head that is more than a
-    matrix), it is `read`.
+    It calls `read` itself on a GPU, in half precision, or if the head is more than a matrix, where
+    the slices would not save time or would not be exact.
     """
     head = model.network.get_output_embeddings()
     is_matrix = (
@@ -87,13 +88,13 @@ def read_sliced(
     ):
         return read(model, hidden_MD, ids_K, before_NV)
     with torch.no_grad():
-        found, gradient_MD = _sliced(head.weight, head.bias, hidden_MD.detach(), ids_K, before_NV)
-    # Adds exactly zero, with the gradient that is known.
+        values, gradient_MD = _sliced(head.weight, head.bias, hidden_MD.detach(), ids_K, before_NV)
+    # Adds exactly zero, and carries the gradient computed above.
     slope_M = ((hidden_MD - hidden_MD.detach()) * gradient_MD).sum(dim=1)
     return Readings(
-        log_p_K=found.log_p_K + slope_M[: len(ids_K)],
-        kl_N=found.kl_N + slope_M[len(ids_K) :],
-        log_p_NV=found.log_p_NV,
+        log_p_K=values.log_p_K + slope_M[: len(ids_K)],
+        kl_N=values.kl_N + slope_M[len(ids_K) :],
+        log_p_NV=values.log_p_NV,
     )
 
 
@@ -104,12 +105,13 @@ def _sliced(
     ids_K: torch.Tensor,
     before_NV: torch.Tensor | None,
 ) -> tuple[Readings, torch.Tensor]:
+    """The values without a graph, and the gradient of each row's value by its hidden state."""
     num_tokens, (num_rows, width) = len(ids_K), hidden_MD.shape
     num_words = len(weight_VD)
     has_kl = before_NV is not None
     top_M = hidden_MD.new_full((num_rows,), -torch.inf)
-    # Sums of exp(l - top) times 1 and w; for the last N also times (l - log q), from a reference so
-    # that nothing large cancels.
+    # Sums of exp(l - top) times 1 and w. The last N rows also need sums times (l - log q), measured
+    # from a reference so that no large terms cancel.
     mass_M, mean_MD = hidden_MD.new_zeros(num_rows), hidden_MD.new_zeros(num_rows, width)
     excess_N, tilt_ND = (
         hidden_MD.new_zeros(num_rows - num_tokens),
@@ -151,9 +153,9 @@ def _sliced(
     gradient_MD = torch.cat(
         [own_KD - mean_MD[:num_tokens], tilt_ND - excess_N[:, None] * mean_MD[num_tokens:]]
     )
-    found = Readings(
+    values = Readings(
         log_p_K=logit_K - log_mass_M[:num_tokens],
         kl_N=kl_N,
         log_p_NV=logits_NV.sub_(log_mass_M[num_tokens:, None]),
     )
-    return found, gradient_MD
+    return values, gradient_MD

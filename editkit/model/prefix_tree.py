@@ -1,9 +1,9 @@
-"""Token sequences as trees: what several begin with is run once.
+"""Token sequences as prefix trees, so that common prefixes run once.
 
-A tree is one row of a batch. Its tokens stand one behind another, each sees its own ancestors alone
-(a mask instead of the causal one) and has the position that it has in its sequence. So the hidden
-states are those of the sequences run one by one, up to rounding, and there is next to no padding:
-CounterFact's first 1,000 records need 26 % fewer tokens than their different sequences have.
+A tree is one row of a batch. A mask replaces the causal one: each token attends only to its
+ancestors, and it has its position in its own sequence. The hidden states therefore equal those of
+separate sequences up to rounding. A batch of trees has little padding. CounterFact's first 1,000
+records need 26 % fewer tokens than their distinct sequences have.
 
 Shape letters: B trees, T tokens (padded).
 """
@@ -25,16 +25,16 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """The tokens `start` to `stop` of a tree: they follow one another, and the last of `stem`."""
+    """Consecutive tokens `start` to `stop` of a tree. They follow the last token of `stem`."""
 
-    stem: tuple[int, ...]  # places of their ancestors, from the root on
+    stem: tuple[int, ...]  # indices of their ancestors, from the root on
     start: int
     stop: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """Some sequences; `paths` has for each the places of its tokens in the tree."""
+    """Some sequences. `paths` holds, for each sequence, the indices of its tokens in the tree."""
 
     ids: Ids
     positions: tuple[int, ...]
@@ -45,9 +45,9 @@ class Tree:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TreeBatch(PromptBatch):
-    """Trees side by side, to be run like any other batch; `first_B` is 0."""
+    """A batch of trees, run like any other batch; `first_B` is 0."""
 
-    mask_B1TT: torch.Tensor  # 0 where a token may look, the dtype's lowest number elsewhere
+    mask_B1TT: torch.Tensor  # 0 where a token attends, the dtype's lowest number elsewhere
 
     @property
     def arguments(self) -> dict[str, torch.Tensor]:
@@ -58,18 +58,17 @@ class TreeBatch(PromptBatch):
         }
 
 
-def grow(sequences: Sequence[Ids], *, limit: int) -> list[Tree]:
-    """The different sequences as trees of at most `limit` tokens, the largest first; a longer
-    sequence is a tree by itself.
+def build_trees(sequences: Sequence[Ids], *, limit: int) -> list[Tree]:
+    """The distinct sequences as trees of at most `limit` tokens, the largest tree first.
 
-    A sequence that begins another one lies inside it, whatever the limit.
+    A longer sequence forms a tree alone. A sequence that is a prefix of another one belongs to the
+    other's path, whatever the limit.
     """
     trees: list[Tree] = []
-    gathered: list[
-        tuple[Ids, list[Ids]]
-    ] = []  # sequences that begin no other one, with those that begin them
-    # In dictionary order whatever begins with a sequence follows right behind it; so seen from the
-    # end it is there already.
+    # Sequences that are no prefix of another one, each with its prefixes among the sequences.
+    gathered: list[tuple[Ids, list[Ids]]] = []
+    # In lexicographic order, a sequence directly precedes all sequences of which it is a prefix. In
+    # reverse order they have already been gathered.
     for ids in sorted(set(sequences), reverse=True):
         if gathered and gathered[-1][0][: len(ids)] == ids:
             gathered[-1][1].append(ids)
@@ -78,12 +77,12 @@ def grow(sequences: Sequence[Ids], *, limit: int) -> list[Tree]:
     chosen: list[tuple[Ids, list[Ids]]] = []
     size = 0
     last: Ids = ()
-    for ids, begun in gathered:
+    for ids, prefixes in gathered:
         new = len(ids) - _common(last, ids)
         if chosen and size + new > limit:
             trees.append(_tree(chosen))
             chosen, size, new = [], 0, len(ids)
-        chosen.append((ids, begun))
+        chosen.append((ids, prefixes))
         size, last = size + new, ids
     if chosen:
         trees.append(_tree(chosen))
@@ -98,20 +97,20 @@ def _tree(chosen: Sequence[tuple[Ids, Sequence[Ids]]]) -> Tree:
     paths: list[tuple[int, ...]] = []
     path: tuple[int, ...] = ()
     last: Ids = ()
-    for ids, begun in chosen:
+    for ids, prefixes in chosen:
         shared = _common(last, ids)
         start, stop = len(tokens), len(tokens) + len(ids) - shared
         branches.append(Branch(path[:shared], start, stop))
         tokens += ids[shared:]
         positions += range(shared, len(ids))
         path, last = (*path[:shared], *range(start, stop)), ids
-        sequences += begun
-        paths += (path[: len(each)] for each in begun)
+        sequences += prefixes
+        paths += (path[: len(prefix)] for prefix in prefixes)
     return Tree(tuple(tokens), tuple(positions), tuple(branches), tuple(sequences), tuple(paths))
 
 
 def _common(left: Ids, right: Ids) -> int:
-    """How many tokens both begin with."""
+    """The length of the common prefix."""
     count = 0
     for one, other in zip(left, right, strict=False):
         if one != other:
@@ -120,30 +119,29 @@ def _common(left: Ids, right: Ids) -> int:
     return count
 
 
-def side_by_side(
+def tree_batch(
     trees: Sequence[Tree], *, device: torch.device | str, dtype: torch.dtype
 ) -> PromptBatch:
-    """The batch; where no tree branches, the plain one that every network takes."""
+    """The trees as one batch. If no tree branches, it is a plain batch with a causal mask."""
     if all(len(tree.branches) == 1 for tree in trees):
         return pad([tree.ids for tree in trees], device=device)
     width = max(len(tree.ids) for tree in trees)
     ids_BT = torch.full((len(trees), width), PADDING_ID)
     positions_BT = torch.zeros_like(ids_BT)
     own_TT = torch.ones(width, width, dtype=torch.bool).tril()
-    sees_BTT = torch.eye(width, dtype=torch.bool).repeat(
-        len(trees), 1, 1
-    )  # so does padding: a softmax over nothing is nan
+    # Padding attends to itself, because a softmax over no token is nan.
+    attends_BTT = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)
     for row, tree in enumerate(trees):
         ids_BT[row, : len(tree.ids)] = torch.tensor(tree.ids)
         positions_BT[row, : len(tree.ids)] = torch.tensor(tree.positions)
         for branch in tree.branches:
             size = branch.stop - branch.start
-            sees_BTT[row, branch.start : branch.stop, list(branch.stem)] = True
-            sees_BTT[row, branch.start : branch.stop, branch.start : branch.stop] = own_TT[
+            attends_BTT[row, branch.start : branch.stop, list(branch.stem)] = True
+            attends_BTT[row, branch.start : branch.stop, branch.start : branch.stop] = own_TT[
                 :size, :size
             ]
-    mask_B1TT = torch.zeros(sees_BTT.shape, dtype=dtype).masked_fill_(
-        ~sees_BTT, torch.finfo(dtype).min
+    mask_B1TT = torch.zeros(attends_BTT.shape, dtype=dtype).masked_fill_(
+        ~attends_BTT, torch.finfo(dtype).min
     )[:, None]
     filled_BT = torch.tensor(
         [[1] * len(tree.ids) + [0] * (width - len(tree.ids)) for tree in trees]
@@ -157,8 +155,8 @@ def side_by_side(
     )
 
 
-def can_branch(model: EditableModel, *, longest: int) -> bool:
-    """Whether the network attends as a mask of our own says, to sequences of up to `longest`
+def supports_trees(model: EditableModel, *, longest: int) -> bool:
+    """Whether the network honours an explicit attention mask for sequences of up to `longest`
     tokens.
     """
     config = model.network.config

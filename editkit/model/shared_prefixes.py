@@ -1,9 +1,9 @@
-"""Beginnings that several sequences have in common: run once for all of them.
+"""Common prefixes of several sequences, which run once for all of them.
 
-The requests of a batch are put behind the same sampled texts; what the network makes of those does
-not depend on what follows.
+The requests of a batch follow the same sampled contexts. The keys and values of a context do not
+depend on the tokens after it.
 
-Shape letters: B sequences, G different beginnings, P their tokens (padded on the left), H heads, E
+Shape letters: B sequences, G distinct prefixes, P their tokens (padded on the left), H heads, E
 head width.
 """
 
@@ -21,16 +21,16 @@ from editkit.model.tokens import pad
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-LEAST_TOKENS = 64  # saved: for fewer an extra pass does not pay
+LEAST_TOKENS = 64  # an extra pass must save at least this many tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Shared:
-    """The common beginnings of some sequences, and what the network made of them."""
+class SharedPrefixes:
+    """The common prefixes of some sequences with their keys and values."""
 
-    lengths: tuple[int, ...]  # by sequence, in tokens; 0: nothing is shared
+    lengths: tuple[int, ...]  # by sequence, in tokens; 0 without a shared prefix
     mask_BP: torch.Tensor
-    own_B: torch.Tensor  # which beginning is a sequence's
+    own_B: torch.Tensor  # by sequence, the index of its prefix
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # keys and values of each, (G, H, P, E)
 
     @property
@@ -38,39 +38,39 @@ class Shared:
         return self.mask_BP.shape[1]
 
     def keys_and_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, H, P, E) each."""
+        """Keys and values of a layer, (B, H, P, E) each."""
         keys_GHPE, values_GHPE = self.layers[layer]
         own_B = self.own_B.to(keys_GHPE.device)  # a layer may lie on another device
         return keys_GHPE[own_B], values_GHPE[own_B]
 
 
-def share(
+def share_prefixes(
     model: EditableModel,
     sequences: Sequence[Sequence[int]],
     limits: Sequence[int],
     groups: Sequence[Hashable] | None,
-) -> Shared | None:
-    """Runs what the sequences of each group have in common, if that pays; at most `limits` tokens
-    of a sequence.
+) -> SharedPrefixes | None:
+    """Runs the common prefix of each group of sequences; None if that saves too few tokens.
+
+    A shared prefix has at most `limits` tokens, by sequence.
     """
     lengths = (
         common_lengths(sequences, limits, groups) if groups is not None else [0] * len(sequences)
     )
-    beginnings = {
+    prefixes = {
         tuple(ids[:length]): None for ids, length in zip(sequences, lengths, strict=True) if length
     }
-    if sum(lengths) - sum(map(len, beginnings)) < LEAST_TOKENS:
+    if sum(lengths) - sum(map(len, prefixes)) < LEAST_TOKENS:
         return None
     from transformers import DynamicCache
 
-    batch, cache = pad(list(beginnings), device=model.device, side="left"), DynamicCache()
+    batch, cache = pad(list(prefixes), device=model.device, side="left"), DynamicCache()
     sparse = sparse_modules(model, range(model.num_layers), batch.mask_BT.cpu().bool())
-    stop = capture(
-        model, inputs=[model.family.mlp(model.num_layers - 1)]
-    )  # by then all keys and values are known
+    # The pass stops at the last MLP, when all keys and values are known.
+    stop = capture(model, inputs=[model.family.mlp(model.num_layers - 1)])
     with torch.no_grad(), stop, at_tokens(sparse):
         model.module(model.family.base)(**batch.arguments, past_key_values=cache, use_cache=True)
-    places = {ids: place for place, ids in enumerate(beginnings)}
+    places = {ids: place for place, ids in enumerate(prefixes)}
     own_B = torch.tensor(
         [
             places.get(tuple(ids[:length]), 0)
@@ -80,7 +80,7 @@ def share(
     )
     has_any_B1 = torch.tensor(lengths, device=model.device)[:, None] > 0
     layers: Any = cache.layers
-    return Shared(
+    return SharedPrefixes(
         lengths=tuple(lengths),
         mask_BP=batch.mask_BT[own_B] * has_any_B1,
         own_B=own_B,
@@ -91,13 +91,13 @@ def share(
 def common_lengths(
     sequences: Sequence[Sequence[int]], limits: Sequence[int], groups: Sequence[Hashable]
 ) -> list[int]:
-    """By sequence, how many tokens at its beginning it has in common with all of its group; never
-    more than any of their limits.
+    """By sequence, the length of the common prefix of its group, at most the smallest limit in the
+    group.
     """
     members: dict[Hashable, list[int]] = {}
     for place, group in enumerate(groups):
         members.setdefault(group, []).append(place)
-    found = [0] * len(sequences)
+    lengths = [0] * len(sequences)
     for places in members.values():
         if len(places) > 1:
             longest = min(limits[place] for place in places)
@@ -106,5 +106,5 @@ def common_lengths(
                 (index for index, column in enumerate(columns) if len(set(column)) > 1), longest
             )
             for place in places:
-                found[place] = same
-    return found
+                lengths[place] = same
+    return lengths

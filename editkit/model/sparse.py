@@ -1,11 +1,10 @@
-"""Running what acts on each token alone (linear layers, MLPs) at chosen tokens only; nothing reads
-the others.
+"""Linear layers and MLPs that run only at the tokens whose results are read.
 
-Sequences side by side have padding, and of a last block's outputs few are read. Attention mixes
-tokens and keeps its rectangle; most of a network's arithmetic does not, and is done here for the
-tokens that count.
+A batch contains padding, and few outputs of a last block are read. Attention mixes tokens and needs
+the full rectangle. Linear layers and MLPs, most of a network's arithmetic, act on each token
+separately and can leave tokens out.
 
-Shape letters: B rows, T tokens (padded), M chosen tokens, X and Y widths.
+Shape letters: B rows, T tokens (padded), M chosen tokens, X and Y input and output width.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 
-# up to here a GPU's time hardly depends on their number: reading the weights is what takes it
+# Up to this number of tokens a GPU's time hardly depends on it: reading the weights dominates.
 FEW_TOKENS = 256
 
 
@@ -32,11 +31,12 @@ def sparse_modules(
     read_layer: int = -1,
     is_read_BT: torch.Tensor | None = None,
 ) -> dict[Any, torch.Tensor]:
-    """The modules of these blocks that can leave tokens out, each with the tokens at which it has
-    to run: what `at_tokens` takes.
+    """The modules of these blocks that can leave tokens out, with the tokens at which each must
+    run: the argument of `at_tokens`.
 
-    All run at the tokens that `is_token_BT` (on the CPU) marks, but the MLP of `read_layer` where
-    `is_read_BT` does.
+    Args:
+        is_token_BT: marks all tokens that are not padding; on the CPU.
+        read_layer: a layer whose MLP runs only at the tokens that `is_read_BT` marks.
     """
     if model.device.type == "cuda" and is_token_BT.numel() <= FEW_TOKENS:
         return {}
@@ -44,20 +44,22 @@ def sparse_modules(
         mask_BT.flatten().nonzero()[:, 0].to(model.device)
         for mask_BT in (is_token_BT, is_token_BT if is_read_BT is None else is_read_BT)
     )
-    found: dict[Any, torch.Tensor] = {}
+    tokens_by_module: dict[Any, torch.Tensor] = {}
     for layer in layers:
         mlp, others = tokenwise_modules(model, layer)
-        found |= {model.module(name): token_M for name in others}
-        found[model.module(mlp)] = read_M if layer == read_layer else token_M
+        tokens_by_module |= {model.module(name): token_M for name in others}
+        tokens_by_module[model.module(mlp)] = read_M if layer == read_layer else token_M
     return {
         module: tokens_M
-        for module, tokens_M in found.items()
+        for module, tokens_M in tokens_by_module.items()
         if len(tokens_M) < is_token_BT.numel()
     }
 
 
 def tokenwise_modules(model: EditableModel, layer: int) -> tuple[str, tuple[str, ...]]:
-    """The MLP of a block, and its linear layers outside the MLP: those of the attention."""
+    """The MLP of a block, and the block's linear layers outside the MLP (those of its
+    attention).
+    """
     from transformers.pytorch_utils import Conv1D
 
     block, mlp = model.family.block(layer), model.family.mlp(layer)
@@ -73,15 +75,16 @@ def tokenwise_modules(model: EditableModel, layer: int) -> tuple[str, tuple[str,
 
 @contextlib.contextmanager
 def at_tokens(tokens_by_module: Mapping[Any, torch.Tensor]) -> Iterator[None]:
-    """Inside, each of these modules is given (1, M, X), the tokens of its (B, T, X) that count, and
-    gives zeros for the others.
+    """Runs each of these modules only at the chosen tokens of its input; other tokens get zeros.
 
-    `tokens_by_module` holds indices into B x T, each once. A module maps (B, T, X) to (B, T, Y),
-    each token by itself. Gradients flow.
+    A module must map (B, T, X) to (B, T, Y) for each token separately. It gets the chosen tokens as
+    (1, M, X). Gradients flow.
+
+    Args:
+        tokens_by_module: distinct indices into the flattened B x T tokens.
     """
-    former = {
-        module: vars(module).get("forward") for module in tokens_by_module
-    }  # accelerate, too, sets it on the instance
+    # accelerate also sets `forward` on the instance.
+    former = {module: vars(module).get("forward") for module in tokens_by_module}
     try:
         for module, tokens_M in tokens_by_module.items():
             module.forward = _at(module.forward, tokens_M)
@@ -99,13 +102,13 @@ def _at(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     def sparse(hidden_BTX: torch.Tensor) -> torch.Tensor:
         shape_BT = hidden_BTX.shape[:2]
-        found_MY = forward(
+        output_MY = forward(
             hidden_BTX.flatten(0, 1).index_select(0, tokens_M.to(hidden_BTX.device))[None]
         )[0]
-        places_M = tokens_M.to(found_MY.device)  # a module may lie on another device
+        places_M = tokens_M.to(output_MY.device)  # a module may lie on another device
         result: torch.Tensor = (
-            found_MY.new_zeros(shape_BT.numel(), found_MY.shape[-1])
-            .index_copy(0, places_M, found_MY)
+            output_MY.new_zeros(shape_BT.numel(), output_MY.shape[-1])
+            .index_copy(0, places_M, output_MY)
             .unflatten(0, shape_BT)
         )
         return result

@@ -18,7 +18,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from editkit.lazy import torch
-from editkit.model import cached_suffix as continuation
+from editkit.model import cached_suffix
 from editkit.model.capture import add_to_output, capture
 from editkit.model.logits import read, read_sliced
 from editkit.model.tokens import PromptBatch, pad
@@ -85,23 +85,23 @@ class ContinuedForward:
     """The same function of delta, to rounding, at a site of the continuation's layer."""
 
     requests: tuple[Sequences, ...]
-    continuation: continuation.Continuation
+    suffix: cached_suffix.CachedSuffix
     owner_B: torch.Tensor
     columns_M: torch.Tensor  # of what is wanted, counted from the subject's last token
     wanted: Wanted
 
     def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> Seen:
-        hidden_BSD = self.continuation.hidden_BSD
+        hidden_BSD = self.suffix.hidden_BSD
         moved_B1D = hidden_BSD[:, :1] + delta_NO[self.owner_B].to(hidden_BSD)[:, None]
-        final_BSD = self.continuation.run(torch.cat([moved_B1D, hidden_BSD[:, 1:]], dim=1))
+        final_BSD = self.suffix.run(torch.cat([moved_B1D, hidden_BSD[:, 1:]], dim=1))
         final_MD = final_BSD[self.wanted.rows_M, self.columns_M]
-        found = read_sliced(self.continuation.model, final_MD, self.wanted.ids_K, before_NV)
+        found = read_sliced(self.suffix.model, final_MD, self.wanted.ids_K, before_NV)
         return Seen(self.wanted.means(found.log_p_K), found.kl_N, found.log_p_NV)
 
     def only(self, kept: Sequence[int]) -> ContinuedForward:
         first = [0, *accumulate(len(sequences.ids) for sequences in self.requests)]
         rows = [row for index in kept for row in range(first[index], first[index + 1])]
-        return _continued([self.requests[index] for index in kept], self.continuation.only(rows))
+        return _continued([self.requests[index] for index in kept], self.suffix.only(rows))
 
 
 def continued_layer(model: EditableModel, site: str, sequences: Sequences) -> int | None:
@@ -111,7 +111,7 @@ def continued_layer(model: EditableModel, site: str, sequences: Sequences) -> in
     That is so where the site is neither a block nor an MLP whose output is added to the residual
     stream as it is, and where a sliding window is shorter than the sequences.
     """
-    if not continuation.can_continue(model, max(map(len, sequences.ids))):
+    if not cached_suffix.supports_caching(model, max(map(len, sequences.ids))):
         return None
     for layer in range(model.num_layers):
         if site == model.family.block(layer) or (
@@ -127,7 +127,7 @@ def continued_forward(
     """The function of delta, and what the site gives for the clean prompts: (N, O), at least
     float32. The lower blocks run here, once.
     """
-    prepared = continuation.prepare(
+    prepared = cached_suffix.prepare(
         model,
         layer,
         [ids for sequences in requests for ids in sequences.ids],
@@ -148,7 +148,7 @@ def continued_forward(
 
 
 def _continued(
-    requests: Sequence[Sequences], prepared: continuation.Continuation
+    requests: Sequence[Sequences], prepared: cached_suffix.CachedSuffix
 ) -> ContinuedForward:
     device = prepared.model.device
     found = wanted(requests, device=device)
@@ -157,7 +157,7 @@ def _continued(
     )
     return ContinuedForward(
         requests=tuple(requests),
-        continuation=prepared,
+        suffix=prepared,
         owner_B=_owners(requests, device),
         columns_M=found.positions_M - sites_B[found.rows_M],
         wanted=found,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
 from editkit.model.capture import capture
-from editkit.model.layerwise import Ascent
+from editkit.model.layerwise import LayerwiseForward
 from editkit.model.tokens import pad
 from editkit.targets.sequences import locate
 from editkit.types import EditRequest
@@ -52,24 +52,24 @@ def subject_texts(
     )
 
 
-def layerwise(model: EditableModel, texts: Sequence[Sequence[Text]]) -> Ascent:
+def layerwise(model: EditableModel, texts: Sequence[Sequence[Text]]) -> LayerwiseForward:
     """All texts, request by request, in passes that hold whole requests."""
     num_contexts = len(texts[0])
     rows_at_once = max(ROWS_AT_ONCE // num_contexts, 1) * num_contexts
-    return Ascent(
+    return LayerwiseForward(
         model, [text for of_request in texts for text in of_request], rows_at_once=rows_at_once
     )
 
 
-def average_keys(ascent: Ascent, layer: int, weights: Sequence[float]) -> torch.Tensor:
+def average_keys(forward: LayerwiseForward, layer: int, weights: Sequence[float]) -> torch.Tensor:
     """(I, N) float64: the inputs of a layer's down projection at the end of each request's texts,
     averaged with the contexts' weights.
     """
-    keys_MI = ascent.keys(layer)
+    keys_MI = forward.keys(layer)
     weights_C = torch.tensor(weights, dtype=torch.float64, device=keys_MI.device)
     return torch.einsum("nci,c->in", keys_MI.double().unflatten(0, (-1, len(weights))), weights_C)
 
 
-def clean_outputs(ascent: Ascent, layer: int, num_contexts: int) -> torch.Tensor:
+def clean_outputs(forward: LayerwiseForward, layer: int, num_contexts: int) -> torch.Tensor:
     """(O, N) float32: the output of a block at the end of each request's bare prompt."""
-    return ascent.every(num_contexts).outputs(layer).float().T
+    return forward.every(num_contexts).outputs(layer).float().T

@@ -1,4 +1,4 @@
-"""Going on from a block and a token gives what the whole network gives, and the same gradients."""
+"""A cached suffix gives the hidden states and gradients of the whole network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from editkit.model import shared_prefixes as prefixes
-from editkit.model.cached_suffix import can_continue, prepare
+from editkit.model.cached_suffix import prepare, supports_caching
 from editkit.model.capture import add_to_output
 from editkit.model.editable import EditableModel
 from editkit.model.families import family_of
@@ -15,11 +15,11 @@ from tests.model.test_families import SIZES
 from tests.support.helpers import KINDS, Kind, tiny_model, tiny_tokenizer
 
 
-def whole_and_continued(
+def whole_and_cached(
     kind: Kind, dtype: str, layer: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Hidden states from the start on of each sequence, and the gradient of a weighted sum of them
-    with respect to what was added.
+    """The hidden states of each sequence from its start on, and the gradient of their weighted sum
+    with respect to the added vectors.
     """
     model = tiny_model(kind, dtype=dtype, num_layers=4)
     generator = torch.Generator().manual_seed(5)
@@ -39,44 +39,43 @@ def whole_and_continued(
         for row, (ids, start) in enumerate(zip(sequences, starts, strict=True))
     ]
 
-    continuation = prepare(model, layer, sequences, starts)
-    for _ in range(2):  # a step leaves nothing behind for the next
-        moved_BSD = continuation.hidden_BSD.clone()
+    suffix = prepare(model, layer, sequences, starts)
+    for _ in range(2):  # a step must not change the next one
+        moved_BSD = suffix.hidden_BSD.clone()
         moved_BSD[:, 0] += delta_BD
-        final_BSD = continuation.run(moved_BSD)
+        final_BSD = suffix.run(moved_BSD)
     ours = [
         final_BSD[row, : len(ids) - start]
         for row, (ids, start) in enumerate(zip(sequences, starts, strict=True))
     ]
-    for found in (plain, ours):
+    for states in (plain, ours):
         weights = [
             torch.linspace(-1.0, 2.0, part.numel(), dtype=part.dtype).reshape(part.shape)
-            for part in found
+            for part in states
         ]
         (gradient_BD,) = torch.autograd.grad(
             torch.stack(
-                [(part * each).sum() for part, each in zip(found, weights, strict=True)]
+                [(part * weight).sum() for part, weight in zip(states, weights, strict=True)]
             ).sum(),
             delta_BD,
         )
-        found.append(gradient_BD)
+        states.append(gradient_BD)
     return plain, ours
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_continuation_equals_the_whole_network(kind: Kind, layer: int) -> None:
-    exact = (
-        1e-7 if kind == "gptj" else 1e-12
-    )  # GPT-J's attention computes in float32 whatever its weights are
+def test_a_cached_suffix_equals_the_whole_network(kind: Kind, layer: int) -> None:
+    # GPT-J's attention computes in float32 even with float64 weights.
+    exact = 1e-7 if kind == "gptj" else 1e-12
     for tolerance, dtype in ((1e-5, "float32"), (exact, "float64")):
-        for plain, ours in zip(*whole_and_continued(kind, dtype, layer), strict=True):
+        for plain, ours in zip(*whole_and_cached(kind, dtype, layer), strict=True):
             assert torch.linalg.norm(plain - ours) <= tolerance * torch.linalg.norm(plain)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_sequences_begin_with_alike_is_run_once_and_nothing_changes(
+def test_shared_prefixes_run_once_without_changing_results(
     monkeypatch: pytest.MonkeyPatch, kind: Kind, layer: int
 ) -> None:
     monkeypatch.setattr(prefixes, "LEAST_TOKENS", 1)
@@ -86,8 +85,8 @@ def test_what_sequences_begin_with_alike_is_run_once_and_nothing_changes(
         tuple(torch.randint(5, 60, (length,), generator=generator).tolist())
         for length in (6, 3, 5, 4, 2, 7, 3)
     ]
-    # Two groups with beginnings of six and three tokens, a sequence alone in its group, and two
-    # that have nothing in common.
+    # Two groups with common prefixes of six and three tokens, a sequence alone in its group, and
+    # two without a common prefix.
     sequences = [
         drawn[0] + drawn[2],
         drawn[1] + drawn[3],
@@ -106,10 +105,10 @@ def test_what_sequences_begin_with_alike_is_run_once_and_nothing_changes(
     kept = [5, 2, 3]
     pairs = [(plain, ours, range(7)), (plain.only(kept), ours.only(kept), kept)]
     for whole, sharing, rows in pairs:
-        found = [each.run(each.hidden_BSD + 0.1) for each in (whole, sharing)]
+        finals = [suffix.run(suffix.hidden_BSD + 0.1) for suffix in (whole, sharing)]
         for place, row in enumerate(rows):
             length = len(sequences[row]) - starts[row]
-            one, other = (each[place, :length] for each in found)
+            one, other = (final_BSD[place, :length] for final_BSD in finals)
             assert torch.linalg.norm(one - other) <= (
                 1e-6 if kind == "gptj" else 1e-12
             ) * torch.linalg.norm(one)
@@ -118,31 +117,29 @@ def test_what_sequences_begin_with_alike_is_run_once_and_nothing_changes(
     )
 
 
-def test_a_sliding_window_shorter_than_the_text_cannot_be_gone_on_with() -> None:
+def test_a_sliding_window_shorter_than_the_text_does_not_support_caching() -> None:
     model = tiny_model("llama")
-    assert can_continue(model, 10_000)
+    assert supports_caching(model, 10_000)
     model.network.config.sliding_window = 8
-    assert can_continue(model, 8) and not can_continue(model, 9)
+    assert supports_caching(model, 8) and not supports_caching(model, 9)
     model.network.config.use_sliding_window = False
-    assert can_continue(model, 9)
+    assert supports_caching(model, 9)
 
 
-def test_the_network_is_whole_again_afterwards() -> None:
+def test_the_network_is_restored_afterwards() -> None:
     model = tiny_model("gpt2")
-    continuation = prepare(model, 1, [(3, 4, 5, 6)], [2])
-    continuation.run(continuation.hidden_BSD)
+    suffix = prepare(model, 1, [(3, 4, 5, 6)], [2])
+    suffix.run(suffix.hidden_BSD)
     with pytest.raises(RuntimeError):
-        continuation.run(
-            continuation.hidden_BSD[:, :, :-1]
-        )  # a wrong width fails inside the network
+        suffix.run(suffix.hidden_BSD[:, :, :-1])  # a wrong width fails inside the network
     assert model.num_layers == len(model.network.transformer.h)
 
 
 @pytest.mark.parametrize(
     "model_type", ["gemma2", "gemma3_text", "mistral", "qwen2", "qwen3", "gpt_neox"]
 )
-def test_every_family_can_be_gone_on_with_and_layers_keep_their_kind(model_type: str) -> None:
-    # Gemma 3's layers differ in their rotary base: a block must not be taken for one further down.
+def test_every_family_supports_caching_and_layers_keep_their_kind(model_type: str) -> None:
+    # Gemma 3's layers differ in their rotary base, so a block must keep its own layer type.
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(model_type, **SIZES | {"num_hidden_layers": 7})
@@ -157,8 +154,8 @@ def test_every_family_can_be_gone_on_with_and_layers_keep_their_kind(model_type:
         batch = pad(sequences)
         with torch.no_grad():
             whole_BTD = model.final_hidden(batch)
-            continuation = prepare(model, layer, sequences, starts)
-            ours_BSD = continuation.run(continuation.hidden_BSD)
+            suffix = prepare(model, layer, sequences, starts)
+            ours_BSD = suffix.run(suffix.hidden_BSD)
             for row, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
                 torch.testing.assert_close(
                     ours_BSD[row, : len(ids) - start],

@@ -173,7 +173,9 @@ def test_a_contexts_length_counts_its_start_token(model: EditableModel) -> None:
 
 @pytest.mark.parametrize("lengths", [[(1, 2)], [(5, -1)]])
 def test_impossible_context_lengths_are_refused(lengths: Any) -> None:
-    with pytest.raises(ConfigError, match="tokens must be at least 2"):
+    with pytest.raises(
+        ConfigError, match=r"editor\.context_lengths: .* expected at least 2 tokens"
+    ):
         sample_contexts(tiny_model("gpt2"), lengths=lengths, generator=seeded())
 
 

@@ -1,4 +1,4 @@
-"""Reading the vocabulary slice by slice gives what reading it whole gives, and its gradients."""
+"""Sliced passes over the vocabulary give the values and gradients of a whole pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from editkit.model import logits as head
+from editkit.model import logits
 from editkit.model.logits import divergence, read, read_sliced
 from tests.support.helpers import KINDS, Kind, tiny_model
 
@@ -30,10 +30,10 @@ def rows(
 @pytest.mark.parametrize("scale", [0.1, 3.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_slices_give_what_the_whole_gives(
+def test_slices_give_the_values_and_gradients_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, kind: Kind, dtype: str, scale: float, slice_bytes: int
 ) -> None:
-    monkeypatch.setattr(head, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(logits, "SLICE_BYTES", slice_bytes)
     model, hidden_MD, ids_K, before_NV = rows(kind, dtype, scale)
     if kind == "gptj":  # its head has a bias
         with torch.no_grad():
@@ -52,27 +52,27 @@ def test_slices_give_what_the_whole_gives(
         weights = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.7, -1.5])
         gradients = [
             torch.autograd.grad(
-                (found.log_p_K * weights[0]).sum() + (found.kl_N * weights[1]).sum(), given
+                (values.log_p_K * weights[0]).sum() + (values.kl_N * weights[1]).sum(), inputs_MD
             )[0]
-            for found, given in ((whole, whole_MD), (sliced, sliced_MD))
+            for values, inputs_MD in ((whole, whole_MD), (sliced, sliced_MD))
         ]
         assert torch.linalg.norm(gradients[0] - gradients[1]) <= tolerance * torch.linalg.norm(
             gradients[0]
         )
 
 
-def test_a_divergence_from_itself_is_nothing_even_where_logits_are_large() -> None:
+def test_a_divergence_from_itself_is_zero_even_with_large_logits() -> None:
     model, hidden_MD, ids_K, _ = rows("gpt2", "float32", 30.0)
     before_NV = read(model, hidden_MD, ids_K, None).log_p_NV
     moved_MD = hidden_MD.clone().requires_grad_()
-    found = read_sliced(model, moved_MD, ids_K, before_NV)
-    assert float(found.kl_N.detach().abs().max()) < 1e-5
-    (gradient_MD,) = torch.autograd.grad(found.kl_N.sum(), moved_MD)
+    values = read_sliced(model, moved_MD, ids_K, before_NV)
+    assert float(values.kl_N.detach().abs().max()) < 1e-5
+    (gradient_MD,) = torch.autograd.grad(values.kl_N.sum(), moved_MD)
     assert float(gradient_MD.abs().max()) < 1e-5
-    assert float(divergence(found.log_p_NV, before_NV).abs().max()) < 1e-5
+    assert float(divergence(values.log_p_NV, before_NV).abs().max()) < 1e-5
 
 
-def test_what_is_no_plain_matrix_is_read_whole() -> None:
+def test_a_head_that_is_no_plain_matrix_is_read_whole() -> None:
     for dtype, cap in (("bfloat16", None), ("float32", 2.0)):
         model, hidden_MD, ids_K, before_NV = rows("llama", dtype, 1.0)
         model.network.config.final_logit_softcapping = cap
@@ -83,9 +83,9 @@ def test_what_is_no_plain_matrix_is_read_whole() -> None:
         assert torch.equal(whole.log_p_K, sliced.log_p_K) and torch.equal(whole.kl_N, sliced.kl_N)
 
 
-def test_a_row_that_is_no_number_touches_no_other() -> None:
+def test_a_nonfinite_row_does_not_affect_other_rows() -> None:
     model, hidden_MD, ids_K, before_NV = rows("gpt2", "float32", 1.0)
-    sound = read_sliced(model, hidden_MD, ids_K, before_NV)
+    intact = read_sliced(model, hidden_MD, ids_K, before_NV)
     hidden_MD[1], hidden_MD[4] = torch.nan, torch.inf
     broken = read_sliced(model, hidden_MD, ids_K, before_NV)
     assert broken.log_p_K.isfinite().tolist() == [
@@ -94,6 +94,6 @@ def test_a_row_that_is_no_number_touches_no_other() -> None:
         True,
         True,
     ] and broken.kl_N.isfinite().tolist() == [False, True]
-    assert torch.equal(sound.log_p_K[[0, 2, 3]], broken.log_p_K[[0, 2, 3]]) and torch.equal(
-        sound.kl_N[1], broken.kl_N[1]
+    assert torch.equal(intact.log_p_K[[0, 2, 3]], broken.log_p_K[[0, 2, 3]]) and torch.equal(
+        intact.kl_N[1], broken.kl_N[1]
     )

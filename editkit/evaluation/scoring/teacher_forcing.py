@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.model.prefix_tree import Ids, Tree, can_branch, grow, side_by_side
+from editkit.model.prefix_tree import Ids, Tree, build_trees, supports_trees, tree_batch
 from editkit.model.tokens import TargetSequence, encode_with_targets
 from editkit.types import Probe
 
@@ -158,10 +158,10 @@ def score_sequences(
     answers = _contexts(sequences, max_length=model.max_length)
     largest = (
         min(TOKENS_OF_A_TREE, model.max_length)
-        if can_branch(model, longest=max(map(len, answers), default=0))
+        if supports_trees(model, longest=max(map(len, answers), default=0))
         else 1
     )
-    trees = grow(list(answers), limit=min(largest, tokens_per_batch))
+    trees = build_trees(list(answers), limit=min(largest, tokens_per_batch))
     scores: dict[int, Score] = {}
     done = 0
     while done < len(trees):
@@ -175,7 +175,7 @@ def score_sequences(
                 raise
             tokens_per_batch = max(1, tokens_per_batch // 2)
             left = [ids for tree in trees[done:] for ids in tree.sequences]
-            trees, done = grow(left, limit=min(largest, tokens_per_batch)), 0
+            trees, done = build_trees(left, limit=min(largest, tokens_per_batch)), 0
             continue
         scores.update(found)
         done += len(batch)
@@ -226,7 +226,7 @@ def _run(
         model.device,
     )
     with torch.no_grad():
-        hidden_BTD = model.final_hidden(side_by_side(trees, device=model.device, dtype=model.dtype))
+        hidden_BTD = model.final_hidden(tree_batch(trees, device=model.device, dtype=model.dtype))
         log_probs_M, greedy_M = _read(
             model, hidden_BTD[rows_P, positions_P], places_M, tokens_M, closer
         )
