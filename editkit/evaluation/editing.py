@@ -1,17 +1,19 @@
-"""How well edits took, held, and left alone what they should: one pass of the model for all
-protocols, and what they make of it.
+"""Editing metrics: how well edits took, held, and left alone what they should. One pass of the
+model serves all protocols.
 
-A request's score is the mean over its prompts, a metric the mean over requests (or over prompts,
-`aggregation`). A metric for which no request has a prompt is left out. Beside the metrics over all
-requests there are, marked as such:
+A request's score is the mean over its prompts. A metric is the mean over requests, or over prompts
+(`aggregation`). A metric for which no request has a prompt is omitted. Besides the metrics over all
+requests there are these, marked as such:
 
-blocks            the same for blocks of consecutive edits: how each holds while others follow (D4S, arXiv 2410.02433, Figures 4 and 8)
-succeeded         locality on the requests whose edit took by the same protocol: doing nothing leaves all as it was, and is no merit
-known_before      the metrics on requests that the unedited model passed already, and unknown_before on the others
-immediate         the scores right after each request's own edit
-forgetting        in the metric's name: the mean of what each request has lost since then
+    blocks         the same for blocks of consecutive edits: how each block holds while later edits
+                   follow (D4S, arXiv 2410.23843, Figures 4 and 8)
+    succeeded      locality on the requests whose edit succeeded by the same protocol; an edit that
+                   does nothing leaves everything as it was
+    known_before   the metrics on requests that the unedited model passed; unknown_before, on others
+    immediate      the scores right after each request's own edit
+    forgetting     in the metric's name: the mean of what each request has lost since then
 
-What the unedited model answers is frozen at step 0, and its scores with it.
+The answers of the unedited model are frozen at step 0, and its scores with them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""What edited models write: how varied it is, and how much like texts about the new fact.
+"""Generated texts of edited models: how varied they are, and how similar to texts about the new
+fact.
 
-fluency_bits  (2/3 H_2 + 4/3 H_3) / 2, where H_n is the entropy in bits of the n-grams of the texts of one request (Zhang et al. 2018, arXiv
-              1809.05972; weights of Meng et al. 2022, arXiv 2202.05262). A model that repeats
-              itself falls towards 0. Tables of the literature print a hundred times this.
-consistency   cosine of the TF-IDF vectors of the generated texts and of the references, each taken together (Meng et al. 2022, "reference
-              score"), in [0, 1]. Only where a request has references.
+    fluency_bits   (2/3 H_2 + 4/3 H_3) / 2, with H_n the entropy in bits of the n-grams of one
+                   request's texts (Zhang et al. 2018, arXiv 1809.05972; weights of Meng et al.
+                   2022, arXiv 2202.05262). It falls towards 0 for a model that repeats itself.
+                   Tables of the literature print a hundred times this.
+    consistency    cosine of the TF-IDF vectors of the generated texts and of the references, each
+                   joined (Meng et al. 2022, "reference score"), in [0, 1]. Only for requests with
+                   references.
 
 Texts are sampled from the `top_k` most probable tokens, as in Meng et al.'s code, up to
 `max_tokens` tokens with the prompt; the draws are the same at every milestone. Requests without
@@ -22,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editkit.errors import ConfigError, message
+from editkit.errors import OptionError, message
 from editkit.evaluation.base import AbstractEditEvaluator, Moment, Samples, mean_and_stderr
 from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
 from editkit.lazy import missing_packages, torch
@@ -122,14 +125,14 @@ class Fluency(AbstractEditEvaluator):
             "top_k": (self.top_k, 1),
         }
         problems = [
-            f"evaluation.fluency.{name}: {value} was given; at least {limit} is needed."
+            message(name, "out of range", got=value, expected=f"at least {limit}")
             for name, (value, limit) in least.items()
             if value is not None and value < limit
         ]
         if self.limit != 0 and missing_packages(["nltk"]):
             problems.append(
                 message(
-                    "evaluation.fluency.limit",
+                    "limit",
                     "the entropy of generated texts needs nltk, not installed here",
                     got=self.limit,
                     expected="0",
@@ -137,7 +140,7 @@ class Fluency(AbstractEditEvaluator):
                 )
             )
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
 
     def baseline(
         self, model: EditableModel, requests: Sequence[EditRequest]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, OptionError, message
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.evaluation.scoring.teacher_forcing import LOGITS_AT_ONCE, TOKENS_ON_CPU
 from editkit.lazy import torch
@@ -29,6 +29,7 @@ from editkit.types import EditRequest, Measurement
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
+TEXTS = "a text file, or a folder with *.txt or *.raw files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +45,14 @@ class Perplexity(AbstractEvaluator):
 
     def __post_init__(self) -> None:
         problems = [
-            f"evaluation.perplexity.{name}: {value} was given; at least 2 is needed."
+            message(name, "out of range", got=value, expected="at least 2")
             for name, value in {"max_tokens": self.max_tokens, "window": self.window}.items()
             if value is not None and value < 2
         ]
         if self.path is not None and not self._files():
-            problems.append(
-                f"evaluation.perplexity.path: {self.path} was given; a text file, or a folder "
-                "with *.txt or *.raw files, is needed."
-            )
+            problems.append(message("path", "no text there", got=self.path, expected=TEXTS))
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
 
     def inputs(self, model: EditableModel) -> dict[str, str]:
         """The files' bytes."""
@@ -139,7 +137,11 @@ class Perplexity(AbstractEvaluator):
         windows = [special + ids[start : start + size] for start in range(0, len(ids), size)]
         windows = [window for window in windows if len(window) > max(1, len(special))]
         if not windows:
-            raise ConfigError(f"evaluation.perplexity.path: {self.path} holds no text.")
+            raise ConfigError(
+                message(
+                    "evaluation.perplexity.path", "no text there", got=self.path, expected=TEXTS
+                )
+            )
         return windows, len(special)
 
     def _losses(

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """Each is crossed at the first milestone that is beyond it."""
+    """A model has collapsed at the first milestone beyond a threshold.
 
-    efficacy: float = 0.5  # of each protocol, absolute: below it
-    task: float = 0.5  # of what the unedited model scored: below it
-    perplexity: float = 2.0  # times that of the unedited model: above it
+    Raises:
+        OptionError: a threshold is not positive.
+    """
+
+    efficacy: float = 0.5  # of each protocol: a lower efficacy
+    task: float = 0.5  # share of the unedited model's score: a lower score
+    perplexity: float = 2.0  # times the unedited model's: a higher perplexity
 
     def __post_init__(self) -> None:
         given = {"efficacy": self.efficacy, "task": self.task, "perplexity": self.perplexity}
         problems = [
-            f"evaluation.thresholds.{name}: {value} was given; more than 0 is needed."
+            message(name, "must be positive", got=value)
             for name, value in given.items()
             if not value > 0
         ]
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)

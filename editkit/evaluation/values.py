@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 from editkit.evaluation.base import AbstractEditEvaluator, AbstractSuite, Moment, Samples
 from editkit.lazy import torch
 from editkit.model.editable import EditableModel
@@ -34,12 +34,12 @@ class Values(AbstractSuite, AbstractEditEvaluator):
 
     def __post_init__(self) -> None:
         problems = [
-            f"suite.{key}: {value} was given; at least 1."
+            message(key, "out of range", got=value, expected="at least 1")
             for key, value in (("count", self.count), ("every", self.every))
             if value < 1
         ]
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
 
     def check(self, *, positions: int | None = None) -> None:
         """Needs no data."""

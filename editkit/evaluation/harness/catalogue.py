@@ -88,7 +88,11 @@ def harness_folders(names: Iterable[str]) -> dict[str, Path]:
 def unknown_task(name: str, known: Iterable[str]) -> str:
     """The sentence on a name that no task has."""
     near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.5)
-    return f"suite.tasks: {name!r} is no task. Nearest: {', '.join(near) or 'none'}; `lm_eval ls tasks` lists the harness's."
+    nearest = ", ".join(near) or "none"
+    return (
+        f"suite.tasks: {name!r} is no task. Nearest: {nearest}; `lm_eval ls tasks` lists the "
+        "harness's."
+    )
 
 
 def takes_examples_from_test(option: Callable[[str], Any]) -> bool:
@@ -116,7 +120,10 @@ def no_examples(name: str, shots: int, *, members: Sequence[str] = ()) -> str:
     """
     more = f" and {len(members) - 4} more" if len(members) > 4 else ""
     who = f"{', '.join(members[:4])}{more} have" if members else "the task has"
-    return f"suite.shots.{name}: {shots} was given; {who} no examples apart from the records that are tested: 0."
+    return (
+        f"suite.shots.{name}: {shots} was given; {who} no examples apart from the records that are "
+        "tested: 0."
+    )
 
 
 def room_of(option: Callable[[str], Any]) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, OptionError, message
 from editkit.evaluation.base import AbstractSuite, Samples
 from editkit.evaluation.harness.catalogue import (
     OPTIONS,
@@ -62,9 +62,8 @@ class Suite(AbstractSuite):
 
     name: str  # what records call the suite
     tasks: tuple[str, ...]
-    shots: (
-        dict[str, int] | None
-    )  # task -> examples before each question; others as the task says, or none
+    # By task, the examples before each question; other tasks as their yaml says.
+    shots: dict[str, int] | None
     limit: int | None  # the first so many items of each task; None: all
     seed: int  # of the examples' choice
     data: str | None  # a folder with the data; None: $EDITKIT_DATA, then the hub
@@ -74,27 +73,23 @@ class Suite(AbstractSuite):
     _bench: _Bench = field(default_factory=_Bench, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        given = {
-            key: getattr(self, key)
-            for key in ("limit", "max_new_tokens", "tokens_per_batch", "every")
-        }
-        too_small = {key: value for key, value in given.items() if value is not None and value < 1}
+        keys = ("limit", "max_new_tokens", "tokens_per_batch", "every")
         problems = [
-            f"suite.{key}: {value} was given; at least 1 is needed."
-            for key, value in too_small.items()
+            message(key, "out of range", got=value, expected="at least 1")
+            for key in keys
+            if (value := getattr(self, key)) is not None and value < 1
         ]
         for name, count in (self.shots or {}).items():
             if name not in self.tasks:
-                problems.append(
-                    f"suite.shots: {name} is none of suite.tasks: "
-                    f"{', '.join(self.tasks) or 'none'}."
-                )
+                expected = f"one of the tasks: {', '.join(self.tasks) or 'none'}"
+                problems.append(message("shots", "unknown task", got=name, expected=expected))
             if count < 0:
-                problems.append(f"suite.shots.{name}: {count} was given; at least 0 is needed.")
+                key = f"shots.{name}"
+                problems.append(message(key, "out of range", got=count, expected="at least 0"))
         if repeated := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
-            problems.append(f"suite.tasks: {', '.join(repeated)} is given more than once.")
+            problems.append(message("tasks", "chosen more than once", got=", ".join(repeated)))
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
 
     def check(self, *, positions: int | None = None) -> None:
         """Reads the data of every task; our own need neither the harness nor torch for it."""

@@ -1,15 +1,17 @@
 """The protocol `distribution`: how far the next-token distributions have moved where nothing should
 have changed.
 
-At every position of an answer that must stay (teacher-forced), against the unedited model's
+Every position of an answer that must stay (teacher forcing) is compared with the unedited model's
 distribution, frozen at step 0:
 
-locality_probability  min(1, P_edited / P_base) of the token that the unedited model found most probable
-locality_top<k>       the share of the unedited model's k most probable tokens that still are among the k most probable ones
-locality_kl_nats      KL(base || edited) over the `kept` most probable tokens of the unedited model and all others as one more outcome
+    locality_probability   min(1, P_edited / P_base) of the unedited model's most probable token
+    locality_top<k>        the share of the unedited model's k most probable tokens that are still
+                           among the k most probable ones
+    locality_kl_nats       KL(base || edited) over the `kept` most probable tokens of the unedited
+                           model, with all others as one more outcome
 
-The last is a lower bound of the whole divergence, and equal to it where `kept` is the vocabulary's
-size; its records say so in `variant` ("top64+rest"). Freezing whole distributions would take 1.5 GB
+The last is a lower bound of the full divergence. They are equal if `kept` is the vocabulary's
+size. Its records say so in `variant` ("top64+rest"). Freezing whole distributions would take 1.5 GB
 for 1,000 requests of CounterFact under GPT-2, 64 tokens take 8 MB. A prompt's number is the mean
 over its answer's positions. With no edit the first two are exactly 1 and the last exactly 0.
 """

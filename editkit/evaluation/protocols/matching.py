@@ -1,6 +1,7 @@
-"""Free text against expected answers.
+"""Free text compared with expected answers.
 
-normalise  SQuAD's (Rajpurkar et al. 2016, arXiv 1606.05250): lower case, without punctuation, articles and superfluous blanks
+`normalise` is SQuAD's (Rajpurkar et al. 2016, arXiv 1606.05250): lower case, without punctuation,
+articles and repeated blanks.
 """
 
 from __future__ import annotations

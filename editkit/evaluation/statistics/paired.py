@@ -57,7 +57,11 @@ def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
     if difference is None:
         return Comparison(difference=None, stderr=None, p_value=None)
     is_binary = all(score in (0.0, 1.0) for score in (*before, *after))
-    p_value = mcnemar(differences.count(1.0), differences.count(-1.0)) if is_binary else bootstrap(differences)
+    p_value = (
+        mcnemar(differences.count(1.0), differences.count(-1.0))
+        if is_binary
+        else bootstrap(differences)
+    )
     return Comparison(difference=difference, stderr=stderr, p_value=p_value)
 
 
@@ -71,8 +75,13 @@ def compare_aggregates(parts: Sequence[Part]) -> Comparison:
     # a rule could hide it: exp(-inf) is 0
     is_finite = all(math.isfinite(score) for part in parts for score in (*part.before, *part.after))
     rules = [part.rule or fmean for part in parts]
-    changes = [part.weight * (aggregate(rule, part.after) - aggregate(rule, part.before)) for rule, part in zip(rules, parts, strict=True)]
-    difference = math.fsum(changes) / total if is_finite and all(map(math.isfinite, changes)) else math.nan
+    changes = [
+        part.weight * (aggregate(rule, part.after) - aggregate(rule, part.before))
+        for rule, part in zip(rules, parts, strict=True)
+    ]
+    difference = (
+        math.fsum(changes) / total if is_finite and all(map(math.isfinite, changes)) else math.nan
+    )
     if not math.isfinite(difference):
         return Comparison(difference=None, stderr=None, p_value=None)
     generator = np.random.default_rng(0)  # the same items give the same p
@@ -80,15 +89,21 @@ def compare_aggregates(parts: Sequence[Part]) -> Comparison:
     for part in parts:
         before, after = np.asarray(part.before, dtype=float), np.asarray(part.after, dtype=float)
         if part.rule is None:
-            drawn += part.weight / total * _drawn_means(after - before, AGGREGATE_RESAMPLES, generator)
+            drawn += (
+                part.weight / total * _drawn_means(after - before, AGGREGATE_RESAMPLES, generator)
+            )
             continue
         for index in range(AGGREGATE_RESAMPLES):
             items = generator.integers(len(before), size=len(before))
-            change = aggregate(part.rule, after[items].tolist()) - aggregate(part.rule, before[items].tolist())
+            change = aggregate(part.rule, after[items].tolist()) - aggregate(
+                part.rule, before[items].tolist()
+            )
             drawn[index] += part.weight / total * change
     if not np.isfinite(drawn).all() or any(len(part.before) < 2 for part in parts):
         return Comparison(difference=difference, stderr=None, p_value=None)
-    return Comparison(difference=difference, stderr=float(drawn.std(ddof=1)), p_value=_two_sided(drawn))
+    return Comparison(
+        difference=difference, stderr=float(drawn.std(ddof=1)), p_value=_two_sided(drawn)
+    )
 
 
 def _drawn_means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
@@ -138,7 +153,9 @@ def _two_sided(drawn: np.ndarray) -> float:
     return min(1.0, 2 * (min(below, above) + 1) / (len(drawn) + 1))
 
 
-def bootstrap_stderr(items: Sequence[T], rule: Callable[[list[T]], float], *, resamples: int = ERROR_RESAMPLES) -> float | None:
+def bootstrap_stderr(
+    items: Sequence[T], rule: Callable[[list[T]], float], *, resamples: int = ERROR_RESAMPLES
+) -> float | None:
     """The standard error of a metric that is no mean; None for fewer than two items."""
     if len(items) < 2:
         return None

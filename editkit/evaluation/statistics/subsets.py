@@ -11,7 +11,13 @@ from editkit.evaluation.protocols.base import OUT_OF_DISTRIBUTION
 from editkit.evaluation.statistics.tally import Estimate, Judged, Metric, Statistics, Tally
 
 # The last is another locality, and the only one of zsRE.
-HEADLINES = ("efficacy", "generalization", "locality", "portability", f"locality_{OUT_OF_DISTRIBUTION}")
+HEADLINES = (
+    "efficacy",
+    "generalization",
+    "locality",
+    "portability",
+    f"locality_{OUT_OF_DISTRIBUTION}",
+)
 SCORED = HEADLINES[:3]  # their harmonic mean is the score of `probability`
 ALL_PASSED = 1.0
 
@@ -38,7 +44,9 @@ def everything(judged: Judged, statistics: Statistics) -> Iterator[Found]:
             yield Found(metric=Metric("probability", "score"), estimate=estimate)
 
 
-def blocks(judged: Judged, positions: Sequence[int], size: int | None, statistics: Statistics) -> Iterator[Found]:
+def blocks(
+    judged: Judged, positions: Sequence[int], size: int | None, statistics: Statistics
+) -> Iterator[Found]:
     """The headlines for each block of `size` consecutive edits; one that has only begun counts with
     what there is of it.
     """
@@ -55,9 +63,15 @@ def succeeded(judged: Judged, statistics: Statistics) -> Iterator[Found]:
     by the first that has one.
     """
     for metric, tallies in judged.items():
-        if metric.name.startswith("locality") and not metric.name.endswith("_magnitude") and metric.task is None:
+        if (
+            metric.name.startswith("locality")
+            and not metric.name.endswith("_magnitude")
+            and metric.task is None
+        ):
             passed = _passed(judged, metric.protocol)
-            chosen = [tally for tally, has_passed in zip(tallies, passed, strict=True) if has_passed]
+            chosen = [
+                tally for tally, has_passed in zip(tallies, passed, strict=True) if has_passed
+            ]
             if (estimate := statistics.estimate(chosen)) is not None:
                 yield Found(metric=metric, estimate=estimate, subset="succeeded")
 
@@ -80,7 +94,10 @@ def forgetting(judged: Judged, noted: Judged, statistics: Statistics) -> Iterato
     each headline.
     """
     for metric, tallies in _headlines(judged).items():
-        losses = [_loss(then, now) if then.num and now.num else Tally() for then, now in zip(noted.get(metric, ()), tallies, strict=False)]
+        losses = [
+            _loss(then, now) if then.num and now.num else Tally()
+            for then, now in zip(noted.get(metric, ()), tallies, strict=False)
+        ]
         if (estimate := statistics.estimate(losses)) is not None:
             yield Found(metric=metric._replace(name=f"{metric.name}_forgetting"), estimate=estimate)
 
@@ -92,7 +109,9 @@ def _loss(then: Tally, now: Tally) -> Tally:
     return Tally(then.total - now.total, now.num, max(then.nonfinite, now.nonfinite))
 
 
-def _estimates(judged: Judged, statistics: Statistics, *, block: str | None = None, subset: str | None = None) -> Iterator[Found]:
+def _estimates(
+    judged: Judged, statistics: Statistics, *, block: str | None = None, subset: str | None = None
+) -> Iterator[Found]:
     for metric, tallies in judged.items():
         if (estimate := statistics.estimate(tallies)) is not None:
             yield Found(metric=metric, estimate=estimate, block=block, subset=subset)
@@ -103,7 +122,11 @@ def _part(judged: Judged, rows: Sequence[int]) -> dict[Metric, list[Tally]]:
 
 
 def _headlines(judged: Judged) -> Mapping[Metric, Sequence[Tally]]:
-    return {metric: tallies for metric, tallies in judged.items() if metric.name in HEADLINES and metric.task is None}
+    return {
+        metric: tallies
+        for metric, tallies in judged.items()
+        if metric.name in HEADLINES and metric.task is None
+    }
 
 
 def _without_lone_kinds(judged: Judged) -> Judged:
@@ -112,13 +135,19 @@ def _without_lone_kinds(judged: Judged) -> Judged:
     for metric, tallies in judged.items():
         if metric.task is not None and any(tally.num for tally in tallies):
             kinds.setdefault(metric[:2], set()).add(metric.task)
-    return {metric: each for metric, each in judged.items() if metric.task is None or len(kinds.get(metric[:2], ())) > 1}
+    return {
+        metric: each
+        for metric, each in judged.items()
+        if metric.task is None or len(kinds.get(metric[:2], ())) > 1
+    }
 
 
 def _passed(judged: Judged, protocol: str) -> list[bool]:
     """Whether each request's edit took."""
     efficacies = [metric for metric in judged if metric.name == "efficacy" and metric.task is None]
-    own = next((metric for metric in efficacies if metric.protocol == protocol), None) or next(iter(efficacies), None)
+    own = next((metric for metric in efficacies if metric.protocol == protocol), None) or next(
+        iter(efficacies), None
+    )
     if own is None:
         return [False] * len(next(iter(judged.values()), ()))
     return [tally.num > 0 and tally.mean == ALL_PASSED for tally in judged[own]]

@@ -94,10 +94,19 @@ class Statistics:
             mean, stderr = mean_and_stderr([each.mean for each in judged])
             n, nonfinite = len(judged), sum(each.nonfinite > 0 for each in judged)
         else:
-            n, nonfinite = round(sum(each.num for each in judged)), round(sum(each.nonfinite for each in judged))
+            n, nonfinite = (
+                round(sum(each.num for each in judged)),
+                round(sum(each.nonfinite for each in judged)),
+            )
             mean = math.fsum(each.total for each in judged) / n
-            mean, stderr = (mean, _error(self._deviations(judged, mean))) if math.isfinite(mean) else (None, None)
-        low, high = self.interval([judged], lambda means: means[0]) if mean is not None else (None, None)
+            mean, stderr = (
+                (mean, _error(self._deviations(judged, mean)))
+                if math.isfinite(mean)
+                else (None, None)
+            )
+        low, high = (
+            self.interval([judged], lambda means: means[0]) if mean is not None else (None, None)
+        )
         return Estimate(value=mean, stderr=stderr, n=n, nonfinite=nonfinite, low=low, high=high)
 
     def harmonic(self, groups: Sequence[Sequence[Tally]]) -> Estimate | None:
@@ -117,22 +126,40 @@ class Statistics:
         if value > 0 and all(each.stderr is not None for each in parts):
             # d value / d mean
             slopes = [value * value / (len(means) * mean * mean) for mean in means]
-            deviations = zip(*(self._deviations(each, mean) for each, mean in zip(groups, means, strict=True)), strict=True)
-            asked = [each for each, of_one in zip(deviations, zip(*groups, strict=True), strict=True) if any(one.num for one in of_one)]
-            stderr = _error([math.fsum(slope * one for slope, one in zip(slopes, each, strict=True)) for each in asked])
+            deviations = zip(
+                *(self._deviations(each, mean) for each, mean in zip(groups, means, strict=True)),
+                strict=True,
+            )
+            asked = [
+                each
+                for each, of_one in zip(deviations, zip(*groups, strict=True), strict=True)
+                if any(one.num for one in of_one)
+            ]
+            stderr = _error(
+                [
+                    math.fsum(slope * one for slope, one in zip(slopes, each, strict=True))
+                    for each in asked
+                ]
+            )
         low, high = self.interval(groups, harmonic_mean) if value > 0 else (None, None)
         n, nonfinite = min(each.n for each in parts), max(each.nonfinite for each in parts)
         return Estimate(value=value, stderr=stderr, n=n, nonfinite=nonfinite, low=low, high=high)
 
-    def interval(self, groups: Sequence[Sequence[Tally]], combine: Callable[[Sequence[float]], float]) -> tuple[float | None, float | None]:
+    def interval(
+        self, groups: Sequence[Sequence[Tally]], combine: Callable[[Sequence[float]], float]
+    ) -> tuple[float | None, float | None]:
         """The percentile bootstrap interval of what is combined from the groups' means; the draws
         depend on the number of requests only.
         """
         num_requests = len(groups[0])
         if not self.resamples or num_requests < 2:
             return None, None
-        sums_GR = torch.tensor([[self._weighed(each)[0] for each in group] for group in groups], dtype=torch.float64)
-        weights_GR = torch.tensor([[self._weighed(each)[1] for each in group] for group in groups], dtype=torch.float64)
+        sums_GR = torch.tensor(
+            [[self._weighed(each)[0] for each in group] for group in groups], dtype=torch.float64
+        )
+        weights_GR = torch.tensor(
+            [[self._weighed(each)[1] for each in group] for group in groups], dtype=torch.float64
+        )
         generator = torch.Generator().manual_seed(num_requests)
         found: list[float] = []
         while len(found) < self.resamples:
@@ -140,11 +167,15 @@ class Statistics:
             drawn_SR = torch.randint(num_requests, (size, num_requests), generator=generator)
             means_GS = sums_GR[:, drawn_SR].sum(-1) / weights_GR[:, drawn_SR].sum(-1)
             # a draw without a prompt is none
-            found += [combine(means) for means in means_GS.T.tolist() if all(map(math.isfinite, means))]
+            found += [
+                combine(means) for means in means_GS.T.tolist() if all(map(math.isfinite, means))
+            ]
             if not found:
                 return None, None
         tail = (1 - self.confidence) / 2
-        ends = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+        ends = torch.tensor(found, dtype=torch.float64).quantile(
+            torch.tensor([tail, 1 - tail], dtype=torch.float64)
+        )
         return float(ends[0]), float(ends[1])
 
     def _deviations(self, tallies: Sequence[Tally], mean: float) -> list[float]:
@@ -168,7 +199,9 @@ def _error(deviations: Sequence[float]) -> float | None:
     num_requests = len(deviations)
     if num_requests < 2:
         return None
-    return math.sqrt(num_requests / (num_requests - 1) * math.fsum(each * each for each in deviations))
+    return math.sqrt(
+        num_requests / (num_requests - 1) * math.fsum(each * each for each in deviations)
+    )
 
 
 def as_rows(tallies: Sequence[Tally]) -> torch.Tensor:

@@ -105,10 +105,11 @@ def read(
 
 
 def advice(files: Mapping[str, str]) -> str:
-    """What a person can do about missing data."""
+    """How a user can provide missing data."""
     if not files:
         return "no local layout of this dataset is known: the hub must be reached."
-    return f"set suite.data=FOLDER or {DATA_FOLDER}=FOLDER to a folder with {', '.join(files.values())}."
+    names = ", ".join(files.values())
+    return f"set suite.data=FOLDER or {DATA_FOLDER}=FOLDER to a folder with {names}."
 
 
 def places(folder: str, files: Mapping[str, str]) -> list[Path]:

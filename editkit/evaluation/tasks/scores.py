@@ -1,9 +1,10 @@
-"""How our tasks' generations are scored: what their yamls name as `process_results`, a record and
-the model's results in, scores out.
+"""How the generations of our tasks are scored. The tasks' yamls name these functions as
+`process_results`: from a record and the model's results to scores.
 
-normalise   lower case, without punctuation, articles and superfluous blanks: SQuAD's (Rajpurkar et al. 2016, arXiv 1606.05250), which
-            Chen et al. 2017 (arXiv 1704.00051) took over for open-domain questions
-ROUGE       F-measures (Lin 2004); rouge is the mean of those of ROUGE-1, -2 and -L
+    normalise   lower case, without punctuation, articles and repeated blanks: SQuAD's (Rajpurkar
+                et al. 2016, arXiv 1606.05250), used for open-domain questions by Chen et al. 2017
+                (arXiv 1704.00051)
+    ROUGE       F-measures (Lin 2004); `rouge` is the mean of ROUGE-1, -2 and -L
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from editkit.errors import keys_under
 from editkit.evaluation.thresholds import Thresholds
 from editkit.report.compare.subjects import Measured
 from editkit.report.tables import edits_by_step, is_summarised, number
@@ -44,7 +45,8 @@ def thresholds_of(config: Mapping[str, object]) -> Thresholds:
     """The thresholds of a run's configuration, or the defaults."""
     evaluation = config.get("evaluation")
     given = evaluation.get("thresholds") if isinstance(evaluation, Mapping) else None
-    return Thresholds(**given) if isinstance(given, Mapping) else Thresholds()
+    with keys_under("evaluation.thresholds"):
+        return Thresholds(**given) if isinstance(given, Mapping) else Thresholds()
 
 
 def collapse_points(
