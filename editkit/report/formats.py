@@ -103,7 +103,8 @@ def html(table: Summary) -> str:
             for text, best in _cells(table, row)
         )
         body.append(f"<tr>{names}{cells}</tr>")
-    return f"<table><caption>{escape(caption(table))}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    top = f"<caption>{escape(caption(table))}</caption><thead><tr>{head}</tr></thead>"
+    return f"<table>{top}<tbody>{''.join(body)}</tbody></table>"
 
 
 def published_markdown(found: Sequence[PublishedComparison]) -> str:

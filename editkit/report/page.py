@@ -21,16 +21,21 @@ from editkit.report.tables import edits_by_step
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 1280px; padding: 1rem 2rem 4rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; } h3 { margin-bottom: .3rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
+  max-width: 1280px; padding: 1rem 2rem 4rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { margin-top: 2.5rem;
+  border-bottom: 1px solid #ddd; } h3 { margin-bottom: .3rem; }
 table { border-collapse: collapse; margin: .5rem 0 1.2rem; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
-caption { caption-side: bottom; text-align: left; color: #666; font-size: .85rem; padding-top: .3rem; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
+caption { caption-side: bottom; text-align: left; color: #666; font-size: .85rem;
+  padding-top: .3rem; }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee;
+  white-space: nowrap; }
 thead th { border-bottom: 2px solid #888; }
 th[scope=row], td.text, thead th.text { text-align: left; } th[scope=row] { font-weight: normal; }
 td.best { font-weight: bold; } .bad { color: #b00020; } .note { color: #666; }
-summary { cursor: pointer; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; }
+summary { cursor: pointer; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto;
+  font-size: .8rem; }
 """
 
 
@@ -69,9 +74,12 @@ def page(content: Content) -> str:
         *_runs(content.runs),
     ]
     script = f"<script>{curves.library()}</script>" if content.drawings else ""
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(content.title)}</title>"
+    meta = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    head = f"{meta}<title>{escape(content.title)}</title>"
     icon = "<link rel='icon' href='data:,'>"
-    return f"<!DOCTYPE html><html lang='en'><head>{head}{icon}<style>{STYLE}</style>{script}</head><body>{''.join(parts)}</body></html>\n"
+    head += f"{icon}<style>{STYLE}</style>{script}"
+    body = "".join(parts)
+    return f"<!DOCTYPE html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
 
 
 def overview(runs: Sequence[RunRecords]) -> str:
@@ -98,7 +106,8 @@ def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str
         for row in rows
     )
     below = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f"<div class='wide'><table>{below}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
+    head = f"<thead><tr>{titles}</tr></thead>"
+    return f"<div class='wide'><table>{below}{head}<tbody>{body}</tbody></table></div>"
 
 
 def _is_number(text: str) -> bool:
@@ -117,7 +126,10 @@ def _summaries(content: Content) -> Iterable[str]:
         body = f"<div class='wide'>{formats.html(table)}</div>"
         if found := content.comparisons.get(table.title):
             head = ("model", "editor", "restraint", "metric", "difference", "n", "t", "p")
-            text = "Restrained minus unrestrained, seed by seed; two-sided paired t-test, p not corrected for the number of comparisons."
+            text = (
+                "Restrained minus unrestrained, seed by seed; two-sided paired t-test, p not "
+                "corrected for the number of comparisons."
+            )
             opened = " open" if any(each.p is not None for each in found) else ""
             rows = table_of(head, formats.comparison_rows(found), caption=text)
             body += f"<details{opened}><summary>paired t-tests</summary>{rows}</details>"
@@ -158,7 +170,10 @@ def _published(found: Sequence[PublishedComparison]) -> Iterable[str]:
 def _collapses(tables: Sequence[Collapses]) -> Iterable[str]:
     for table in tables:
         head = ("model", "editor", "restraint", *table.columns)
-        text = "Edits until each threshold was crossed, between two milestones, seed by seed where seeds differ; -: not measured."
+        text = (
+            "Edits until each threshold was crossed, between two milestones; by seed if seeds "
+            "differ; -: not measured."
+        )
         yield f"<h3>Collapse points, {escape(table.dataset)}</h3>"
         yield table_of(
             head,
@@ -201,7 +216,8 @@ def _failures(runs: Sequence[RunRecords]) -> Iterable[str]:
             )
         lost = [step for step in run.steps if step.nonfinite is not None]
         if lost and run.failure is None:
-            text = f"{lost[0].nonfinite}, requests {', '.join(lost[0].requests)}; {len(lost)} such steps"
+            requests = ", ".join(lost[0].requests)
+            text = f"{lost[0].nonfinite}, requests {requests}; {len(lost)} such steps"
             rows.append([names[run.folder], "not finite", str(edits[lost[0].step]), text])
         unscored = sum(record.measurement.nonfinite or 0 for record in run.evals)
         if unscored:

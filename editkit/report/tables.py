@@ -248,7 +248,10 @@ def caption(table: Table) -> str:
     )
     if table.has_rollback:
         protocol += "; tasks, perplexity and weights with a row's last batch alone"
-    return f"{protocol} (row 0: the unedited model on the edits to come); metrics and tasks in percent; n/f: not finite; -: not measured."
+    return (
+        f"{protocol} (row 0: the unedited model on the edits to come); metrics and tasks in "
+        "percent; n/f: not finite; -: not measured."
+    )
 
 
 def formatted(table: Table, row: Row, *, stderr: bool = False) -> list[str]:

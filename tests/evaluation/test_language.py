@@ -103,7 +103,7 @@ def test_a_folders_texts_are_read_in_the_order_of_their_names_and_what_is_no_tex
     assert (found.value, found.n) == (same.value, 1)
     with pytest.raises(ConfigError, match=r"path: no text there \(got '.*none'"):
         perplexity(tmp_path / "none")
-    with pytest.raises(ConfigError, match=r"window: 1 was given; at least 2"):
+    with pytest.raises(ConfigError, match=r"window: out of range \(got 1; expected at least 2"):
         perplexity(tmp_path, window=1)
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ConfigError, match="holds no text"):

@@ -141,7 +141,7 @@ def test_thresholds_are_those_of_the_runs_configuration() -> None:
         {"evaluation": {"thresholds": {"efficacy": 0.9, "task": 0.2, "perplexity": 3.0}}}
     ) == Thresholds(efficacy=0.9, task=0.2, perplexity=3.0)
     assert thresholds_of({}) == thresholds_of({"evaluation": {}}) == Thresholds()
-    with pytest.raises(ConfigError, match=r"evaluation\.thresholds\.task: must be positive \(got 0"):
+    with pytest.raises(ConfigError, match=r"task: must be positive \(got 0"):
         Thresholds(task=0)
 
 

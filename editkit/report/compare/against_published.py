@@ -132,7 +132,10 @@ def _comparison(
             count for each in alike if (count := effective_edits(each, row.protocol)) is not None
         ]
         values, bounds = [float(edits) for edits, _ in counts], [is_bound for _, is_bound in counts]
-        remark = f"measured is the last milestone with {EFFICACY} ({row.protocol}) of {_bound(first)} or more before the first below it"
+        remark = (
+            f"measured is the last milestone with {EFFICACY} ({row.protocol}) of {_bound(first)} "
+            "or more before the first below it"
+        )
         remark += "; at least: none was below." if any(bounds) else "."
     else:
         edits = (

@@ -159,7 +159,9 @@ def _bound(
         return None
     if first.measurement.kind == "language":
         bound = thresholds.perplexity * first.measurement.value
-        name = f"{UNTIL}{first.measurement.task or first.measurement.metric} perplexity > {number(thresholds.perplexity)} x unedited"
+        text = first.measurement.task or first.measurement.metric
+        limit = number(thresholds.perplexity)
+        name = f"{UNTIL}{text} perplexity > {limit} x unedited"
         return name, lambda value: value is None or value > bound
     bound = thresholds.task * first.measurement.value
     return (

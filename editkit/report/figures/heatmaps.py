@@ -56,7 +56,10 @@ def heatmaps(subjects: Sequence[Measured]) -> Iterator[Heatmaps]:
             )
             if maps:
                 prefix = f"{dataset}_" if len(datasets) > 1 else ""
-                title = f"{dataset}: {METRIC} of blocks of edits while others follow, protocol {protocol} (D4S, Figure 4)"
+                title = (
+                    f"{dataset}: {METRIC} of blocks of edits while others follow, protocol "
+                    f"{protocol} (D4S, Figure 4)"
+                )
                 yield Heatmaps(name=f"{prefix}retention_{protocol}", title=title, maps=maps)
 
 
