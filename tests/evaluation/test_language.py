@@ -106,7 +106,7 @@ def test_a_folders_texts_are_read_in_the_order_of_their_names_and_what_is_no_tex
     with pytest.raises(ConfigError, match=r"window: out of range \(got 1; expected at least 2"):
         perplexity(tmp_path, window=1)
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ConfigError, match="holds no text"):
+    with pytest.raises(ConfigError, match="no text there"):
         perplexity(tmp_path / "empty.txt").evaluate(model, (), {})
     assert Perplexity(path=None, max_tokens=None, window=8).evaluate(model, (), {}) == []
 

@@ -140,5 +140,5 @@ def test_before_the_first_edit_and_without_notes_there_is_nothing_to_compare() -
 
 
 def test_a_count_below_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"suite\.count"):
+    with pytest.raises(ConfigError, match="count: out of range"):
         Values(name="values", count=0, every=1)
