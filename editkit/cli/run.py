@@ -1,7 +1,7 @@
-"""`editkit run`, the Hydra application: composes, builds, runs; one configuration or many.
+"""`editkit run`, the Hydra application: it composes, builds and runs one configuration or a sweep.
 
-Exit codes: 0 done, 1 an internal failure (with its traceback) or a collapsed run, 2 the user's
-mistake, 3 another process has the run, 128 + n stopped by signal n.
+Exit codes: 0 done; 1 an internal failure (with its traceback) or a collapsed run; 2 invalid command
+or data; 3 another process is writing the run; 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
@@ -17,24 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.config.compose import ROOT, compose, conf_folder, explain_composition_error, force_add
-from editkit.errors import ConfigError, report
+from editkit.cli.arguments import composition_errors, explained
+from editkit.config.compose import ROOT, conf_folder
+from editkit.errors import ConfigError, message, report
+from editkit.sweeps.plan import (
+    BUSY,
+    CELLS,
+    FAILURE,
+    INVALID,
+    OK,
+    STOPPED,
+    holds_several_cells,
+    save_outcome,
+)
 
-OK, FAILURE, MISTAKE, BUSY, SIGNAL = 0, 1, 2, 3, 128
+# Groups whose options have different keys.
 COMPONENTS = (
-    "model",
-    "editor",
-    "restraint",
-    "dataset",
-    "suite",
-    "evaluation",
-    "stats",
-    "tracker",
-)  # groups whose options differ in their keys
+    *("model", "editor", "restraint", "dataset"),
+    *("suite", "evaluation", "stats", "tracker"),
+)
 
 
 class JobFailed(Exception):
-    """A job of a multirun did not end well; its reason has been shown. The other jobs go on."""
+    """A job of a sweep failed. Its error has been reported; the other jobs continue."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -42,158 +47,163 @@ class JobFailed(Exception):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs what the arguments after `editkit run` ask for; the exit code. Of a multirun it is that
-    of the first cell that failed.
+    """Runs what the arguments after `editkit run` describe and returns the exit code. The exit code
+    of a sweep is that of its first failed cell.
     """
     import hydra
 
-    from editkit.sweeps.sweeper import SweepEnded
+    from editkit.sweeps.sweeper import SweepIncomplete
 
     application = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=ROOT)(
-        job
+        hydra_task
     )
     try:
-        with hydra_called_with(left_to_the_cells(arguments)):
+        with hydra_arguments(defer_component_values(arguments)):
             application()
-    except (JobFailed, SweepEnded) as ended:
-        return ended.code
-    except SystemExit as left:
-        return int(left.code or OK)
-    except config_mistakes() as error:
-        overrides, config_dir = given(arguments)
-        report(explain(error, overrides, config_dir))
-        return MISTAKE
+    except (JobFailed, SweepIncomplete) as failure:
+        return failure.code
+    except SystemExit as stop:
+        return int(stop.code or OK)
+    except composition_errors() as error:
+        report(explained(error, *parse_hydra_arguments(arguments)))
+        return INVALID
     return OK
 
 
-def left_to_the_cells(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a multirun with the values of components as sweeps over one value:
+def defer_component_values(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a sweep with the values of component options as sweeps over one value:
     `restraint.prune.alpha=choice(1.6)`.
 
-    Hydra composes what is common to all cells first, and there a swept group has its default still,
-    which need not have that key.
+    Hydra first composes the overrides that are common to all cells. There a swept group still has
+    its default option, which may lack the key. A swept value is applied in each cell instead.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
 
-    asked = given(arguments)[0]
-    if not {"--multirun", "-m"} & set(arguments) and not any(
-        each.startswith("sweep=") for each in asked
-    ):
+    overrides, _ = parse_hydra_arguments(arguments)
+    is_sweep = {"--multirun", "-m"} & set(arguments) or any(
+        override.startswith("sweep=") for override in overrides
+    )
+    if not is_sweep:
         return list(arguments)
-    parsed = dict(zip(asked, OverridesParser.create().parse_overrides(asked), strict=True))
-    single = {
-        line: f"{line.partition('=')[0]}=choice({line.partition('=')[2]})"
-        for line, each in parsed.items()
-        if each.type is OverrideType.CHANGE
-        and not each.is_sweep_override()
-        and each.key_or_group.partition(".")[0] in COMPONENTS
-        if "." in each.key_or_group
-        and each.value()
-        is not None  # a choice of nothing is no choice to Hydra; null goes the plain way
-    }
-    return [single.get(each, each) for each in arguments]
+    deferred = {}
+    for text, override in zip(
+        overrides, OverridesParser.create().parse_overrides(overrides), strict=True
+    ):
+        group, _, option = override.key_or_group.partition(".")
+        if (
+            override.type is OverrideType.CHANGE
+            and not override.is_sweep_override()
+            and option
+            and group in COMPONENTS
+            and override.value() is not None  # Hydra does not accept choice(null)
+        ):
+            key, _, value = text.partition("=")
+            deferred[text] = f"{key}=choice({value})"
+    return [deferred.get(argument, argument) for argument in arguments]
 
 
-def job(config: Any) -> None:
-    """What Hydra runs, in whatever process its launcher chose: leaves with the exit code, or raises
-    JobFailed in a multirun.
+def hydra_task(config: Any) -> None:
+    """The task function of Hydra, in the process that its launcher chose. It exits with the exit
+    code of a single run.
+
+    Raises:
+        JobFailed: a job of a sweep failed.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from editkit.sweeps.plan import CELLS, save_outcome, shares_its_run
-
     context = HydraConfig.get()
     choices = context.runtime.choices
     if context.mode is RunMode.RUN:
-        raise SystemExit(attempt(config, choices).code)
-    folder = Path(context.sweep.dir)
+        raise SystemExit(execute(config, choices).code)
+    folder, number = Path(context.sweep.dir), context.job.num
     is_planned, started = (folder / CELLS).exists(), time.time()
-    outcome = {"code": None, "error": None, "host": platform.node(), "pid": os.getpid()}
+    record = {"code": None, "error": None, "host": platform.node(), "pid": os.getpid()}
     if is_planned:
-        save_outcome(folder, context.job.num, outcome)
-    ended = attempt(
+        save_outcome(folder, number, record)
+    # A waiting sweeper runs the cells of a refused shared run separately. Each cell then reports
+    # its own problems, so the shared run does not.
+    is_silent = (
+        is_planned and not context.launcher.get("detach") and holds_several_cells(folder, number)
+    )
+    outcome = execute(
         config,
         choices,
-        label=f"job {context.job.num} ({' '.join(context.overrides.task)})",
+        label=f"job {number} ({' '.join(context.overrides.task)})",
         is_cell=True,
-        # A waiting sweeper takes cells that share this run apart, and each says what is wrong with
-        # it.
-        is_tried_apart=is_planned
-        and not context.launcher.get("detach")
-        and shares_its_run(folder, context.job.num),
+        reports_invalid=not is_silent,
     )
     if is_planned:
-        where = os.path.relpath(ended.folder, folder) if ended.folder else None
-        facts = {
-            "code": ended.code,
-            "error": ended.error,
-            "folder": where,
+        end = {
+            "code": outcome.code,
+            "error": outcome.error,
+            "folder": os.path.relpath(outcome.folder, folder) if outcome.folder else None,
             "seconds": round(time.time() - started, 3),
         }
-        save_outcome(folder, context.job.num, outcome | facts)
-    if ended.code > SIGNAL:
-        raise SystemExit(ended.code)  # whoever stops a job means the sweep
-    if ended.code != OK:
-        raise JobFailed(ended.code)
+        save_outcome(folder, number, record | end)
+    if outcome.code > STOPPED:
+        raise SystemExit(outcome.code)  # a signal to a job stops the whole sweep
+    if outcome.code != OK:
+        raise JobFailed(outcome.code)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How a job ended: its exit code, what went wrong on one line, and the run's folder where it
-    came so far.
-    """
+class RunOutcome:
+    """The end of a run: its exit code, its error on one line, and its folder if it is known."""
 
     code: int
     error: str | None = None
     folder: Path | None = None
 
 
-def attempt(
+def execute(
     config: Any,
     choices: Mapping[str, Any],
     *,
     label: str = "",
     is_cell: bool = False,
-    is_tried_apart: bool = False,
-) -> Ended:
-    """Builds and runs one configuration; whatever goes wrong is shown and becomes an exit code.
+    reports_invalid: bool = True,
+) -> RunOutcome:
+    """Builds and runs one configuration. Every error becomes an exit code.
 
-    `is_tried_apart`: a mistake is not shown, since the parts of this run are tried next.
+    Args:
+        label: names the run in error messages.
+        is_cell: the run is a cell of a sweep, where failed runs are not always retried.
+        reports_invalid: whether an invalid configuration is reported on stderr.
     """
     from editkit.config.build import build
     from editkit.runner.lock import Busy
 
-    make_importable(Path.cwd())  # again: a launcher may have put this job into another process
+    make_importable(Path.cwd())  # repeated: a launcher may run this in another process
     folder = None
     try:
         experiment = build(config, choices=choices)
         from editkit.runner import session
 
         folder = experiment.folder
-        with writing_below(folder):
-            return Ended(
-                code=session.run(experiment, leave_failed=is_cell and not experiment.retry_failed),
-                folder=folder,
+        with unwritable_is_invalid(folder):
+            leaves_failed = is_cell and not experiment.retry_failed
+            return RunOutcome(
+                code=session.run(experiment, leave_failed=leaves_failed), folder=folder
             )
     except ConfigError as error:
         is_busy = isinstance(error, Busy)
-        if is_busy or not is_tried_apart:
+        if is_busy or reports_invalid:
             report(error, label=label)
-        return Ended(
-            code=BUSY if is_busy else MISTAKE, error=" ".join(str(error).split()), folder=folder
+        return RunOutcome(
+            code=BUSY if is_busy else INVALID, error=" ".join(str(error).split()), folder=folder
         )
     except Exception as error:
         report_failure(label)
-        return Ended(
+        return RunOutcome(
             code=FAILURE, error=" ".join(f"{type(error).__name__}: {error}".split()), folder=folder
         )
 
 
 @contextlib.contextmanager
-def writing_below(folder: Path) -> Iterator[None]:
-    """Turns the system's refusal to write a run's own files into a ConfigError."""
+def unwritable_is_invalid(folder: Path) -> Iterator[None]:
+    """Raises ConfigError if the operating system refuses to write the files of a run."""
     try:
         yield
     except OSError as error:
@@ -203,46 +213,11 @@ def writing_below(folder: Path) -> Iterator[None]:
         ):
             raise
         raise ConfigError(
-            f"paths.outputs: {error.filename} cannot be written ({error.strerror})."
+            message("paths.outputs", f"cannot write {error.filename} ({error.strerror})")
         ) from error
 
 
-def config_mistakes() -> tuple[type[Exception], ...]:
-    """The exceptions of a composition that the user can mend."""
-    import yaml
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    return (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError, OSError)
-
-
-def explain(error: Exception, overrides: Sequence[str], config_dir: Path | None) -> ConfigError:
-    """The mistake in our own words where we know better than Hydra, which names one misspelt key
-    and not what there is instead.
-    """
-    if isinstance(error, ConfigError):
-        return error
-    if "Could not override" in str(error):
-        from editkit.config.build import build
-
-        try:
-            composed = compose(force_add(overrides), config_dir=config_dir)
-            build(composed.config, choices=composed.choices)
-        except ConfigError as known:
-            return known
-        except config_mistakes():
-            pass  # what Hydra said first stands
-    if own := explain_composition_error(error, overrides):
-        return ConfigError(own)
-    causes = [
-        str(each).partition("Config search path")[0].strip()
-        for each in (error, error.__cause__)
-        if each is not None
-    ]
-    return ConfigError("\n".join(cause for cause in causes if cause) or type(error).__name__)
-
-
-def given(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+def parse_hydra_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The overrides among Hydra's arguments, and the folder of --config-dir."""
     from hydra._internal.utils import get_args_parser
 
@@ -251,9 +226,9 @@ def given(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 @contextlib.contextmanager
-def hydra_called_with(arguments: Sequence[str]) -> Iterator[None]:
-    """Hydra reads its arguments from sys.argv, and hands exceptions on only when it is asked for
-    full errors.
+def hydra_arguments(arguments: Sequence[str]) -> Iterator[None]:
+    """Passes arguments to Hydra, which reads sys.argv. Hydra raises exceptions only with
+    HYDRA_FULL_ERROR.
     """
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["editkit run", *arguments]
@@ -269,13 +244,13 @@ def hydra_called_with(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def make_importable(folder: Path) -> None:
-    """Lets `_target_: mine.Mine` find mine.py there; last in line, so that nothing installed is
-    hidden.
+    """Makes modules of the folder importable, for `_target_: mine.Mine`. The folder is the last
+    entry of sys.path, so that it hides no installed module.
     """
     if str(folder) not in sys.path and "" not in sys.path:
         sys.path.append(str(folder))
 
 
 def report_failure(label: str) -> None:
-    """Shows the exception that is being handled, with its traceback."""
-    sys.stderr.write(f"{label or 'editkit'}: an internal failure\n{traceback.format_exc()}")
+    """Writes the current exception to stderr, with its traceback."""
+    sys.stderr.write(f"{label or 'editkit'}: internal failure\n{traceback.format_exc()}")

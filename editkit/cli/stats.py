@@ -1,6 +1,4 @@
-"""`editkit stats`: second moments of keys, computed once for a model and a corpus, listed, checked,
-compared.
-"""
+"""`editkit stats`: second moments of keys, computed once for a model and a corpus."""
 
 from __future__ import annotations
 
@@ -11,26 +9,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from editkit.cli.arguments import ConfigDir, Overrides, composed_or_explained
-from editkit.errors import ConfigError
+from editkit.cli.arguments import ConfigDir, Overrides, composed, console
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 
 if TYPE_CHECKING:
     from editkit.stats.store import StoredMoment
 
 app = typer.Typer(
-    help="Second moments of keys, which ROME's covariance and MEMIT need: computed once for a model and a corpus.",
+    help="Second moments of keys (covariance statistics), which ROME and MEMIT need. They are"
+    " computed once for a model and a corpus.",
     no_args_is_help=True,
 )
 
 
 @app.command("build")
 def build_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """Compute the second moments that a run with these overrides would need, unless they are
-    stored.
+    """Compute the second moments that a run with these overrides needs.
 
-    Goes on where it was cut off. Under torchrun or srun each process takes its share, on a GPU of
-    its own where there are several; the last one to end puts the shares together.
+    Stored second moments are not computed again, and an interrupted computation is resumed. Under
+    torchrun or srun every process computes a share, on its own GPU if there are several. The last
+    process merges the shares.
     """
     from editkit.config.build import model_and_stats
     from editkit.stats.build import fill_store, statistics
@@ -38,8 +37,8 @@ def build_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> No
     from editkit.trackers.collecting import collecting
 
     shard = shard_from(os.environ)
-    composed = composed_or_explained(overrides, config_dir)
-    config, editor, stats, runtime = model_and_stats(composed.config, choices=composed.choices)
+    chosen = composed(overrides, config_dir)
+    config, editor, stats, runtime = model_and_stats(chosen.config, choices=chosen.choices)
     if not editor.needs_moments:
         typer.echo("this editor needs no second moments")
         return
@@ -53,16 +52,17 @@ def build_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> No
         )
     if not is_complete:
         typer.echo(
-            f"process {shard.rank} of {shard.of} is done with its share; the last one puts them together"
+            f"process {shard.rank} of {shard.of} has computed its share; the last process merges"
+            " the shares"
         )
         return
-    wanted.read()  # a damaged file is told here, not in the run
+    wanted.read()  # a damaged file is reported here, not in the run
     typer.echo(f"{len(wanted.keys)} second moments of {model.name} in {stats.folder}")
 
 
 @app.command("ls")
 def list_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """List the stored second moments; reads the files' headers only."""
+    """List the stored second moments. Only the headers of the files are read."""
     from editkit.stats import store
 
     show_moments(store.list_stored(stats_folder(overrides, config_dir)))
@@ -73,38 +73,33 @@ def verify_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> N
     """Read every stored file completely and check its key and checksum."""
     from editkit.stats import store
 
-    found = store.verify(stats_folder(overrides, config_dir))
-    show_moments(found)
-    if problems := [each.problem for each in found if each.problem]:
+    moments = store.verify(stats_folder(overrides, config_dir))
+    show_moments(moments)
+    if problems := [moment.problem for moment in moments if moment.problem]:
         raise ConfigError(problems)
 
 
 @app.command("compare")
 def compare_stats(
     overrides: Overrides = None,
-    keys: Annotated[
-        int, typer.Option(help="Requests whose keys the updates are made for.", min=1)
-    ] = 32,
-    to: Annotated[Path, typer.Option(help="The report's JSON file.")] = Path("stats-compare.json"),
+    keys: Annotated[int, typer.Option(help="Requests whose updates are compared.", min=1)] = 32,
+    to: Annotated[Path, typer.Option(help="JSON file of the report.")] = Path("stats-compare.json"),
     config_dir: ConfigDir = None,
 ) -> None:
-    """Compare stats.preset=minimal with full: how far apart the second moments are, and the updates
-    made with them.
+    """Compare the second moments of stats.preset=minimal with those of full.
 
-    Computes what of the two is not stored.
+    The updates that the two give are compared as well. Second moments that are not stored are
+    computed.
     """
-    from rich.console import Console
-
     from editkit.config.build import build
     from editkit.stats.compare import compare_presets, table, write_report
     from editkit.trackers.collecting import collecting
 
-    composed = composed_or_explained(overrides, config_dir)
-    experiment = build(composed.config, choices=composed.choices)
+    chosen = composed(overrides, config_dir)
+    experiment = build(chosen.config, choices=chosen.choices)
     if not experiment.editor.needs_moments:
-        raise ConfigError(
-            f"editor={composed.choices['editor']} needs no second moments: there is nothing to compare."
-        )
+        problem = "this editor needs no second moments, so there is nothing to compare"
+        raise ConfigError(message("editor", problem, got=chosen.choices["editor"]))
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)
     model = experiment.model.load(experiment.runtime.device)
@@ -114,40 +109,31 @@ def compare_stats(
             experiment.editor.moment_modules(model),
             experiment.stats,
             requests=experiment.data.requests[:keys],
-            weight=composed.config["editor"].get("covariance_weight"),
+            weight=chosen.config["editor"].get("covariance_weight"),
             announce=shown.announce,
             progress=shown.progress,
         )
     write_report(report, to)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 240
-    console.print(table(report), highlight=False, markup=False)
+    console().print(table(report), highlight=False, markup=False)
     typer.echo(f"written: {to}")
 
 
 def stats_folder(overrides: list[str] | None, config_dir: Path | None) -> str:
-    return str(composed_or_explained(overrides, config_dir).config["stats"]["folder"])
+    return str(composed(overrides, config_dir).config["stats"]["folder"])
 
 
-def show_moments(found: Sequence[StoredMoment]) -> None:
-    """A line for each stored file."""
-    from rich.console import Console
+def show_moments(moments: Sequence[StoredMoment]) -> None:
+    """A row for each stored file."""
     from rich.table import Table
 
     table = Table("model", "module", "documents", "tokens", "MB", "file", box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"
-    console = Console()
-    if not console.is_terminal:
-        console.width = 240  # a line each, for grep
-    for each in found:
-        facts = (
-            (each.key.model, each.key.module, str(each.key.num_documents), str(each.num_tokens))
-            if each.key
-            else ("?", "?", "?", "?")
-        )
-        table.add_row(*facts, f"{each.num_bytes / 1e6:.1f}", each.path.name)
-    console.print(
-        table if found else "no second moments are stored there yet", highlight=False, markup=False
-    )
+    for moment in moments:
+        source = ("?", "?", "?", "?")
+        if moment.key:
+            key = moment.key
+            source = (key.model, key.module, str(key.num_documents), str(moment.num_tokens))
+        table.add_row(*source, f"{moment.num_bytes / 1e6:.1f}", moment.path.name)
+    shown = table if moments else "no second moments are stored there yet"
+    console().print(shown, highlight=False, markup=False)

@@ -1,1 +1,1 @@
-"""Many runs from one command: planned, launched, watched."""
+"""Sweeps: many runs from one command, planned, launched and summarized."""

@@ -1,8 +1,8 @@
-"""`hydra/launcher=local_gpus`: one process per GPU of this machine, from one command.
+"""`hydra/launcher=local_gpus`: one process per GPU of this machine.
 
-A slot is a GPU that is free for a job. Each job is a process of its own that sees its slot's device
-alone (CUDA_VISIBLE_DEVICES), so `runtime.device=cuda` means another GPU in each, and a job that
-crashes takes nothing with it.
+A slot is a GPU that runs one job at a time. Each job is a process that sees only the device of its
+slot (CUDA_VISIBLE_DEVICES). So `runtime.device=cuda` is a different GPU in each job, and a crash of
+one job does not affect the others.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import IO, Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.runner.signals import stop_signals
-from editkit.sweeps.plan import save_outcome
+from editkit.sweeps.plan import STOPPED, save_outcome
 from editkit.sweeps.summary import counted
-from editkit.sweeps.sweeper import say
+from editkit.sweeps.sweeper import show_lines
 
 POLL_S = 0.2
 LOGS = "logs"
@@ -45,8 +45,8 @@ class Job:
 
 
 class LocalGpuLauncher(Launcher):
-    """Keeps every slot busy until all jobs are done; a stop is passed on to the jobs, which save
-    first.
+    """Fills every slot until all jobs have ended. A stop signal is passed on to the jobs, which
+    save their state first.
     """
 
     def __init__(self, *, gpus: int | Sequence[int | str] | None, threads: int | None) -> None:
@@ -60,43 +60,39 @@ class LocalGpuLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Runs the jobs; their outcomes are noted in the sweep's folder."""
+        """Runs the jobs. Their ends are recorded in the sweep's folder."""
         config = self.hydra_context.config_loader.load_sweep_config(
             self.config, list(job_overrides[0])
         )
         devices = devices_of(self.gpus, str(config.runtime.device), os.environ)
         waiting = deque(
-            (initial_job_idx + place, tuple(overrides))
-            for place, overrides in enumerate(job_overrides)
+            (initial_job_idx + index, tuple(overrides))
+            for index, overrides in enumerate(job_overrides)
         )
         running: dict[int, Job] = {}
         codes: dict[int, int] = {}
-        say(
-            [
-                f"{counted(len(waiting), 'job')} on {counted(len(devices), 'slot')}; output in {self.folder / LOGS}"
-            ]
-        )
-        with stop_signals() as asked:
-            told = False
-            while running or (waiting and asked.number is None):
+        jobs, slots = counted(len(waiting), "job"), counted(len(devices), "slot")
+        show_lines([f"{jobs} on {slots}; output in {self.folder / LOGS}"])
+        with stop_signals() as stop:
+            is_stopping = False
+            while running or (waiting and stop.number is None):
                 for slot in range(len(devices)):
-                    if slot not in running and waiting and asked.number is None:
+                    if slot not in running and waiting and stop.number is None:
                         number, overrides = waiting.popleft()
                         running[slot] = self._start(number, overrides, slot, devices)
-                if asked.number is not None and not told:
-                    told = True
-                    say([f"stopping: {counted(len(running), 'job')} to save first"])
+                if stop.number is not None and not is_stopping:
+                    is_stopping = True
+                    show_lines([f"stopping: {counted(len(running), 'job')} saving first"])
                     for job in running.values():
                         job.process.send_signal(signal.SIGTERM)
-                for slot in [
-                    slot for slot, job in running.items() if job.process.poll() is not None
-                ]:
+                ended = [slot for slot, job in running.items() if job.process.poll() is not None]
+                for slot in ended:
                     job = running.pop(slot)
-                    codes[job.number] = self._ended(job, devices[slot])
+                    codes[job.number] = self._finish(job, devices[slot])
                 time.sleep(POLL_S)
-        if asked.number is not None:
-            raise SystemExit(128 + asked.number)
-        return [_returned(codes[initial_job_idx + place]) for place in range(len(job_overrides))]
+        if stop.number is not None:
+            raise SystemExit(STOPPED + stop.number)
+        return [_returned(codes[initial_job_idx + index]) for index in range(len(job_overrides))]
 
     @property
     def folder(self) -> Path:
@@ -112,32 +108,21 @@ class LocalGpuLauncher(Launcher):
             "CUDA_VISIBLE_DEVICES": devices[slot],
         }
         (self.folder / LOGS).mkdir(parents=True, exist_ok=True)
-        log = open(self.folder / LOGS / f"{number}.log", "wb")  # noqa: SIM115 (it stays open as long as the job)
+        # The log stays open until the job ends.
+        log = open(self.folder / LOGS / f"{number}.log", "wb")  # noqa: SIM115
         command = [
-            sys.executable,
-            "-m",
-            "editkit",
-            "run",
-            *self._search_path(),
+            *(sys.executable, "-m", "editkit", "run"),
+            *self._config_dir(),
             *overrides,
             "hydra.mode=RUN",
         ]
-        # A session of its own: Ctrl-C in the terminal is for the launcher, which asks the jobs to
-        # save.
+        # In a session of its own the job does not receive Ctrl-C from the terminal. The launcher
+        # does, and asks the jobs to save their state.
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-        save_outcome(
-            self.folder,
-            number,
-            {
-                "code": None,
-                "error": None,
-                "slot": slot,
-                "device": devices[slot],
-                "pid": process.pid,
-            },
-        )
+        outcome = {"code": None, "error": None, "slot": slot, "device": devices[slot]}
+        save_outcome(self.folder, number, outcome | {"pid": process.pid})
         return Job(
             number=number,
             overrides=overrides,
@@ -147,22 +132,22 @@ class LocalGpuLauncher(Launcher):
             started=time.time(),
         )
 
-    def _search_path(self) -> Iterator[str]:
-        """A person's own folder of options, which the jobs need as well."""
+    def _config_dir(self) -> Iterator[str]:
+        """The user's own folder of options, as an argument of the jobs."""
         for source in self.config.hydra.runtime.config_sources:
             if source.provider == "command-line":
                 yield from ("--config-dir", source.path)
 
-    def _ended(self, job: Job, device: str) -> int:
+    def _finish(self, job: Job, device: str) -> int:
         job.log.close()
         code, seconds = job.process.returncode, round(time.time() - job.started, 3)
-        code = (
-            128 - code if code < 0 else code
-        )  # killed by signal n: -n for Python, 128 + n for shells
-        error = None if code == 0 else last_words(Path(job.log.name)) or f"exit code {code}"
-        if job.process.returncode < 0:
-            error = f"killed by {signal.Signals(-job.process.returncode).name}"
-        facts = {
+        error = None
+        if code < 0:  # killed by signal n: -n in Python, 128 + n in shells
+            error = f"killed by {signal.Signals(-code).name}"
+            code = STOPPED - code
+        elif code:
+            error = last_error(Path(job.log.name)) or f"exit code {code}"
+        outcome = {
             "code": code,
             "error": error,
             "seconds": seconds,
@@ -170,66 +155,74 @@ class LocalGpuLauncher(Launcher):
             "device": device,
             "pid": job.process.pid,
         }
-        save_outcome(self.folder, job.number, facts)
-        say(
-            [
-                f"job {job.number} on slot {job.slot}, device {device}: {'done' if code == 0 else error} ({seconds:.0f} s)"
-            ]
-        )
+        save_outcome(self.folder, job.number, outcome)
+        where = f"slot {job.slot}, device {device}"
+        show_lines([f"job {job.number} on {where}: {error or 'done'} ({seconds:.0f} s)"])
         return code
 
 
 def devices_of(
     gpus: int | Sequence[int | str] | None, device: str, environment: Mapping[str, str]
 ) -> list[str]:
-    """What each slot's jobs see as CUDA_VISIBLE_DEVICES: all GPUs, the first so many, or those that
-    are named.
+    """CUDA_VISIBLE_DEVICES of each slot: all GPUs (None), the first `gpus`, or the named ones.
 
-    A number, on a machine without GPUs, is that of processes on the CPU. Raises ConfigError where
-    the jobs could not use the devices.
+    On a machine without GPUs, a number is the number of processes on the CPU.
+
+    Raises:
+        ConfigError: the jobs could not use these devices.
     """
+    key = "hydra.launcher.gpus"
     if device.startswith("cuda:"):
+        problem = "hydra/launcher=local_gpus assigns the devices"
         raise ConfigError(
-            f"runtime.device: {device} was given; hydra/launcher=local_gpus assigns the devices: runtime.device=cuda."
+            message(
+                "runtime.device",
+                problem,
+                got=device,
+                expected="cuda",
+                fix="set runtime.device=cuda",
+            )
         )
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    named = [each for each in visible.split(",") if each] if visible is not None else None
+    named = [name for name in visible.split(",") if name] if visible is not None else None
     if gpus is None:
         if device != "cuda":
+            fix = f"choose runtime=cuda, or set {key}=<number of processes>"
+            problem = "hydra/launcher=local_gpus needs GPUs"
             raise ConfigError(
-                f"hydra/launcher=local_gpus: runtime.device is {device}; runtime=cuda, or say hydra.launcher.gpus=<number>."
+                message("runtime.device", problem, got=device, expected="cuda", fix=fix)
             )
         if not (named := named or [str(index) for index in range(torch.cuda.device_count())]):
-            raise ConfigError("hydra/launcher=local_gpus: this machine shows no GPU.")
+            raise ConfigError(message("hydra/launcher", "this machine has no visible GPU"))
         return named
     if not isinstance(gpus, int):
-        return [str(each) for each in gpus]
+        return [str(name) for name in gpus]
     if gpus < 1:
-        raise ConfigError(
-            f"hydra.launcher.gpus: {gpus} was given; at least 1, a list of devices, or null for all."
-        )
+        expected = "at least 1, a list of devices, or null for all"
+        raise ConfigError(message(key, "out of range", got=gpus, expected=expected))
     if named and device == "cuda" and gpus > len(named):
-        raise ConfigError(
-            f"hydra.launcher.gpus: {gpus} was given; CUDA_VISIBLE_DEVICES shows {len(named)}."
-        )
+        problem = f"CUDA_VISIBLE_DEVICES shows {counted(len(named), 'GPU')}"
+        raise ConfigError(message(key, problem, got=gpus, expected=f"at most {len(named)}"))
     return named[:gpus] if named and gpus <= len(named) else [str(index) for index in range(gpus)]
 
 
 def default_threads(slots: int) -> int:
-    """The cores of this machine, shared evenly: more threads than cores make every process
-    slower.
+    """The cores of this machine, divided by the slots. More threads than cores slow every process
+    down.
     """
     return max(1, len(os.sched_getaffinity(0)) // slots) if hasattr(os, "sched_getaffinity") else 1
 
 
-def last_words(log: Path) -> str:
-    """The end of a job's output, on one line: from its last ConfigError on, or its last line."""
+def last_error(log: Path) -> str:
+    """The last ConfigError in a job's output with all that follows, or the last line; on one
+    line.
+    """
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     start = next(
         (
-            place
-            for place in range(len(lines) - 1, -1, -1)
-            if lines[place].startswith("ConfigError")
+            index
+            for index in range(len(lines) - 1, -1, -1)
+            if lines[index].startswith("ConfigError")
         ),
         len(lines) - 1,
     )

@@ -1,8 +1,8 @@
-"""Which cells are views of one trajectory, and the one run that measures all of them.
+"""Cells that are views of one trajectory, and the one run that measures all of them.
 
-A restraint on the total that acts at evaluation changes what is measured, not the edits: a run
-measures its trajectory's own view and each restrained one. Cells that differ in such restraints
-alone therefore share a run.
+A restraint on the total with apply_at=evaluation changes the measured model and not the edits. A
+run measures the view of its unrestrained trajectory and a view of each such restraint. Cells that
+differ only in these restraints therefore share a run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from editkit.records.views import UNRESTRAINED
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class ValidCell:
     """A cell that can be run."""
 
     number: int
@@ -26,9 +26,14 @@ class Candidate:
     place: Place
 
     @property
-    def nodes(self) -> dict[str, Any]:
-        """The restraints that are views, by name, as plain values."""
+    def view_nodes(self) -> dict[str, Any]:
+        """The configurations of the restraints that are views, by name."""
         return {name: self.place.config["restraint"][name] for name in self.place.totals}
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views that a run of this cell alone measures for it."""
+        return self.place.totals or (UNRESTRAINED,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +41,20 @@ class Merged:
     """One run for several cells."""
 
     overrides: tuple[str, ...]
-    views: Mapping[int, tuple[str, ...]]  # what of the run is a cell's, by the cell's number
+    views: Mapping[int, tuple[str, ...]]  # the views that belong to a cell, by the cell's number
 
 
-def trajectories(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
-    """The cells, those of one trajectory together."""
-    groups: dict[str, list[Candidate]] = {}
-    for each in candidates:
-        groups.setdefault(_trajectory(each), []).append(each)
+def trajectories(cells: Iterable[ValidCell]) -> list[list[ValidCell]]:
+    """The cells grouped by trajectory."""
+    groups: dict[str, list[ValidCell]] = {}
+    for cell in cells:
+        groups.setdefault(_trajectory(cell), []).append(cell)
     return list(groups.values())
 
 
-def _trajectory(cell: Candidate) -> str:
-    """Everything about a cell but its views; the order of the restraints that act on the edits
-    counts.
+def _trajectory(cell: ValidCell) -> str:
+    """The configuration of a cell without its views. The order of the restraints that act on the
+    edits matters.
     """
     config = dict(cell.place.config)
     acting = [
@@ -62,59 +67,57 @@ def _trajectory(cell: Candidate) -> str:
     )
 
 
-def merge(cells: Sequence[Candidate]) -> Merged:
-    """The run that measures the views of all these cells; the same for the same cells in any
-    order.
-    """
+def merge(cells: Sequence[ValidCell]) -> Merged:
+    """The run that measures the views of all these cells. It does not depend on their order."""
     first = min(
         cells,
-        key=lambda cell: (-len(cell.nodes), json.dumps(cell.nodes, sort_keys=True), cell.overrides),
+        key=lambda cell: (
+            -len(cell.view_nodes),
+            json.dumps(cell.view_nodes, sort_keys=True),
+            cell.overrides,
+        ),
     )
-    nodes = dict(first.nodes)
-    names: dict[int, tuple[str, ...]] = {}
-    for cell in sorted(cells, key=lambda each: json.dumps(each.nodes, sort_keys=True)):
-        found = []
-        for name, node in cell.nodes.items():
+    nodes = dict(first.view_nodes)
+    views: dict[int, tuple[str, ...]] = {}
+    for cell in sorted(cells, key=lambda cell: json.dumps(cell.view_nodes, sort_keys=True)):
+        names = []
+        for name, node in cell.view_nodes.items():
             same = next((known for known, other in nodes.items() if other == node), None)
             if same is None:
-                same = name if name not in nodes else _telling_name(name, node, nodes)
+                same = name if name not in nodes else _distinct_name(name, node, nodes)
                 nodes[same] = node
-            found.append(same)
-        names[cell.number] = tuple(found) or (UNRESTRAINED,)
+            names.append(same)
+        views[cell.number] = tuple(names) or (UNRESTRAINED,)
     added = (
         f"+restraint.{name}={literal(node)}"
         for name, node in sorted(nodes.items())
-        if name not in first.nodes
+        if name not in first.view_nodes
     )
-    return Merged(overrides=(*first.overrides, *added), views=names)
+    return Merged(overrides=(*first.overrides, *added), views=views)
 
 
-def _telling_name(
+def _distinct_name(
     name: str, node: Mapping[str, Any], taken: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    """A name for a second restraint of a kind: the values in which it differs from the first
-    (prune-alpha1_5).
+    """A name for a second restraint of a kind, made of the values that differ from the first:
+    prune-alpha1_5.
     """
     differing = [f"{key}{value}" for key, value in node.items() if taken[name].get(key) != value]
     wanted = re.sub(r"[^\w-]+", "_", "-".join([name, *differing]))
-    return next(
-        each
-        for each in (wanted, *(f"{wanted}-{count}" for count in range(2, len(taken) + 3)))
-        if each not in taken
-    )
+    candidates = (wanted, *(f"{wanted}-{count}" for count in range(2, len(taken) + 3)))
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def literal(value: Any) -> str:
-    """A plain value as Hydra's command line has it."""
+    """A plain value in the syntax of Hydra's command line."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{literal(each)}" for key, each in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(literal(each) for each in value) + "]"
+        return "[" + ",".join(literal(item) for item in value) + "]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):
         return repr(value)
-    quoted = re.sub(
-        r'(\\*)"', r'\1\1\\"', str(value)
-    )  # only a quote, and the backslashes before it, need one
+    # Backslashes are escaped only before a quote.
+    quoted = re.sub(r'(\\*)"', r'\1\1\\"', str(value))
     return '"' + re.sub(r"(\\+)$", r"\1\1", quoted) + '"'

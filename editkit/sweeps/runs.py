@@ -1,4 +1,4 @@
-"""Runs without a plan: whatever lies below a folder."""
+"""Runs that no sweep planned: all runs below a folder, as a plan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.files import LOCK
 from editkit.records.writer import STEPS
 from editkit.runner.session import CONFIG
@@ -14,10 +14,12 @@ from editkit.sweeps.plan import Cell, Plan, Run
 
 
 def plan_of_runs(folder: Path) -> Plan:
-    """Every run below a folder as a cell of its own, called by its folder. Raises ConfigError where
-    there is none.
+    """A plan with a cell for every run below a folder, named after the folder of the run.
+
+    Raises:
+        ConfigError: there is no run below the folder.
     """
-    found = sorted(
+    paths = sorted(
         {
             path.parent
             for name in (LOCK, STEPS)
@@ -25,25 +27,22 @@ def plan_of_runs(folder: Path) -> Plan:
             if path.parent.name.startswith("seed")
         }
     )
-    if not found:
-        raise ConfigError(
-            f"no runs to look at: {folder} holds neither a sweep's cells.json nor a run."
-        )
+    if not paths:
+        expected = "cells.json of a sweep, or folders of runs"
+        raise ConfigError(message(str(folder), "contains no runs", expected=expected))
     cells, runs = [], []
-    for number, path in enumerate(found):
+    for number, path in enumerate(paths):
         edits, batch_size = _size(path)
-        text = (str(path.relative_to(folder)),)
+        name = (str(path.relative_to(folder)),)
         cells.append(
-            Cell(number=number, overrides=text, own=path, run=number, views=(), problem=None)
+            Cell(number=number, overrides=name, own=path, run=number, views=(), problem=None)
         )
-        runs.append(Run(overrides=text, folder=path, edits=edits, batch_size=batch_size))
+        runs.append(Run(overrides=name, folder=path, edits=edits, batch_size=batch_size))
     return Plan(cells=tuple(cells), runs=tuple(runs))
 
 
 def _size(folder: Path) -> tuple[int, int]:
-    """Edits and batch size; zero edits where the run did not come so far as to write its
-    configuration.
-    """
+    """Edits and batch size. Zero edits if the run ended before it wrote its configuration."""
     try:
         config = yaml.safe_load((folder / CONFIG).read_text())
         return int(config["edits"]), int(config["batch_size"])

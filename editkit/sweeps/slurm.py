@@ -1,10 +1,10 @@
 """`hydra/launcher=slurm`: the jobs of a sweep as a Slurm array, through submitit.
 
-What submitit's own Hydra launcher does not do, and this one does: a pre-empted or timed-out job
-saves at the end of the edit at hand and is requeued (that one leaves in the middle of an edit); a
-job that failed or was killed does not hide the results of the others; it can leave the array behind
-(`detach`); and it asks squeue what became of the jobs, which every Slurm has, where sacct wants an
-accounting database.
+It differs from submitit's own Hydra launcher in four points. A pre-empted or timed-out job finishes
+the current edit, saves its state and is requeued; submitit's would stop in the middle of an edit. A
+job that failed or was killed does not hide the results of the others. The command can return after
+the submission (`detach`). The states of jobs come from squeue, which every Slurm has; sacct needs
+an accounting database.
 """
 
 from __future__ import annotations
@@ -25,29 +25,26 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf, open_dict
 
-from editkit.errors import ConfigError
-from editkit.sweeps.plan import load_outcome, note_death
+from editkit.errors import ConfigError, message
+from editkit.sweeps.plan import STOPPED, load_outcome, record_death
 from editkit.sweeps.summary import counted
-from editkit.sweeps.sweeper import say
+from editkit.sweeps.sweeper import show_lines
 
-EARLY = (signal.SIGUSR1, signal.SIGUSR2)  # held back until they can be handled
-STOPPED = 128  # exit codes above it: stopped by a signal
-WARNED = {
-    STOPPED + number for number in EARLY
-}  # by Slurm, of a pre-emption or the time limit; a cancelled job gets SIGTERM
+EARLY = (signal.SIGUSR1, signal.SIGUSR2)  # blocked until they can be handled
+# Exit codes after Slurm's warning of a pre-emption or of the time limit. A cancelled job gets
+# SIGTERM.
+WARNED = {STOPPED + number for number in EARLY}
+# Parameters that submitit knows for every cluster; the others are Slurm's.
 COMMON = (
-    "name",
-    "timeout_min",
-    "cpus_per_task",
-    "gpus_per_node",
-    "mem_gb",
-    "nodes",
-    "tasks_per_node",
-    "stderr_to_stdout",
+    *("name", "timeout_min", "cpus_per_task", "gpus_per_node"),
+    *("mem_gb", "nodes", "tasks_per_node", "stderr_to_stdout"),
 )
 ALIVE = re.compile(
     r"PENDING|RUNNING|CONFIGURING|COMPLETING|SUSPENDED|REQUEUE|RESIZING|SIGNALING|STAGE_OUT|STOPPED"
 )
+# Polls in a row without a result or a living state, after which a job counts as dead. A file system
+# may show the result late, and a requeue passes through other states.
+POLLS_OF_DEATH = 3
 
 
 class SlurmLauncher(Launcher):
@@ -62,15 +59,11 @@ class SlurmLauncher(Launcher):
         max_num_timeout: int,
         **parameters: Any,
     ) -> None:
-        self.submitit_folder, self.detach, self.poll_s, self.max_num_timeout = (
-            submitit_folder,
-            detach,
-            poll_s,
-            max_num_timeout,
-        )
+        self.submitit_folder, self.detach = submitit_folder, detach
+        self.poll_s, self.max_num_timeout = poll_s, max_num_timeout
         self.parameters = {
-            name: OmegaConf.to_container(each) if OmegaConf.is_config(each) else each
-            for name, each in parameters.items()
+            name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            for name, value in parameters.items()
         }
         self.config: Any = None
         self.hydra_context: Any = None
@@ -82,29 +75,28 @@ class SlurmLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Submits the array and, unless it is to be left behind, waits until every job has ended.
-        Raises ConfigError without Slurm.
+        """Submits the array. Unless `detach` is set, it waits until every job has ended.
+
+        Raises:
+            ConfigError: submitit or Slurm is missing, or refuses the parameters.
         """
         executor = self._executor()
-        work = CellJob(
+        cell_job = CellJob(
             config=self.config, hydra_context=self.hydra_context, task_function=self.task_function
         )
         numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
         states = [Singleton.get_state()] * len(numbers)
         jobs = executor.map_array(
-            work, [list(each) for each in job_overrides], list(numbers), states
+            cell_job, [list(overrides) for overrides in job_overrides], list(numbers), states
         )
         array = jobs[0].job_id.partition("_")[0]
-        say(
-            [
-                f"Slurm job {array}: {counted(len(jobs), 'job')}, logs in {Path(jobs[0].paths.folder).parent}"
-            ]
-        )
+        logs = Path(jobs[0].paths.folder).parent
+        show_lines([f"Slurm job {array}: {counted(len(jobs), 'job')}, logs in {logs}"])
         if not self.detach:
             try:
-                self._wait(array, {number: job for number, job in zip(numbers, jobs, strict=True)})
+                self._wait(array, dict(zip(numbers, jobs, strict=True)))
             except KeyboardInterrupt:
-                say([f"the jobs go on without this command; scancel {array} ends them"])
+                show_lines([f"the jobs continue without this command; scancel {array} ends them"])
                 raise
         return [self._returned(number) for number in numbers]
 
@@ -116,68 +108,61 @@ class SlurmLauncher(Launcher):
         try:
             import submitit
         except ImportError:
-            raise ConfigError(
-                "hydra/launcher=slurm needs submitit: pip install 'editkit[slurm]'."
-            ) from None
-        given = {name: each for name, each in self.parameters.items() if each is not None}
-        if "srun_args" not in given and "cpus_per_task" in given:
-            given["srun_args"] = [
-                f"--cpus-per-task={given['cpus_per_task']}"
-            ]  # since 22.05 srun no longer takes it from sbatch
+            fix = "pip install 'editkit[slurm]'"
+            problem = "submitit is not installed"
+            raise ConfigError(message("hydra/launcher=slurm", problem, fix=fix)) from None
+        parameters = {name: value for name, value in self.parameters.items() if value is not None}
+        if "srun_args" not in parameters and "cpus_per_task" in parameters:
+            # Since Slurm 22.05 srun does not take it from sbatch.
+            parameters["srun_args"] = [f"--cpus-per-task={parameters['cpus_per_task']}"]
+        named = {
+            name if name in COMMON else f"slurm_{name}": value for name, value in parameters.items()
+        }
         try:
             executor = submitit.AutoExecutor(
                 cluster="slurm",
                 folder=self.submitit_folder,
                 slurm_max_num_timeout=self.max_num_timeout,
-                slurm_python=holding_signals(),
+                slurm_python=signal_blocking_python(),
             )
-            executor.update_parameters(
-                **{
-                    name if name in COMMON else f"slurm_{name}": each
-                    for name, each in given.items()
-                }
-            )
+            executor.update_parameters(**named)
         except (RuntimeError, ValueError, NameError) as error:
-            raise ConfigError(f"hydra/launcher: {' '.join(str(error).split())}") from None
+            raise ConfigError(message("hydra/launcher", " ".join(str(error).split()))) from None
         return executor
 
     def _wait(self, array: str, jobs: Mapping[int, Any]) -> None:
-        """Until every job has left a result, or is no longer known as alive; what died is noted."""
-        gone: dict[int, int] = {}  # how often in a row a job without a result was not alive
-        left = dict(jobs)
-        while left:
-            left = {
-                number: job for number, job in left.items() if not job.paths.result_pickle.exists()
+        """Waits until every job has a result or is dead. Deaths are recorded."""
+        polls_without_life: dict[int, int] = {}
+        waiting = dict(jobs)
+        while waiting:
+            waiting = {
+                number: job
+                for number, job in waiting.items()
+                if not job.paths.result_pickle.exists()
             }
-            states = queued(array) if left else {}
-            for number, job in list(left.items()):
+            states = queued(array) if waiting else {}
+            for number, job in list(waiting.items()):
                 state = states.get(job.job_id, "not in the queue")
-                gone[number] = 0 if ALIVE.search(state) else gone.get(number, 0) + 1
-                if (
-                    gone[number] >= 3
-                    # a file system may show the result late, and a requeue passes through other
-                    # states
-                ):
-                    note_death(
-                        self.folder,
-                        number,
-                        f"Slurm job {job.job_id} ended without a result ({state})",
-                    )
-                    del left[number]
-            if left:
+                is_alive = ALIVE.search(state) is not None
+                polls_without_life[number] = (
+                    0 if is_alive else polls_without_life.get(number, 0) + 1
+                )
+                if polls_without_life[number] >= POLLS_OF_DEATH:
+                    error = f"Slurm job {job.job_id} ended without a result ({state})"
+                    record_death(self.folder, number, error)
+                    del waiting[number]
+            if waiting:
                 time.sleep(self.poll_s)
 
     def _returned(self, number: int) -> JobReturn:
         returned = JobReturn()
-        returned.status, returned.return_value = (
-            JobStatus.COMPLETED,
-            (load_outcome(self.folder, number) or {}).get("code"),
-        )
+        returned.status = JobStatus.COMPLETED
+        returned.return_value = (load_outcome(self.folder, number) or {}).get("code")
         return returned
 
 
 class CellJob:
-    """What an array's job runs; submitit stores it, and again at a requeue."""
+    """The callable of a job of the array. submitit stores it, and stores it again at a requeue."""
 
     def __init__(self, *, config: Any, hydra_context: Any, task_function: Any) -> None:
         self.config, self.hydra_context, self.task_function = config, hydra_context, task_function
@@ -185,13 +170,13 @@ class CellJob:
     def __call__(self, overrides: Sequence[str], number: int, singletons: Any) -> int:
         if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
             os.environ.setdefault("OMP_NUM_THREADS", cores)  # torch is not loaded yet
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)  # submitit listens now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)  # submitit's handlers are installed
         Singleton.set_state(singletons)
         setup_globals()
-        # What a requeued job wrote before is its own: resume=never was for the first time.
-        again = ["resume=auto"] if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else []
+        # A requeued job resumes what it wrote itself: resume=never was meant for its first start.
+        is_requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         config = self.hydra_context.config_loader.load_sweep_config(
-            self.config, [*overrides, *again]
+            self.config, [*overrides, *(["resume=auto"] if is_requeued else [])]
         )
         with open_dict(config.hydra.job):
             config.hydra.job.id, config.hydra.job.num = os.environ.get("SLURM_JOB_ID", "?"), number
@@ -208,22 +193,22 @@ class CellJob:
             if code in WARNED or (code > STOPPED and not is_over()):
                 requeue()
             return code
-        return int(
-            getattr(returned._return_value, "code", 0) if returned.status is JobStatus.FAILED else 0
-        )
+        if returned.status is not JobStatus.FAILED:
+            return 0
+        return int(getattr(returned._return_value, "code", 0))
 
     def checkpoint(self, *arguments: Any) -> Any:
-        """The same again: the run's own checkpoint says where it goes on."""
+        """The same call again. The run resumes from its own checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *arguments)
 
 
-def holding_signals() -> str:
-    """The interpreter of a job, as the command line that submitit starts: Slurm's signals wait
-    until somebody can handle them.
+def signal_blocking_python() -> str:
+    """The command line of a job's interpreter, which submitit starts. It blocks Slurm's signals
+    until their handlers are installed.
 
-    A pre-emption can come while Python still starts; its signal would then end the job as if it had
+    A pre-emption can come while Python still starts. Its signal would then end the job as if it had
     failed.
     """
     numbers = ",".join(str(int(number)) for number in EARLY)
@@ -233,8 +218,8 @@ def holding_signals() -> str:
 
 
 def requeue() -> None:
-    """Now that the state is saved: what submitit does when it is told of a pre-emption or a
-    time-out. Does not return.
+    """Requeues this job, whose state is saved: submitit's handler of a pre-emption or time-out
+    runs. Does not return.
     """
     import submitit
 
@@ -242,32 +227,27 @@ def requeue() -> None:
 
 
 def is_over() -> bool:
-    """Whether Slurm has ended this job by itself: a person cancelled it, and it should not come
-    back, or Slurm itself will requeue it.
+    """Whether Slurm is ending this job: the job was cancelled and must not come back, or Slurm
+    itself requeues it.
 
-    A cancelled job that still saves is shown as COMPLETING; one that is warned of a pre-emption or
-    its time limit, as RUNNING.
+    A cancelled job that is still saving has the state COMPLETING. A job that was warned of a
+    pre-emption or of its time limit has the state RUNNING.
     """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
-    return bool(
-        re.search(r"JobState=(COMPLETING|CANCELLED)", _answer(["scontrol", "show", "job", job]))
-    )
+    shown = _output(["scontrol", "show", "job", job])
+    return bool(re.search(r"JobState=(COMPLETING|CANCELLED)", shown))
 
 
-def queued(job: str) -> dict[str, str]:
-    """The states of an array's jobs by their ids, as squeue knows them; ended ones stay there for a
-    while.
-    """
-    lines = _answer(
-        ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={job}"]
+def queued(array: str) -> dict[str, str]:
+    """The states of the array's jobs by id, from squeue. Ended jobs stay there for a while."""
+    lines = _output(
+        ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={array}"]
     ).splitlines()
-    return {
-        name: state for name, _, state in (line.strip().partition(" ") for line in lines) if name
-    }
+    return {job: state for job, _, state in (line.strip().partition(" ") for line in lines) if job}
 
 
-def _answer(command: Sequence[str]) -> str:
+def _output(command: Sequence[str]) -> str:
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=60, check=False

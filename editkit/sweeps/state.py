@@ -1,4 +1,4 @@
-"""How far a run has come, from the files in its folder alone."""
+"""The progress of a run, read from the files of its folder alone."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from editkit.runner.lock import describe_holder, is_locked
 from editkit.runner.provenance import PROVENANCE
 from editkit.runner.session import DONE, FAILED
 
-# done: all edits made. running: a living process holds the lock. failed: it ended with an error, or
-# collapsed. cut off: it was stopped or killed, and goes on from its checkpoint. missing: nothing
-# was recorded.
-State = Literal["done", "running", "failed", "cut off", "missing"]
-STATES: tuple[State, ...] = ("done", "running", "failed", "cut off", "missing")
+# done: all edits are made. running: a living process holds the lock. failed: the run ended with an
+# error, or collapsed. interrupted: it was stopped or killed, and resumes from its checkpoint.
+# missing: nothing was recorded.
+State = Literal["done", "running", "failed", "interrupted", "missing"]
+STATES: tuple[State, ...] = ("done", "running", "failed", "interrupted", "missing")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
-    """What a run's folder says."""
+    """The progress of a run."""
 
     state: State
-    step: int | None = None  # the last one that was recorded
-    saved_step: int | None = None  # the one that it would go on from
+    step: int | None = None  # the last recorded step
+    saved_step: int | None = None  # the step of the checkpoint
     error: str | None = None
-    holder: str | None = None  # who is writing
-    steps_made_again: int = 0  # after it was cut off, over all its sessions
+    holder: str | None = None  # the process that is writing
+    steps_made_again: int = 0  # after interruptions, summed over all sessions
 
 
-def look(folder: Path) -> RunStatus:
-    """The status of a run. Reads a few small files and the end of one."""
-    step, saved = last_step(folder / STEPS), _saved_step(folder / "state")
-    again = _number(folder / PROVENANCE, "steps_made_again")
+def read_status(folder: Path) -> RunStatus:
+    """The status of the run in a folder. A few small files and the end of one file are read."""
+    step, saved_step = last_step(folder / STEPS), _saved_step(folder / "state")
+    made_again = _number(folder / PROVENANCE, "steps_made_again")
 
     def status(state: State, error: str | None = None, holder: str | None = None) -> RunStatus:
         return RunStatus(
             state=state,
             step=step,
-            saved_step=saved,
+            saved_step=saved_step,
             error=error,
             holder=holder,
-            steps_made_again=again,
+            steps_made_again=made_again,
         )
 
     if (folder / DONE).exists():
@@ -54,11 +54,11 @@ def look(folder: Path) -> RunStatus:
         return status("running", holder=describe_holder(folder))
     if (folder / FAILED).exists():
         return status("failed", error=failure(folder))
-    return status("missing" if step is None and saved is None else "cut off")
+    return status("missing" if step is None and saved_step is None else "interrupted")
 
 
 def failure(folder: Path) -> str:
-    """What FAILED.json says, on one line."""
+    """The error in FAILED.json, on one line."""
     try:
         return " ".join(str(json.loads((folder / FAILED).read_text())["error"]).split())
     except (OSError, ValueError, KeyError, TypeError):
@@ -66,18 +66,18 @@ def failure(folder: Path) -> str:
 
 
 def last_step(path: Path) -> int | None:
-    """The step of the last whole line of a `steps.jsonl`."""
+    """The step of the last complete line of a `steps.jsonl`."""
     block = 1 << 16
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             while True:
                 file.seek(max(0, size - block))
-                whole = file.read().rpartition(b"\n")[0]
-                if b"\n" in whole or block >= size:
+                complete = file.read().rpartition(b"\n")[0]
+                if b"\n" in complete or block >= size:
                     break
                 block *= 4
-        return int(json.loads(whole.rpartition(b"\n")[2])["step"])
+        return int(json.loads(complete.rpartition(b"\n")[2])["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

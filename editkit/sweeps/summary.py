@@ -1,6 +1,4 @@
-"""A sweep in words and in a table: what is planned, how it stands, and with which exit code it
-ends.
-"""
+"""Reports of a sweep: the plan, the state of its cells as a table, the end, and the exit code."""
 
 from __future__ import annotations
 
@@ -12,86 +10,73 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.records.views import UNRESTRAINED
-from editkit.sweeps.plan import Cell, Plan, load_outcome
-from editkit.sweeps.state import STATES, RunStatus, look
+from editkit.sweeps.plan import BUSY, FAILURE, INVALID, OK, Cell, Plan, load_outcome
+from editkit.sweeps.state import STATES, RunStatus, State, read_status
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-OK, FAILURE, MISTAKE, BUSY, STOPPED_BY_HAND = (
-    0,
-    1,
-    2,
-    3,
-    130,
-)  # exit codes of a sweep and of its jobs
+COLOURS: dict[State, str] = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "red",
+    "interrupted": "yellow",
+    "missing": "dim",
+}
 
 
 def statuses_of(plan: Plan, folder: Path) -> list[RunStatus]:
-    """The status of every run; what a job could not write into the run's own folder comes from its
-    outcome.
+    """The status of every run. If a job could not write into the folder of its run, the recorded
+    end of the job counts.
     """
-    found = []
+    statuses = []
     for run in plan.runs:
         outcome = _last_outcome(run.jobs, folder) or {}
-        wrote = (
-            Path(os.path.normpath(folder / outcome["folder"]))
-            if outcome.get("folder")
-            else run.folder
-        )
-        status = look(wrote)
-        if status.state in ("missing", "cut off") and outcome.get("error"):
+        written = run.folder
+        if outcome.get("folder"):
+            written = Path(os.path.normpath(folder / outcome["folder"]))
+        status = read_status(written)
+        if status.state in ("missing", "interrupted") and outcome.get("error"):
             status = replace(
                 status,
-                state="failed" if outcome.get("code") == MISTAKE else status.state,
+                state="failed" if outcome.get("code") == INVALID else status.state,
                 error=outcome["error"],
             )
-        if wrote.absolute() != run.folder.absolute():
-            status = replace(
-                status, error=f"the configuration changed after the sweep was planned: see {wrote}"
-            )
-        found.append(status)
-    return found
+        if written.absolute() != run.folder.absolute():
+            error = f"the configuration changed after the sweep was planned: see {written}"
+            status = replace(status, error=error)
+        statuses.append(status)
+    return statuses
 
 
 def _last_outcome(jobs: Sequence[int], folder: Path) -> dict[str, Any] | None:
     return load_outcome(folder, jobs[-1]) if jobs else None
 
 
-def announcement(plan: Plan, statuses: Sequence[RunStatus], launched: Sequence[int]) -> list[str]:
-    """What a person should know before the jobs start."""
-    numbers = Counter(statuses[place].state for place in range(len(plan.runs)))
-    begun = [place for place in launched if statuses[place].state == "cut off"]
-    lines = [
-        f"{counted(len(plan.cells), 'cell')} in {counted(len(plan.runs), 'run')}: {counted(len(launched), 'job')} to do"
-    ]
-    if shared := sharing(plan):
+def opening_lines(plan: Plan, statuses: Sequence[RunStatus], launched: Sequence[int]) -> list[str]:
+    """The lines that are shown before the jobs start."""
+    idle = Counter(status.state for index, status in enumerate(statuses) if index not in launched)
+    running = sum(status.state == "running" for status in statuses)
+    cells, runs = counted(len(plan.cells), "cell"), counted(len(plan.runs), "run")
+    lines = [f"{cells} in {runs}: {counted(len(launched), 'job')} to do"]
+    if shared := shared_views(plan):
         lines.append(f"views of one trajectory share its run: {shared}")
-    if done := sum(
-        1
-        for place in range(len(plan.runs))
-        if statuses[place].state == "done" and place not in launched
-    ):
-        lines.append(f"{counted(done, 'run')} done before: skipped")
-    for place in begun:
-        lines.append(
-            f"goes on after step {statuses[place].saved_step or 0}: {' '.join(plan.runs[place].overrides)}"
-        )
-    if failed := sum(
-        1
-        for place in range(len(plan.runs))
-        if statuses[place].state == "failed" and place not in launched
-    ):
-        lines.append(
-            f"{counted(failed, 'run')} failed before: left alone (retry_failed=true tries again)"
-        )
-    if numbers["running"]:
-        lines.append(f"{counted(numbers['running'], 'run')} being written by another process")
+    if idle["done"]:
+        lines.append(f"{counted(idle['done'], 'run')} already done: skipped")
+    for index in launched:
+        if statuses[index].state == "interrupted":
+            overrides = " ".join(plan.runs[index].overrides)
+            lines.append(f"{resumes(statuses[index])}: {overrides}")
+    if idle["failed"]:
+        failed = counted(idle["failed"], "run")
+        lines.append(f"{failed} failed before: skipped (retry_failed=true retries)")
+    if running:
+        lines.append(f"{counted(running, 'run')} being written by another process")
     return lines
 
 
-def sharing(plan: Plan) -> str:
-    """Which views share a run, and in how many runs: `unrestrained + prune (6 runs)`."""
+def shared_views(plan: Plan) -> str:
+    """The views that share a run, and the number of such runs: `unrestrained + prune (6 runs)`."""
     shared = Counter(
         " + ".join(
             sorted(
@@ -99,112 +84,114 @@ def sharing(plan: Plan) -> str:
                 key=lambda view: (view != UNRESTRAINED, view),
             )
         )
-        for place in range(len(plan.runs))
-        if len(cells := plan.cells_of(place)) > 1
+        for index in range(len(plan.runs))
+        if len(cells := plan.cells_of(index)) > 1
     )
     return ", ".join(f"{views} ({counted(number, 'run')})" for views, number in shared.items())
 
 
-def cell_state(cell: Cell, statuses: Sequence[RunStatus]) -> RunStatus:
-    """The status of the run that holds a cell."""
+def cell_status(cell: Cell, statuses: Sequence[RunStatus]) -> RunStatus:
+    """The status of the run that holds the results of a cell."""
     return RunStatus(state="failed", error=cell.problem) if cell.run is None else statuses[cell.run]
 
 
 def table(plan: Plan, statuses: Sequence[RunStatus]) -> Table:
-    """A line for each cell: its state, its last edit, its error."""
+    """A row for each cell: its state, its last edit, its error."""
     from rich.table import Table
     from rich.text import Text
 
-    colours = {
-        "done": "green",
-        "running": "cyan",
-        "failed": "red",
-        "cut off": "yellow",
-        "missing": "dim",
-    }
-    made = Table("cell", "state", "edits", "values", "what", box=None, pad_edge=False)
+    shown = Table("cell", "state", "edits", "values", "details", box=None, pad_edge=False)
     varying = _varying(plan)
     for cell in plan.cells:
-        status = cell_state(cell, statuses)
-        state = Text(status.state, style=colours[status.state])
-        made.add_row(
+        status = cell_status(cell, statuses)
+        shown.add_row(
             str(cell.number),
-            state,
+            Text(status.state, style=COLOURS[status.state]),
             edits_of(cell, plan, status),
             values_of(cell, varying),
-            _what(cell, plan, status),
+            _details(cell, plan, status),
         )
-    return made
+    return shown
 
 
 def values_of(cell: Cell, varying: set[str]) -> str:
-    """What tells a cell from the others."""
-    return (
-        " ".join(each for each in cell.overrides if each.partition("=")[0] in varying) or cell.text
-    )
+    """The values of a cell that are not the same in every cell."""
+    values = (text for text in cell.overrides if text.partition("=")[0] in varying)
+    return " ".join(values) or cell.text
 
 
 def _varying(plan: Plan) -> set[str]:
     """The keys whose values are not the same in every cell."""
-    seen: dict[str, set[str]] = {}
+    overrides_by_key: dict[str, set[str]] = {}
     for cell in plan.cells:
         for override in cell.overrides:
-            seen.setdefault(override.partition("=")[0], set()).add(override)
-    return {key for key, values in seen.items() if len(values) > 1}
+            overrides_by_key.setdefault(override.partition("=")[0], set()).add(override)
+    return {key for key, overrides in overrides_by_key.items() if len(overrides) > 1}
 
 
 def edits_of(cell: Cell, plan: Plan, status: RunStatus) -> str:
-    """`37/100`; `-` where nothing was recorded."""
+    """`37/100`; `-` instead of 37 if nothing was recorded."""
     if cell.run is None:
         return "-"
     run = plan.runs[cell.run]
-    return f"{'-' if status.step is None else min(status.step * run.batch_size, run.edits)}/{run.edits}"
+    made = "-" if status.step is None else min(status.step * run.batch_size, run.edits)
+    return f"{made}/{run.edits}"
 
 
-def _what(cell: Cell, plan: Plan, status: RunStatus) -> str:
-    """The error or the holder; and with whom the cell shares its run."""
-    said = [shortened(status.error), f"by {status.holder}" if status.holder else None]
-    if status.state == "cut off":
-        said.append(f"goes on after step {status.saved_step or 0}")
+def resumes(status: RunStatus) -> str:
+    return f"resumes after step {status.saved_step or 0}"
+
+
+def _details(cell: Cell, plan: Plan, status: RunStatus) -> str:
+    """The error or the writing process, and the cells that share the run."""
+    details = [shortened(status.error), f"by {status.holder}" if status.holder else None]
+    if status.state == "interrupted":
+        details.append(resumes(status))
     if cell.run is not None and len(plan.cells_of(cell.run)) > 1:
-        others = [each.number for each in plan.cells_of(cell.run) if each.number != cell.number]
-        said.append(f"view {' + '.join(cell.views)}, in one run with {', '.join(map(str, others))}")
-    return "; ".join(each for each in said if each)
+        others = (
+            str(other.number) for other in plan.cells_of(cell.run) if other.number != cell.number
+        )
+        views = " + ".join(cell.views)
+        details.append(f"view {views}, in one run with {', '.join(others)}")
+    return "; ".join(detail for detail in details if detail)
 
 
 def counts(plan: Plan, statuses: Sequence[RunStatus]) -> str:
-    """`3 done, 0 running, 1 failed, 0 cut off, 2 missing of 6 cells`."""
-    found = Counter(cell_state(cell, statuses).state for cell in plan.cells)
-    return f"{', '.join(f'{found[state]} {state}' for state in STATES)} of {counted(len(plan.cells), 'cell')}"
+    """`3 done, 0 running, 1 failed, 0 interrupted, 2 missing of 6 cells`."""
+    by_state = Counter(cell_status(cell, statuses).state for cell in plan.cells)
+    states = ", ".join(f"{by_state[state]} {state}" for state in STATES)
+    return f"{states} of {counted(len(plan.cells), 'cell')}"
 
 
-def closing(plan: Plan, statuses: Sequence[RunStatus], before: Sequence[RunStatus]) -> list[str]:
-    """How the sweep ended; `before` may know fewer runs, as some were only made on the way."""
+def closing_lines(
+    plan: Plan, statuses: Sequence[RunStatus], before: Sequence[RunStatus]
+) -> list[str]:
+    """The lines that are shown at the end. `before` holds the statuses at the start; runs that were
+    added since are missing from it.
+    """
     lines, varying = [counts(plan, statuses)], _varying(plan)
     for cell in plan.cells:
-        status = cell_state(cell, statuses)
-        if status.state in ("failed", "cut off"):
-            what = (
-                "its configuration, see above"
-                if cell.run is None
-                else _what(cell, plan, status) or "no reason is known"
-            )
-            lines.append(f"{status.state}: cell {cell.number} ({values_of(cell, varying)}): {what}")
-    went_on = sum(1 for status in before if status.state == "cut off")
-    again = sum(
+        status = cell_status(cell, statuses)
+        if status.state in ("failed", "interrupted"):
+            details = "invalid configuration, see above"
+            if cell.run is not None:
+                details = _details(cell, plan, status) or "no reason is known"
+            values = values_of(cell, varying)
+            lines.append(f"{status.state}: cell {cell.number} ({values}): {details}")
+    resumed = sum(status.state == "interrupted" for status in before)
+    made_again = sum(
         max(0, now.steps_made_again - then.steps_made_again)
         for now, then in zip(statuses, before, strict=False)
     )
-    if went_on or again:
-        lines.append(
-            f"{counted(went_on, 'run')} went on from a checkpoint; {counted(again, 'step')} made again"
-        )
+    if resumed or made_again:
+        runs, steps = counted(resumed, "run"), counted(made_again, "step")
+        lines.append(f"{runs} resumed from a checkpoint; {steps} made again")
     return lines
 
 
 def exit_code(plan: Plan, statuses: Sequence[RunStatus], folder: Path) -> int:
-    """That of the first cell that did not end well; 3 where the only thing missing is with another
-    process.
+    """The exit code of the first cell that failed. It is 3 if other processes are writing all cells
+    that are not done.
     """
     codes = [_code(cell, plan, statuses, folder) for cell in plan.cells]
     return next((code for code in codes if code not in (OK, BUSY)), BUSY if BUSY in codes else OK)
@@ -212,7 +199,7 @@ def exit_code(plan: Plan, statuses: Sequence[RunStatus], folder: Path) -> int:
 
 def _code(cell: Cell, plan: Plan, statuses: Sequence[RunStatus], folder: Path) -> int:
     if cell.run is None:
-        return MISTAKE
+        return INVALID
     status = statuses[cell.run]
     if status.state in ("done", "running"):
         return OK if status.state == "done" else BUSY
@@ -221,7 +208,9 @@ def _code(cell: Cell, plan: Plan, statuses: Sequence[RunStatus], folder: Path) -
 
 
 def shortened(text: str | None, limit: int = 300) -> str | None:
-    """The whole of it is in the run's FAILED.json, or in the sweep's jobs/<number>.json."""
+    """The beginning of a long error. FAILED.json of the run or jobs/<number>.json of the sweep
+    hold all of it.
+    """
     return text if text is None or len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -1,11 +1,11 @@
-"""The sweeper that `editkit run --multirun` uses: Hydra's grid, planned, launched by any launcher,
-and summed up.
+"""The sweeper of `editkit run --multirun`: Hydra's grid, planned, launched by any launcher, and
+summarized.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,28 @@ from editkit.config.build import Place, locate
 from editkit.config.compose import explain_composition_error
 from editkit.errors import ConfigError, report
 from editkit.sweeps import summary
-from editkit.sweeps.merge import Candidate
-from editkit.sweeps.plan import CELLS, JOBS, Plan, load_outcome, note_death, save_plan
-from editkit.sweeps.planner import Broken, make_plan, split, to_launch
+from editkit.sweeps.merge import ValidCell
+from editkit.sweeps.plan import (
+    CELLS,
+    INVALID,
+    JOBS,
+    OK,
+    STOPPED,
+    Plan,
+    load_outcome,
+    record_death,
+    save_plan,
+)
+from editkit.sweeps.planner import InvalidCell, make_plan, split, to_launch
 
-# how often a run is launched whose job ended without a word, as when joblib takes down a whole pool
-# for one dead worker
+# Launches of a run whose job ends without recording its end. joblib, for example, ends a whole pool
+# when one worker dies.
 ATTEMPTS = 2
+INTERRUPTED = STOPPED + 2  # exit code after Ctrl-C
 
 
-class SweepEnded(Exception):
-    """The sweep is over and not everything is done; that was shown."""
+class SweepIncomplete(Exception):
+    """The sweep ended and some cells are not done. They have been reported."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -36,8 +47,8 @@ class SweepEnded(Exception):
 
 
 class CellSweeper(Sweeper):
-    """Hydra's own grid (`hydra.sweeper.params` and the command line), but only for what is not done
-    yet.
+    """Hydra's basic grid (`hydra.sweeper.params` and the command line), restricted to the cells
+    that are not done yet.
     """
 
     def __init__(self, *, max_batch_size: int | None, params: Mapping[str, Any] | None) -> None:
@@ -45,10 +56,10 @@ class CellSweeper(Sweeper):
         self.config: Any = None
         self.hydra_context: Any = None
         self.launcher: Any = None
-        self.not_composed: HydraException | None = None  # the first cell's
+        self.composition_error: HydraException | None = None  # of the first cell that has one
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        """Hydra's hook; makes the launcher."""
+        """Hydra's hook. It creates the launcher."""
         from hydra.core.plugins import Plugins
 
         self.config, self.hydra_context = config, hydra_context
@@ -57,107 +68,107 @@ class CellSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Plans, launches and sums up. Raises SweepEnded unless every cell is done, or the launcher
-        does not wait.
+        """Plans and launches the sweep, and shows its summary.
+
+        Raises:
+            SweepIncomplete: some cells are not done, and the launcher waited for its jobs.
         """
         cells = [
-            self._candidate(number, tuple(overrides))
+            self._cell(number, tuple(overrides))
             for number, overrides in enumerate(self._grid(arguments))
         ]
-        if self.not_composed is not None and not any(isinstance(each, Candidate) for each in cells):
-            raise self.not_composed  # a mistake of the command, not of one cell
+        valid = {cell.number: cell for cell in cells if isinstance(cell, ValidCell)}
+        if self.composition_error is not None and not valid:
+            raise self.composition_error  # the command is wrong, and not one cell
         folder = Path(self.config.hydra.sweep.dir)
-        plan = make_plan(
-            cells,
-            place_of=self._place,
-            earlier=sorted(path.parent for path in folder.parent.glob(f"*/{CELLS}")),
-        )
-        shutil.rmtree(
-            folder / JOBS, ignore_errors=True
-        )  # of a sweep that was told to use the same folder
+        earlier = sorted(path.parent for path in folder.parent.glob(f"*/{CELLS}"))
+        plan = make_plan(cells, place_of=self._place, earlier=earlier)
+        shutil.rmtree(folder / JOBS, ignore_errors=True)  # of an earlier sweep in this folder
         before = summary.statuses_of(plan, folder)
-        settings = next(
-            (each.place.settings for each in cells if isinstance(each, Candidate)), None
-        )
-        todo = (
-            to_launch(before, retry_failed=settings.retry_failed, anew=settings.resume == "never")
-            if settings
-            else []
-        )
+        launched: list[int] = []
+        if valid:
+            settings = next(iter(valid.values())).place.settings
+            restart = settings.resume == "never"
+            launched = to_launch(before, retry_failed=settings.retry_failed, restart=restart)
         save_plan(plan, folder)
-        for same in by_error([each for each in cells if isinstance(each, Broken)]):
-            first, others = same[0], "".join(f", {each.number}" for each in same[1:])
-            report(first.error, label=f"job {first.number}{others} ({' '.join(first.overrides)})")
-        say(summary.announcement(plan, before, todo))
-        sound = {each.number: each for each in cells if isinstance(each, Candidate)}
-        plan, stopped = self._launch(plan, todo, folder, sound)
-        if todo and not stopped and getattr(self.launcher, "detach", False):
-            say([f"editkit status {folder}"])
+        report_invalid(cell for cell in cells if isinstance(cell, InvalidCell))
+        show_lines(summary.opening_lines(plan, before, launched))
+        plan, stopped = self._launch(plan, launched, folder, valid)
+        if launched and not stopped and self._is_detached:
+            show_lines([f"editkit status {folder}"])
             return
         after = summary.statuses_of(plan, folder)
-        say([*summary.closing(plan, after, before), f"editkit status {folder}"])
+        show_lines([*summary.closing_lines(plan, after, before), f"editkit status {folder}"])
         if code := stopped or summary.exit_code(plan, after, folder):
-            raise SweepEnded(code)
+            raise SweepIncomplete(code)
+
+    @property
+    def _is_detached(self) -> bool:
+        """Whether the launcher returns before its jobs end."""
+        return bool(getattr(self.launcher, "detach", False))
 
     def _launch(
-        self, plan: Plan, todo: Sequence[int], folder: Path, candidates: Mapping[int, Candidate]
+        self, plan: Plan, launched: Sequence[int], folder: Path, valid: Mapping[int, ValidCell]
     ) -> tuple[Plan, int]:
-        """Launches these runs; the plan that knows their jobs, and the exit code of a sweep that
-        was stopped.
+        """Launches runs until each has ended, was refused, or died twice.
+
+        Returns:
+            the plan with the numbers of the jobs, and the exit code of a stopped sweep or 0.
         """
-        left, next_job = list(todo), 0
-        while left:
+        waiting, next_job = list(launched), 0
+        while waiting:
             plan = plan.launched(
-                {place: next_job + position for position, place in enumerate(left)}
+                {index: next_job + position for position, index in enumerate(waiting)}
             )
             save_plan(plan, folder)
-            first, next_job = next_job, next_job + len(left)
-            try:
-                size = self.max_batch_size or len(left)
-                for start in range(0, len(left), size):
-                    batch = [
-                        list(plan.runs[place].overrides) for place in left[start : start + size]
-                    ]
-                    self.launcher.launch(batch, initial_job_idx=first + start)
-            except KeyboardInterrupt:
-                return plan, summary.STOPPED_BY_HAND
-            except SystemExit as stop:  # whoever stops a job means the sweep
-                return plan, int(stop.code or 0)
-            except ConfigError:
-                raise
-            except (
-                Exception
-            ) as error:  # a launcher that gave up, not a job: those note how they end
-                say([f"the launcher gave up: {type(error).__name__}: {error}"])
-            if getattr(self.launcher, "detach", False):
-                return plan, 0
+            stopped = self._launch_jobs(plan, waiting, next_job)
+            if stopped is not None:
+                return plan, stopped
+            next_job += len(waiting)
+            if self._is_detached:
+                return plan, OK
             codes = {
-                place: (load_outcome(folder, plan.runs[place].jobs[-1]) or {}).get("code")
-                for place in left
+                index: (load_outcome(folder, plan.runs[index].jobs[-1]) or {}).get("code")
+                for index in waiting
             }
-            for place in [
-                place
-                for place, code in codes.items()
-                if code == summary.MISTAKE and len(plan.cells_of(place)) > 1
-            ]:
-                say(
-                    [
-                        f"the views of one run are tried apart: {' '.join(plan.runs[place].overrides)}"
-                    ]
-                )
-                known = len(plan.runs)
-                plan = split(plan, place, candidates)
-                codes |= {place: None} | dict.fromkeys(range(known, len(plan.runs)))
-            left = [place for place, code in codes.items() if code is None]
-            for place in [place for place in left if len(plan.runs[place].jobs) >= ATTEMPTS]:
-                note_death(
-                    folder, plan.runs[place].jobs[-1], "its process ended without a word: killed?"
-                )
-                left.remove(place)
-        return plan, 0
+            refused = [
+                index
+                for index, code in codes.items()
+                if code == INVALID and len(plan.cells_of(index)) > 1
+            ]
+            for index in refused:
+                overrides = " ".join(plan.runs[index].overrides)
+                show_lines([f"the views of a refused run are run separately: {overrides}"])
+                count = len(plan.runs)
+                plan = split(plan, index, valid)
+                codes |= {index: None} | dict.fromkeys(range(count, len(plan.runs)))
+            unfinished = [index for index, code in codes.items() if code is None]
+            waiting = [index for index in unfinished if len(plan.runs[index].jobs) < ATTEMPTS]
+            for index in unfinished:
+                if index not in waiting:
+                    error = "the process ended without recording an error: killed?"
+                    record_death(folder, plan.runs[index].jobs[-1], error)
+        return plan, OK
+
+    def _launch_jobs(self, plan: Plan, runs: Sequence[int], first_job: int) -> int | None:
+        """Launches these runs in batches. Returns the exit code of a stopped sweep."""
+        size = self.max_batch_size or len(runs)
+        try:
+            for start in range(0, len(runs), size):
+                batch = [list(plan.runs[index].overrides) for index in runs[start : start + size]]
+                self.launcher.launch(batch, initial_job_idx=first_job + start)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except SystemExit as stop:  # a signal to a job stops the whole sweep
+            return int(stop.code or OK)
+        except ConfigError:
+            raise
+        except Exception as error:  # of the launcher; jobs record their own errors
+            show_lines([f"the launcher failed: {type(error).__name__}: {error}"])
+        return None
 
     def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
-        """The product of the grid's values; the command line wins over a grid by name."""
+        """The overrides of every cell. The command line overrides a grid by name."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -167,21 +178,23 @@ class CellSweeper(Sweeper):
         (cells,) = BasicSweeper.split_arguments(overrides, None)
         return cells
 
-    def _candidate(self, number: int, overrides: tuple[str, ...]) -> Candidate | Broken:
+    def _cell(self, number: int, overrides: tuple[str, ...]) -> ValidCell | InvalidCell:
         try:
-            return Candidate(number=number, overrides=overrides, place=self._place(overrides))
+            return ValidCell(number=number, overrides=overrides, place=self._place(overrides))
         except ConfigError as error:
-            return Broken(number=number, overrides=overrides, error=error)
+            return InvalidCell(number=number, overrides=overrides, error=error)
         except HydraException as error:
-            self.not_composed = self.not_composed or error
-            return Broken(
-                number=number,
-                overrides=overrides,
-                error=ConfigError(explain_composition_error(error, overrides) or str(error).splitlines()[0]),
-            )
+            self.composition_error = self.composition_error or error
+            text = explain_composition_error(error, overrides) or str(error).splitlines()[0]
+            return InvalidCell(number=number, overrides=overrides, error=ConfigError(text))
 
     def _place(self, overrides: Sequence[str]) -> Place:
-        """Composes as the launcher will. Raises ConfigError and Hydra's own exceptions."""
+        """The place of a run, composed as the launcher will compose it.
+
+        Raises:
+            ConfigError: the configuration is invalid.
+            HydraException: the overrides cannot be composed.
+        """
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         choices = dict(config.hydra.runtime.choices)
         with open_dict(config):
@@ -189,15 +202,17 @@ class CellSweeper(Sweeper):
         return locate(config, choices=choices)
 
 
-def by_error(broken: Sequence[Broken]) -> list[list[Broken]]:
-    """Cells that cannot be run, those with the same mistake together."""
-    found: dict[str, list[Broken]] = {}
-    for each in broken:
-        found.setdefault(str(each.error), []).append(each)
-    return list(found.values())
+def report_invalid(cells: Iterable[InvalidCell]) -> None:
+    """Reports invalid cells on stderr. Cells with the same error are reported together."""
+    by_error: dict[str, list[InvalidCell]] = {}
+    for cell in cells:
+        by_error.setdefault(str(cell.error), []).append(cell)
+    for same in by_error.values():
+        numbers = ", ".join(str(cell.number) for cell in same)
+        report(same[0].error, label=f"job {numbers} ({' '.join(same[0].overrides)})")
 
 
-def say(lines: Sequence[str]) -> None:
+def show_lines(lines: Sequence[str]) -> None:
     """Shows lines on stdout."""
     from rich.console import Console
 

@@ -1,5 +1,5 @@
-"""Hydra takes sweepers and launchers from the `hydra_plugins` namespace alone: these are the names;
-what they do is in `editkit.sweeps`.
+"""The sweeper and launchers of editkit under the only namespace in which Hydra looks for plugins.
+They are implemented in `editkit.sweeps`.
 """
 
 from __future__ import annotations

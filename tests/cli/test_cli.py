@@ -1,6 +1,4 @@
-"""The commands: exit codes, messages without tracebacks, and configurations that are found from
-anywhere.
-"""
+"""The commands: exit codes, messages without tracebacks, and the user's own configurations."""
 
 from __future__ import annotations
 
@@ -12,8 +10,10 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from editkit.cli import main as cli
 from editkit.config.compose import options
@@ -63,7 +63,10 @@ def test_ls_of_a_group_lists_only_that_group_and_an_unknown_one_is_a_mistake(edi
     _, out, _ = editkit("ls", "editor")
     assert "rome" in out and "counterfact" not in out
     code, _, err = editkit("ls", "editors")
-    assert code == 2 and "editors is not a group. Groups: dataset, debug, editor" in err
+    assert (
+        code == 2
+        and "group: unknown group (got 'editors'; expected one of dataset, debug, editor," in err
+    )
 
 
 def test_cfg_job_shows_the_composed_configuration(editkit: Call) -> None:
@@ -106,20 +109,28 @@ def test_validate_says_ok_and_where_the_run_would_write_and_writes_nothing(
         (["editor=memitt"], "Could not find 'editor/memitt'"),
         (
             ["editor.cov_wieght=1", "seed=x"],
-            "2 problems - seed: 'x' was given; should be a valid integer. - editor.cov_wieght is not an option",
+            "2 problems - seed: invalid value (got 'x'; expected a valid integer). - editor.cov_wieght: unknown",
         ),
-        (["+editr=1"], "editr is not an option of the configuration. Did you mean editor?"),
+        (["+editr=1"], "editr: unknown option of the configuration (expected one of batch_size,"),
+        (["+editr=1"], "). Fix: did you mean editor?"),
         (["edits"], "Error parsing override 'edits'"),
         (
             ["editor=alphaedit", "restraint=alphaedit"],
-            "restraint: alphaedit is chosen twice - name it once; editor=alphaedit,",
+            "restraint: alphaedit is chosen twice. Fix: name it once (editor=alphaedit,",
         ),
         (
             ["+restraint=prune"],
-            "+restraint=prune: the group has a choice already - leave the + out;",
+            "+restraint=prune: the group already has a choice. Fix: remove the +;",
         ),
-        (["restraint.prune.alpha=2"], "prune is not chosen - choose it with restraint=[prune]."),
-        (["milestones=[101]"], "milestones: 101 was given; edits=100 allows 0 to 100."),
+        (
+            ["restraint.prune.alpha=2"],
+            "restraint.prune: a value is set, but the restraint is not chosen. "
+            "Fix: choose it with restraint=[prune].",
+        ),
+        (
+            ["milestones=[101]"],
+            "milestones: out of range (got [101]; expected numbers from 0 to edits=100).",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -142,8 +153,8 @@ def test_in_a_multirun_every_job_is_tried_and_the_exit_code_tells_of_the_failure
 ) -> None:
     code, _, err = editkit("run", "--multirun", "edits=0,-1", "tracker=none")
     assert code == 2
-    assert "ConfigError in job 0 (edits=0 tracker=none): edits: 0 was given" in err
-    assert "ConfigError in job 1 (edits=-1 tracker=none): edits: -1 was given" in err
+    assert "ConfigError in job 0 (edits=0 tracker=none): edits: out of range (got 0;" in err
+    assert "ConfigError in job 1 (edits=-1 tracker=none): edits: out of range (got -1;" in err
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["multirun"]
 
@@ -151,7 +162,8 @@ def test_in_a_multirun_every_job_is_tried_and_the_exit_code_tells_of_the_failure
 def test_a_misspelt_key_in_a_multirun_is_named_before_any_job_starts(editkit: Call) -> None:
     code, _, err = editkit("run", "-m", "editor.kyes=original,clean")
     assert code == 2
-    assert "editor.kyes is not an option of Rome. Did you mean editor.keys?" in err
+    assert "editor.kyes: unknown option of Rome (expected one of" in err
+    assert "Fix: did you mean editor.keys?" in err
 
 
 def test_an_option_and_its_class_of_ones_own_are_found_from_the_current_folder(
@@ -170,6 +182,40 @@ def test_an_option_and_its_class_of_ones_own_are_found_from_the_current_folder(
     assert code == 0, err
     assert "tiny-gpt2-mine-prune-" in out
     assert "mine" in editkit("run", "--config-dir", "conf", "editor=mine", "--cfg", "job")[1]
+
+
+def test_an_option_of_a_restraint_is_named_by_the_key_that_the_restraint_stands_under(
+    editkit: Call, tmp_path: Path
+) -> None:
+    (tmp_path / "conf/restraint").mkdir(parents=True)
+    node = "{_target_: editkit.restraints.norm_cap.NormCap, norm: spectral, ratio: 0.5}"
+    (tmp_path / "conf/restraint/mine.yaml").write_text(f"# A cap\ncap2: {node}\n")
+    own = ("--config-dir", "conf", "restraint=mine")
+    assert editkit("validate", *own)[0] == 0
+    code, _, err = editkit("validate", *own, "restraint.cap2.ratio=-1", "editor.target.lr=-1")
+    assert code == 2
+    assert " restraint.cap2.ratio: " in err and " editor.target.lr: " in err
+    assert "norm_cap.ratio" not in err
+
+
+def commands(group: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        yield (*prefix, name)
+        if hasattr(command, "commands"):
+            yield from commands(command, (*prefix, name))
+
+
+@pytest.mark.parametrize("command", list(commands(typer.main.get_command(cli.app))), ids=" ".join)
+def test_every_command_has_a_help_text_in_sentences(
+    editkit: Call, command: tuple[str, ...]
+) -> None:
+    code, out, _ = editkit(*command, "--help")
+    assert code == 0 and f"editkit {' '.join(command)}" in out
+    found = typer.main.get_command(cli.app)
+    for name in command:
+        found = found.commands[name]  # type: ignore[attr-defined]
+    about = (found.help or "").strip()
+    assert about[0].isupper() and about.endswith("."), about
 
 
 def test_python_dash_m_editkit_is_the_command(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from editkit.records.writer import EVALS, STEPS
 from editkit.runner.checkpoint import load_state
 from editkit.runner.lock import holder_of, is_locked
 from editkit.sweeps.plan import load_plan
-from editkit.sweeps.state import last_step, look
+from editkit.sweeps.state import last_step, read_status
 from tests.slurm.cluster import Cluster, missing, running, wait_for
 from tests.support.paths import ROOT
 
@@ -145,8 +145,8 @@ def test_preempted_and_killed_jobs_end_as_if_undisturbed(cluster: Cluster, tmp_p
         seconds=120,
     )
     (preempted,) = (folder for folder in before if not is_locked(folder))
-    left = look(preempted)
-    assert left.state == "cut off"
+    left = read_status(preempted)
+    assert left.state == "interrupted"
     assert left.step == left.saved_step and 0 < (left.step or 0) < EDITS, (
         "saved at the end of the edit at hand: nothing is made again"
     )
@@ -156,7 +156,7 @@ def test_preempted_and_killed_jobs_end_as_if_undisturbed(cluster: Cluster, tmp_p
         return [
             folder
             for folder in in_work(outputs, CHECKPOINT + 2)
-            if folder != preempted and (look(folder).saved_step or 0) >= CHECKPOINT
+            if folder != preempted and (read_status(folder).saved_step or 0) >= CHECKPOINT
         ]
 
     wait_for(lambda: bool(to_kill()), "a run that is past a checkpoint", seconds=240)
@@ -173,9 +173,9 @@ def test_preempted_and_killed_jobs_end_as_if_undisturbed(cluster: Cluster, tmp_p
 
     wait_for(all_gone, "the end of the array", seconds=420, every=1)
     (sweep,) = (path.parent for path in outputs.glob("multirun/*/cells.json"))
-    assert look(killed).state == "cut off"
+    assert read_status(killed).state == "interrupted"
     shown = editkit(tmp_path, "status", str(sweep))
-    assert "3 done, 0 running, 0 failed, 1 cut off, 0 missing of 4 cells" in shown.stdout, (
+    assert "3 done, 0 running, 0 failed, 1 interrupted, 0 missing of 4 cells" in shown.stdout, (
         shown.stdout + cluster.told()
     )
 
@@ -186,7 +186,7 @@ def test_preempted_and_killed_jobs_end_as_if_undisturbed(cluster: Cluster, tmp_p
         "4 cells in 4 runs: 1 job to do" in again.stdout
         and "3 runs done before: skipped" in again.stdout
     )
-    assert "4 done, 0 running, 0 failed, 0 cut off, 0 missing of 4 cells" in again.stdout
+    assert "4 done, 0 running, 0 failed, 0 interrupted, 0 missing of 4 cells" in again.stdout
 
     assert facts(preempted)["sessions"] == 2 and facts(preempted)["steps_made_again"] == 0
     assert 0 < facts(killed)["steps_made_again"] <= CHECKPOINT
@@ -243,21 +243,21 @@ def test_a_job_at_its_time_limit_saves_and_is_requeued_and_a_cancelled_one_is_no
         seconds=200,
     )
     (folder,) = runs_below(outputs).values()
-    left = look(folder)
+    left = read_status(folder)
     assert (
-        left.state == "cut off" and left.step == left.saved_step and 0 < (left.step or 0) < 500
+        left.state == "interrupted" and left.step == left.saved_step and 0 < (left.step or 0) < 500
     ), left
 
     cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # once is enough here
 
     def goes_on() -> bool:
         cluster.release()
-        return (look(folder).step or 0) > (left.step or 0)
+        return (read_status(folder).step or 0) > (left.step or 0)
 
     wait_for(goes_on, "the requeued job to go on", seconds=240, every=1)
     cluster.ask("scancel", job)
     wait_for(lambda: cluster.jobs()[job] == "CANCELLED", "the end of the cancelled job", seconds=60)
     assert not is_locked(folder)
-    assert (look(folder).step or 0) == (look(folder).saved_step or 0), (
+    assert (read_status(folder).step or 0) == (read_status(folder).saved_step or 0), (
         "it saves before it goes, and does not come back"
     )

@@ -1,5 +1,5 @@
-"""Which runs a grid needs: views of one trajectory share one, what is done is found again, what
-failed is left alone.
+"""The runs that a grid needs: views of one trajectory share a run, finished runs are reused, failed
+ones are skipped.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from editkit.config.build import Place, locate
 from editkit.config.compose import Composed, compose, options
 from editkit.errors import ConfigError
 from editkit.sweeps import summary
-from editkit.sweeps.merge import Candidate, literal, merge, trajectories
+from editkit.sweeps.merge import ValidCell, literal, merge, trajectories
 from editkit.sweeps.plan import (
     CELLS,
     Plan,
+    holds_several_cells,
     load_outcome,
     load_plan,
-    note_death,
+    record_death,
     save_outcome,
     save_plan,
-    shares_its_run,
 )
-from editkit.sweeps.planner import Broken, make_plan, split, to_launch
-from editkit.sweeps.state import RunStatus, look
+from editkit.sweeps.planner import InvalidCell, make_plan, split, to_launch
+from editkit.sweeps.state import RunStatus, read_status
 from editkit.sweeps.sweeper import CellSweeper
 
 NONE, PRUNE, LINEAR = ("restraint=none",), ("restraint=prune",), ("restraint=prune_linear",)
@@ -48,15 +48,15 @@ def place_of(overrides: Sequence[str]) -> Place:
     return locate(config, choices=found.choices)
 
 
-def cells(*grid: Sequence[str], outputs: Path) -> list[Candidate]:
+def cells(*grid: Sequence[str], outputs: Path) -> list[ValidCell]:
     found = [(*each, f"paths.outputs={outputs}") for each in grid]
     return [
-        Candidate(number=number, overrides=each, place=place_of(each))
+        ValidCell(number=number, overrides=each, place=place_of(each))
         for number, each in enumerate(found)
     ]
 
 
-def plan_of(candidates: Sequence[Candidate], **options: list[Path]) -> Plan:
+def plan_of(candidates: Sequence[ValidCell], **options: list[Path]) -> Plan:
     return make_plan(candidates, place_of=place_of, **options)
 
 
@@ -73,8 +73,10 @@ def fail(folder: Path, error: str = "ValueError: no") -> None:
     (folder / "FAILED.json").write_text(json.dumps({"kind": "error", "error": error}))
 
 
-def launched(plan: Plan, *, retry_failed: bool = False, anew: bool = False) -> list[int]:
-    return to_launch([look(run.folder) for run in plan.runs], retry_failed=retry_failed, anew=anew)
+def launched(plan: Plan, *, retry_failed: bool = False, restart: bool = False) -> list[int]:
+    return to_launch(
+        [read_status(run.folder) for run in plan.runs], retry_failed=retry_failed, restart=restart
+    )
 
 
 # --- merging
@@ -86,7 +88,7 @@ def test_a_restraint_on_the_total_and_none_share_the_run_of_the_former(tmp_path:
     (run,) = plan.runs
     assert run.folder == prune.place.folder, "so a run of its own, made before, is found"
     assert [cell.views for cell in plan.cells] == [("unrestrained",), ("prune",)]
-    assert summary.sharing(plan) == "unrestrained + prune (1 run)"
+    assert summary.shared_views(plan) == "unrestrained + prune (1 run)"
 
 
 def test_what_acts_on_the_edits_is_a_run_of_its_own(tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_plain_value_survives_hydras_command_line(value: object) -> None:
 # --- what is left to do
 
 
-def test_done_cells_are_skipped_cut_off_ones_go_on_and_failed_ones_wait_for_retry_failed(
+def test_done_cells_are_skipped_interrupted_ones_resume_and_failed_ones_wait_for_retry_failed(
     tmp_path: Path,
 ) -> None:
     plan = plan_of(cells(*([f"seed={seed}"] for seed in range(4)), outputs=tmp_path))
@@ -181,12 +183,12 @@ def test_done_cells_are_skipped_cut_off_ones_go_on_and_failed_ones_wait_for_retr
     fail(plan.runs[1].folder)
     plan.runs[2].folder.mkdir(parents=True)
     (plan.runs[2].folder / "steps.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"ste')
-    states = [look(run.folder) for run in plan.runs]
-    assert [status.state for status in states] == ["done", "failed", "cut off", "missing"]
+    states = [read_status(run.folder) for run in plan.runs]
+    assert [status.state for status in states] == ["done", "failed", "interrupted", "missing"]
     assert [status.step for status in states] == [4, None, 1, None]
     assert launched(plan) == [2, 3]
     assert launched(plan, retry_failed=True) == [1, 2, 3]
-    assert launched(plan, anew=True) == [0, 1, 2, 3]
+    assert launched(plan, restart=True) == [0, 1, 2, 3]
 
 
 def test_a_view_that_was_run_by_itself_before_is_not_run_again(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_resume_never_takes_nothing_from_before(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_read_back_also_after_the_outputs_were_moved(tmp_path: Path) -> None:
-    broken = Broken(number=2, overrides=("edits=0",), error=ConfigError("edits: 0 was given"))
+    broken = InvalidCell(number=2, overrides=("edits=0",), error=ConfigError("edits: 0 was given"))
     plan = make_plan(
         [*cells(NONE, PRUNE, outputs=tmp_path / "a"), broken], place_of=place_of
     ).launched({0: 5})
@@ -230,7 +232,7 @@ def test_a_plan_is_read_back_also_after_the_outputs_were_moved(tmp_path: Path) -
     moved = load_plan(tmp_path / "b" / "multirun" / "s")
     assert (
         moved.runs[0].folder.is_relative_to(tmp_path / "b")
-        and look(moved.runs[0].folder).state == "done"
+        and read_status(moved.runs[0].folder).state == "done"
     )
 
 
@@ -241,16 +243,16 @@ def test_a_plan_that_cannot_be_read_is_an_error_that_names_the_file(
     text: str, tmp_path: Path
 ) -> None:
     (tmp_path / CELLS).write_text(text)
-    with pytest.raises(ConfigError, match=r"cells\.json cannot be read as a sweep's plan"):
+    with pytest.raises(ConfigError, match=r"cells\.json: cannot be read as the plan of a sweep"):
         load_plan(tmp_path)
 
 
 def test_a_job_that_ended_without_a_word_is_noted_but_what_it_said_stands(tmp_path: Path) -> None:
     save_outcome(tmp_path, 0, {"code": None, "pid": 7})
-    note_death(tmp_path, 0, "killed?")
+    record_death(tmp_path, 0, "killed?")
     assert load_outcome(tmp_path, 0) == {"code": 1, "pid": 7, "error": "killed?"}
     save_outcome(tmp_path, 1, {"code": 2, "error": "a mistake"})
-    note_death(tmp_path, 1, "killed?")
+    record_death(tmp_path, 1, "killed?")
     assert (load_outcome(tmp_path, 1) or {})["error"] == "a mistake"
     assert load_outcome(tmp_path, 2) is None
 
@@ -260,8 +262,8 @@ def test_a_job_knows_whether_its_run_holds_several_cells(tmp_path: Path) -> None
         plan_of(cells(NONE, PRUNE, ("restraint=rect",), outputs=tmp_path)).launched({0: 3, 1: 4}),
         tmp_path,
     )
-    assert [shares_its_run(tmp_path, job) for job in (3, 4, 5)] == [True, False, False]
-    assert not shares_its_run(tmp_path / "nowhere", 3)
+    assert [holds_several_cells(tmp_path, job) for job in (3, 4, 5)] == [True, False, False]
+    assert not holds_several_cells(tmp_path / "nowhere", 3)
 
 
 def test_views_of_a_run_that_died_once_and_then_could_not_be_are_still_tried_apart(
@@ -315,7 +317,7 @@ def test_the_closing_words_name_every_failed_cell_and_count_what_was_made_again(
     plan = plan_of(cells(*([f"seed={seed}", "edits=4"] for seed in range(3)), outputs=tmp_path))
     before = [
         RunStatus(state="done"),
-        RunStatus(state="cut off", step=3, saved_step=2),
+        RunStatus(state="interrupted", step=3, saved_step=2),
         RunStatus(state="missing"),
     ]
     after = [
@@ -323,10 +325,10 @@ def test_the_closing_words_name_every_failed_cell_and_count_what_was_made_again(
         RunStatus(state="done", steps_made_again=1),
         RunStatus(state="failed", error="ValueError: no"),
     ]
-    lines = summary.closing(plan, after, before)
-    assert lines[0] == "2 done, 0 running, 1 failed, 0 cut off, 0 missing of 3 cells"
+    lines = summary.closing_lines(plan, after, before)
+    assert lines[0] == "2 done, 0 running, 1 failed, 0 interrupted, 0 missing of 3 cells"
     assert lines[1] == "failed: cell 2 (seed=2): ValueError: no"
-    assert lines[2] == "1 run went on from a checkpoint; 1 step made again"
+    assert lines[2] == "1 run resumed from a checkpoint; 1 step made again"
 
 
 def test_a_long_error_is_shortened_in_the_table(tmp_path: Path) -> None:
