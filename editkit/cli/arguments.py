@@ -1,15 +1,13 @@
-"""Arguments that several commands share, the composition of their overrides, and the console."""
+"""Arguments that several commands share, and the console."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from editkit.config.compose import Composed, compose, explain_composition_error, force_add
-from editkit.errors import ConfigError
+from editkit.config.explain import composed as composed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,56 +36,6 @@ UNPARSED = {
     "allow_interspersed_args": False,
     "help_option_names": [],
 }
-
-
-def composed(overrides: Sequence[str] | None, config_dir: Path | None) -> Composed:
-    """The configuration that these overrides compose to.
-
-    Raises:
-        ConfigError: they cannot be composed.
-    """
-    overrides = overrides or []
-    try:
-        return compose(overrides, config_dir=config_dir)
-    except composition_errors() as error:
-        raise explained(error, overrides, config_dir) from None
-
-
-def composition_errors() -> tuple[type[Exception], ...]:
-    """The exceptions that an invalid override or configuration file raises."""
-    import yaml
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    return (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError, OSError)
-
-
-def explained(error: Exception, overrides: Sequence[str], config_dir: Path | None) -> ConfigError:
-    """The error of a composition as a ConfigError.
-
-    Hydra stops at the first unknown key and does not name the keys that exist. For such an error
-    all problems of the configuration are collected instead.
-    """
-    if isinstance(error, ConfigError):
-        return error
-    if "Could not override" in str(error):
-        from editkit.config.build import build
-
-        try:
-            forced = compose(force_add(overrides), config_dir=config_dir)
-            build(forced.config, choices=forced.choices)
-        except ConfigError as problems:
-            return problems
-        except composition_errors():
-            pass  # Hydra's first error is reported below
-    if explanation := explain_composition_error(error, overrides):
-        return ConfigError(explanation)
-    causes = [
-        str(cause).partition("Config search path")[0].strip()
-        for cause in (error, error.__cause__)
-        if cause is not None
-    ]
-    return ConfigError("\n".join(filter(None, causes)) or type(error).__name__)
 
 
 def console(*, width: int = 240) -> Console:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.cli.arguments import composition_errors, explained
 from editkit.config.compose import ROOT, conf_folder
-from editkit.errors import ConfigError, message, report
+from editkit.config.explain import composition_errors, explained, unwritable_is_invalid
+from editkit.errors import ConfigError, report
 from editkit.sweeps.plan import (
     BUSY,
     CELLS,
@@ -199,22 +199,6 @@ def execute(
         return RunOutcome(
             code=FAILURE, error=" ".join(f"{type(error).__name__}: {error}".split()), folder=folder
         )
-
-
-@contextlib.contextmanager
-def unwritable_is_invalid(folder: Path) -> Iterator[None]:
-    """Raises ConfigError if the operating system refuses to write the files of a run."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None or not (
-            folder.absolute().is_relative_to(named := Path(error.filename).absolute())
-            or folder in named.parents
-        ):
-            raise
-        raise ConfigError(
-            message("paths.outputs", f"cannot write {error.filename} ({error.strerror})")
-        ) from error
 
 
 def parse_hydra_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import typer
 
 from editkit.cli.run import run
@@ -15,7 +17,8 @@ def submit(context: typer.Context) -> None:
     """
     arguments = list(context.args)
     if "--help" in arguments:
-        typer.echo(f"Usage: editkit submit [--detach] [HYDRA OVERRIDES]\n\n{submit.__doc__}")
+        usage = "Usage: editkit submit [--detach] [HYDRA OVERRIDES]"
+        typer.echo(f"{usage}\n\n{inspect.cleandoc(submit.__doc__ or '')}")
         return
     own = [argument for argument in arguments if argument not in ("--detach", "--multirun", "-m")]
     has_launcher = any(argument.startswith("hydra/launcher=") for argument in own)

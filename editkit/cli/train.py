@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from editkit.cli.arguments import ConfigDir, Overrides, composed
-from editkit.cli.run import unwritable_is_invalid
+from editkit.config.explain import unwritable_is_invalid
 
 
 def train(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:

@@ -5,6 +5,7 @@ what it is.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from editkit.config.schema import Problems, construct
 from editkit.editors.base import AbstractEditor
 
 OPTIONS = list(options())
+VALUE = re.compile(r"\s*\w+: *\S")
 FILES = sorted(conf_folder().rglob("*.yaml"))
 
 
@@ -135,9 +137,11 @@ def test_every_option_says_in_its_first_comment_what_it_is(option: Option) -> No
 
 def test_every_value_at_the_root_is_explained() -> None:
     body = (conf_folder() / "config.yaml").read_text().partition("\nname:")[2]
-    values = [line for line in ("name:" + body).splitlines() if re.match(r"\s*\w+: *\S", line)]
+    lines = ("name:" + body).splitlines()
+    values = [(above, line) for above, line in pairwise(["", *lines]) if VALUE.match(line)]
     assert values
-    assert not [line for line in values if " # " not in line.replace("  #", " #")]
+    explained = [" # " in line or above.strip().startswith("# ") for above, line in values]
+    assert all(explained), values
 
 
 def test_an_experiment_that_changes_the_pair_gets_the_recipe_of_the_new_pair(
