@@ -410,11 +410,12 @@ def test_every_problem_of_the_options_is_told() -> None:
             shots={"gsm8k": 5, "world_passage": -1},
         )
     assert caught.value.problems == (
-        "suite.limit: 0 was given; at least 1 is needed.",
-        "suite.every: 0 was given; at least 1 is needed.",
-        "suite.shots: gsm8k is none of suite.tasks: world_passage, world_passage.",
-        "suite.shots.world_passage: -1 was given; at least 0 is needed.",
-        "suite.tasks: world_passage is given more than once.",
+        "limit: out of range (got 0; expected at least 1).",
+        "every: out of range (got 0; expected at least 1).",
+        "shots: unknown task (got 'gsm8k'; expected one of the tasks: world_passage, "
+        "world_passage).",
+        "shots.world_passage: out of range (got -1; expected at least 0).",
+        "tasks: chosen more than once (got 'world_passage').",
     )
 
 
