@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 
 RUNNABLE_PAGES = [page for page in PAGES if any(each.note == RUNNABLE for each in blocks(page))]
 PYTHON = [each for page in PAGES for each in blocks(page) if each.language == "python"]
-PREAMBLE = "set -euo pipefail\nshopt -s failglob\n"
+PREAMBLE = "set -euo pipefail\n"
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: name_of(block.page))
