@@ -167,7 +167,9 @@ def trace_table(
     requests = dataset.load(int(chosen.config["seed"])).requests[:facts]
     model = config.load(runtime.device)
     known = known_facts_of(model, requests)
-    effects = trace(model, known, num_requests=len(requests), window=window, noise=noise, draws=draws)
+    effects = trace(
+        model, known, num_requests=len(requests), window=window, noise=noise, draws=draws
+    )
     title = (
         f"Causal tracing of {len(known)} known facts (of {len(requests)}): the MLP at the subject's"
         f" last token, {window} layer{'s' if window > 1 else ''} restored; total effect"

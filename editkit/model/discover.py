@@ -1,44 +1,41 @@
-"""Which names an unknown architecture gives its modules, as far as their shapes show."""
+"""The module names of an unknown architecture, guessed from the shapes of its modules."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from editkit.errors import message
 from editkit.lazy import torch
 from editkit.model.families import Family
 from editkit.model.network import empty_network
 
 
-def suggestion(config: Any) -> list[str]:
-    """For an unknown architecture: the names that seem to be right, as `model.family` takes them;
-    no sentence where they do not show.
-    """
-
+def family_suggestion(config: Any) -> list[str]:
+    """A message with the guessed value of `model.family`; empty if there is no guess."""
     try:
-        found = guess(empty_network(config))
-    except (
-        ValueError,
-        RuntimeError,
-        ImportError,
-        AttributeError,
-    ):  # no causal language model, or nothing that can be built here
+        family = guess_family(empty_network(config))
+    # The config is not of a causal language model, or the network cannot be built here.
+    except (ValueError, RuntimeError, ImportError, AttributeError):
         return []
-    if found is None:
+    if family is None:
         return []
     names = ("base", "blocks", "final_norm", "mlp_in_block", "down_projection_in_block")
-    given = ",".join(f"{name}:{getattr(found, name)}" for name in names)
+    value = ",".join(f"{name}:{getattr(family, name)}" for name in names)
     return [
-        f"model.family: its modules look like model.family={{{given}}} - check that the MLP's "
-        "output is added to the residual stream as it "
-        "is (else add adds_mlp_output:false)."
+        message(
+            "model.family",
+            "the modules of the network suggest a value",
+            fix=f"try model.family={{{value}}}, with adds_mlp_output:false unless the MLP's output "
+            "is added to the residual stream unchanged",
+        )
     ]
 
 
-def guess(network: torch.nn.Module) -> Family | None:
-    """The names of an unknown architecture by their shapes; None where they do not show.
+def guess_family(network: torch.nn.Module) -> Family | None:
+    """The module names of an unknown architecture; None if the shapes do not determine them.
 
-    The blocks are the longest list of modules; the down projection is a block's last matrix from a
-    larger width to the residual one.
+    The blocks are the longest list of modules. The down projection is a block's last matrix from a
+    larger width to the residual width.
     """
     from transformers.pytorch_utils import Conv1D
 

@@ -1,6 +1,4 @@
-"""Where the parts of a network are: one line of names per architecture, the names that transformers
-5 gives them.
-"""
+"""The module names of each known architecture, as in transformers 5."""
 
 from __future__ import annotations
 
@@ -8,14 +6,14 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """The names of an architecture's modules. A layer is an int, everything that the methods give
-    back is a dotted name.
+    """The module names of an architecture. Its methods take a layer as an int and return dotted
+    names.
     """
 
     base: str  # the network without its head, with the final norm
@@ -24,12 +22,10 @@ class Family:
     mlp_in_block: str = "mlp"
     # from the MLP's inner width back to the residual stream
     down_projection_in_block: str = "mlp.down_proj"
-    adds_mlp_output: bool = True  # to the residual stream, as it is: no norm in between
-    mlp_matrices_in_block: tuple[str, ...] = (
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )  # all of them, from input to output
+    # whether the MLP's output is added to the residual stream unchanged, without a norm in between
+    adds_mlp_output: bool = True
+    # all matrices of the MLP, from input to output
+    mlp_matrices_in_block: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
     def block(self, layer: int) -> str:
         return f"{self.blocks}.{layer}"
@@ -46,8 +42,8 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """A model as far as its names go, before anything of it is loaded: what an editor's choice of
-    matrices needs of an `EditableModel`.
+    """The names of a model before it is loaded: the part of `EditableModel` from which an editor
+    chooses its matrices.
     """
 
     name: str
@@ -55,22 +51,26 @@ class Outline:
     num_layers: int
 
     def down_projections(self, layers: Sequence[int]) -> tuple[str, ...]:
-        """As `EditableModel.down_projections`."""
+        """See `EditableModel.down_projections`."""
         require_layers(layers, name=self.name, num_layers=self.num_layers)
         return tuple(self.family.down_projection(layer) for layer in layers)
 
     def mlp_matrices(self, layers: Sequence[int]) -> tuple[str, ...]:
-        """As `EditableModel.mlp_matrices`."""
+        """See `EditableModel.mlp_matrices`."""
         require_layers(layers, name=self.name, num_layers=self.num_layers)
         return tuple(name for layer in layers for name in self.family.mlp_matrices(layer))
 
 
 def require_layers(layers: Sequence[int], *, name: str, num_layers: int) -> None:
-    """Raises ConfigError for layers that the model of that name does not have."""
+    """Raises ConfigError for layers that the model does not have."""
     if wrong := [layer for layer in layers if not 0 <= layer < num_layers]:
         raise ConfigError(
-            f"editor.layers: {name} has layers 0 to {num_layers - 1} - given "
-            f"{', '.join(map(str, wrong))}."
+            message(
+                "editor.layers",
+                f"{name} does not have these layers",
+                got=wrong,
+                expected=f"layers 0 to {num_layers - 1}",
+            )
         )
 
 
@@ -110,23 +110,29 @@ def known_families() -> dict[str, Family]:
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a `config.model_type`. Raises ConfigError for one that is not in the table."""
+    """The family of a `config.model_type`. Raises ConfigError for an unknown one."""
     families = known_families()
     if model_type not in families:
         raise ConfigError(
-            f"model.id: the architecture {model_type!r} is not known. Known: "
-            f"{', '.join(sorted(families))}. "
-            "Give model.family the name of one that has the same module names, or the names "
-            "themselves: base, blocks, final_norm, "
-            "mlp_in_block, down_projection_in_block, adds_mlp_output (`editkit probe` looks for "
-            "them)."
+            message(
+                "model.id",
+                "the architecture is not known",
+                got=model_type,
+                expected=f"one of {', '.join(sorted(families))}",
+                fix="set model.family to a known architecture with the same module names, or to "
+                "the names themselves: base, blocks, final_norm, mlp_in_block, "
+                "down_projection_in_block, adds_mlp_output (`editkit probe` suggests them)",
+            )
         )
     return families[model_type]
 
 
 def check_family(family: Family, network: torch.nn.Module) -> int:
-    """The number of layers. Raises ConfigError where a name of the family is no module of the
-    network, with the nearest names that are.
+    """The number of layers of the network.
+
+    Raises:
+        ConfigError: a name of the family is no module of the network. The message has the nearest
+            names.
     """
     names = [name for name, _ in network.named_modules() if name]
     problems = [
@@ -136,7 +142,7 @@ def check_family(family: Family, network: torch.nn.Module) -> int:
     ]
     if problems:
         raise ConfigError(problems)
-    num_layers = sum(
+    num_layers: int = sum(
         name.startswith(f"{family.blocks}.") and name.count(".") == family.blocks.count(".") + 1
         for name in names
     )
@@ -147,15 +153,27 @@ def check_family(family: Family, network: torch.nn.Module) -> int:
             if name not in names
         ]
     if not num_layers:
-        problems = [f"model.family: {family.blocks!r} holds no layers."]
+        problems = [message("model.family", "the module has no layers", got=family.blocks)]
     if problems:
-        raise ConfigError(problems[:4])  # the first layer tells as much as all of them
-    result: int = num_layers
-    return result
+        raise ConfigError(problems[:4])  # the problems of the first layer repeat in all others
+    return num_layers
+
+
+def not_a_matrix(name: str, module: torch.nn.Module) -> str:
+    """The problem of a module without a matrix that can be edited."""
+    return message(
+        name,
+        "the module has no matrix that can be edited",
+        got=type(module).__name__,
+        expected="Linear or Conv1D",
+    )
 
 
 def _missing(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return (
-        f"model.family: the network has no module {name!r}. Nearest: {', '.join(near) or 'none'}."
+    return message(
+        "model.family",
+        "the network has no such module",
+        got=name,
+        fix=f"use one of the nearest names: {', '.join(near)}" if near else None,
     )

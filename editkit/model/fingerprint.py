@@ -1,7 +1,7 @@
-"""A digest of a loaded, unedited model: what statistics and checkpoints are keyed by.
+"""A digest of a loaded, unedited model, which identifies the model of statistics and checkpoints.
 
-Two models with the same fingerprint have the same architecture, tokenizer and weights, wherever
-they were loaded from.
+Two models with the same fingerprint have the same architecture, tokenizer and weights, independent
+of their origin.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from editkit.lazy import torch
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-SAMPLE = 2**20  # values a tensor
-SUMMED_AT_ONCE = (
-    2**24
-)  # values: a sum in another dtype copies what it adds, four times a bfloat16 embedding
-NOT_CONTENT = {
+SAMPLE = 2**20  # sampled values per tensor
+# Values per partial sum. A sum in another dtype copies its input, which takes four times the memory
+# of a bfloat16 tensor.
+SUMMED_AT_ONCE = 2**24
+NOT_CONTENT = {  # keys of config.json that do not describe the network
     "_name_or_path",
     "transformers_version",
     "architectures",
     "dtype",
     "torch_dtype",
     "use_cache",
-}  # keys of a config
+}
 
 
 def fingerprint(network: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> str:
-    """32 hex digits over config, tokenizer and weights.
+    """32 hex digits that identify config, tokenizer and weights.
 
-    Every tensor enters with its name, shape, dtype, the bytes of an evenly strided sample of at
-    most 2^20 values (tensors up to that size are read whole) and the sum of all its values taken as
-    integers. That sum is exact in any order, so device and thread count do not matter, and it
-    notices one changed value outside the sample; what stays unseen is a permutation outside the
-    sample.
+    Every tensor contributes its name, shape, dtype, the bytes of an evenly strided sample of at
+    most 2^20 values, and the sum of all its values read as integers. Tensors up to the sample size
+    are read whole. The integer sum is exact in any order, so device and thread count do not matter.
+    It detects one changed value outside the sample, but not a permutation outside the sample.
     """
     total = hashlib.sha256(_config_json(network.config).encode())  # type: ignore[arg-type]
     total.update(_tokenizer_json(tokenizer).encode())
@@ -50,7 +49,7 @@ def fingerprint(network: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def _sum(bits: torch.Tensor) -> int:
-    """Modulo 2^64, as a signed number: the same however it is cut."""
+    """The sum modulo 2^64 as a signed number. It does not depend on the partial sums."""
     parts = [part.sum(dtype=torch.int64) for part in bits.split(SUMMED_AT_ONCE)]
     return int(torch.stack(parts).sum()) if parts else 0
 
@@ -61,7 +60,7 @@ def _config_json(config: PretrainedConfig) -> str:
 
 
 def _tokenizer_json(tokenizer: Any) -> str:
-    """Truncation and padding are left out: they are settings of the last call."""
+    """The tokenizer as JSON without truncation and padding, which only reflect its last call."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps(content | {"truncation": None, "padding": None}, sort_keys=True)
 

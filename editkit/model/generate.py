@@ -1,8 +1,8 @@
-"""Continuing prompts: greedy, or seeded sampling, batched, with a key-value cache.
+"""Batched generation with a key-value cache: greedy decoding or seeded sampling.
 
-The loop is our own because transformers' sampling draws from one generator row by row, so that a
-prompt's continuation would depend on its neighbours in the batch. What a checkpoint's
-generation_config says about sampling is ignored; its end-of-sequence ids are respected.
+transformers' sampling draws all rows from one generator, so a prompt's continuation would depend on
+its neighbours in the batch. This loop gives each prompt its own draws. It ignores the sampling
+settings in a checkpoint's generation_config, but respects its end-of-sequence ids.
 
 Shape letters: B rows, T tokens, V vocabulary, N prompts.
 """
@@ -31,21 +31,28 @@ def generate(
     until: Sequence[str] = (),
     batch_size: int = 32,
 ) -> list[tuple[int, ...]]:
-    """The new tokens of each prompt (ids), without the one that ended it.
+    """The new token ids of each prompt, without the token that ended the row.
 
-    Greedy without a `generator` (a CPU one); with it, sampled from the `top_k` most probable tokens
-    (None: from all). The batch size changes no draw. `banned` ids are never produced; `ends` are
-    the ids that end a row (None: `end_ids(model)`). A row also ends where its text holds one of
-    `until`, which stays in it, and where the network has no further position. Raises ValueError for
-    an empty prompt, and for one that fills all positions.
+    A row also ends once its text contains one of `until`, or at the context length.
+
+    Args:
+        generator: a CPU generator for sampling; greedy decoding if None. The batch size does not
+            change the draws.
+        top_k: sample from this many most probable tokens; from all if None.
+        banned: ids that are never generated.
+        ends: ids that end a row; `end_ids(model)` if None.
+        until: texts that end a row. They stay in it.
+
+    Raises:
+        ValueError: a prompt is empty or as long as the context length.
     """
     if wrong := [len(ids) for ids in prompts if not 0 < len(ids) < model.max_length]:
         raise ValueError(
             f"prompts of {wrong[:3]} tokens cannot be continued: {model.name} has "
             f"{model.max_length} positions."
         )
-    # All draws are made first: a prompt's draws belong to it, whatever the device, its batch, and
-    # the moment at which other rows end.
+    # All draws are made first, so that a prompt's draws do not depend on the device, its batch, or
+    # the steps at which other rows end.
     draws_NT = (
         None
         if generator is None
@@ -56,21 +63,21 @@ def generate(
     )
     stop_texts = _StopTexts(model, until) if until else None
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    found: dict[int, tuple[int, ...]] = {}
+    new_ids: dict[int, tuple[int, ...]] = {}
     for first in range(0, len(by_length), batch_size):
         chosen = by_length[first : first + batch_size]
         choose = _Choice(
             top_k, sorted(banned), None if draws_NT is None else draws_NT[chosen].to(model.device)
         )
         batch = pad([prompts[index] for index in chosen], device=model.device, side="left")
-        found.update(
+        new_ids.update(
             zip(
                 chosen,
                 _continue(model, batch, max_new_tokens, choose, stops, stop_texts),
                 strict=True,
             )
         )
-    return [found[index] for index in range(len(prompts))]
+    return [new_ids[index] for index in range(len(prompts))]
 
 
 def generate_texts(
@@ -82,7 +89,7 @@ def generate_texts(
     top_k: int | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """`generate` from text to text: each prompt's continuation alone, special tokens left out."""
+    """`generate` for texts: each prompt's continuation without the prompt and special tokens."""
     ids = encode_prompts(model.tokenizer, prompts)
     rows = generate(
         model,
@@ -96,7 +103,7 @@ def generate_texts(
 
 
 def decode(model: EditableModel, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The text of each row of ids, as it is: no special tokens, no tidying of blanks."""
+    """The text of each row of ids, without special tokens and without clean-up of blanks."""
     return [
         str(
             model.tokenizer.decode(
@@ -108,8 +115,8 @@ def decode(model: EditableModel, rows: Sequence[Sequence[int]]) -> list[str]:
 
 
 def end_ids(model: EditableModel) -> frozenset[int]:
-    """The ids that end a text: the tokenizer's, and those that the checkpoint adds (a chat model's
-    end of turn).
+    """The ids that end a text: the tokenizer's EOS and those of the checkpoint's generation_config,
+    for example a chat model's end of turn.
     """
     settings = model.network.generation_config
     declared = getattr(settings, "eos_token_id", None)
@@ -120,9 +127,7 @@ def end_ids(model: EditableModel) -> frozenset[int]:
 
 
 class _Choice:
-    """How the next token follows from the logits: by the largest, or by each row's own draws in [0,
-    1).
-    """
+    """Chooses the next token: the most probable one, or by each row's own draws in [0, 1)."""
 
     def __init__(
         self, top_k: int | None, banned: Sequence[int], draws_BT: torch.Tensor | None
@@ -130,7 +135,7 @@ class _Choice:
         self.top_k, self.banned, self.draws_BT = top_k, list(banned), draws_BT
 
     def __call__(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
-        """(B,) token ids."""
+        """The token ids, (B,)."""
         logits_BV = logits_BV.float()
         logits_BV[:, self.banned] = -torch.inf
         if self.draws_BT is None:
@@ -146,29 +151,30 @@ class _Choice:
 
 
 class _StopTexts:
-    """Says which rows hold a text that ends them. A row is decoded only when its last token could
-    be the end of such a text.
+    """Finds the rows that contain a text that ends them.
+
+    A row is decoded only if its last token could be the end of such a text.
     """
 
     def __init__(self, model: EditableModel, texts: Sequence[str]) -> None:
         self.model, self.texts = model, texts
-        self.last = {text[-1] for text in texts} | {
-            "\ufffd"
-        }  # a part of a character may complete it
+        # The replacement character stands for a part of a character, which may complete a text.
+        self.last = {text[-1] for text in texts} | {"\ufffd"}
         self.could_end: dict[int, bool] = {}  # by token
 
     def __call__(self, steps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(B,), true where the tokens of all steps, (B,) each and -1 behind a row's end, hold one
-        of the texts.
+        """(B,): whether a row contains one of the texts.
+
+        `steps` holds the tokens (B,) of all steps, with -1 after a row's end.
         """
-        held = [token >= 0 and self._could_end(token) for token in steps[-1].tolist()]
-        if any(held):
+        ended = [token >= 0 and self._could_end(token) for token in steps[-1].tolist()]
+        if any(ended):
             rows = torch.stack(list(steps), dim=1).tolist()
             texts = decode(
-                self.model, [row if may else [] for row, may in zip(rows, held, strict=True)]
+                self.model, [row if may else [] for row, may in zip(rows, ended, strict=True)]
             )
-            held = [any(stop in text for stop in self.texts) for text in texts]
-        return torch.tensor(held, device=steps[-1].device)
+            ended = [any(stop in text for stop in self.texts) for text in texts]
+        return torch.tensor(ended, device=steps[-1].device)
 
     def _could_end(self, token: int) -> bool:
         if token not in self.could_end:
@@ -184,7 +190,7 @@ def _continue(
     stops: torch.Tensor,
     stop_texts: _StopTexts | None,
 ) -> list[tuple[int, ...]]:
-    """One left-padded batch. Rows that are done go on as padding until all are."""
+    """Continues one left-padded batch. Finished rows get padding tokens until all rows are done."""
     base = model.module(model.family.base)
     arguments = batch.arguments
     mask_BT, length_B = batch.mask_BT, batch.mask_BT.sum(-1)

@@ -1,8 +1,8 @@
-"""What is asked of the Hugging Face hub, without its own words, and without its waits where it
-cannot be there.
+"""Requests to the Hugging Face hub without its retry messages, and without waiting for an
+unreachable hub.
 
-huggingface_hub tries again five times, 23 seconds in all, also where the machine has no network,
-and has no setting for it; nothing is changed about that while the hub might answer.
+huggingface_hub retries five times, 23 seconds in total, even on a machine without a network, and
+has no option to change that. Its retries stay unchanged if the hub might answer.
 """
 
 from __future__ import annotations
@@ -14,35 +14,34 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
-TALKERS = ("huggingface_hub.utils._http",)
-TOLD_ANYWAY = (
-    "thrown while requesting",
-    "Retrying in",
-)  # in the error that follows, or of no interest once it went well
+LOGGERS = ("huggingface_hub.utils._http",)
+# Retry messages. The final error repeats them, and after a success they are irrelevant.
+RETRY_PHRASES = ("thrown while requesting", "Retrying in")
 
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Inside, failed requests and new attempts are not logged; whatever else the hub has to say, as
-    that it limits a rate, is.
+    """Suppresses log messages about failed requests and retries. All other messages of the hub
+    remain, such as those about rate limits.
     """
-    loggers = [logging.getLogger(name) for name in TALKERS]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     for logger in loggers:
-        logger.addFilter(_is_news)
+        logger.addFilter(_is_relevant)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(_is_news)
+            logger.removeFilter(_is_relevant)
 
 
-def is_out_of_reach() -> bool:
-    """Whether the hub's name is known to have no address here: no attempt can succeed. A name
-    server that does not answer says nothing.
+def is_unreachable() -> bool:
+    """Whether the hub's host name certainly has no address here, so that every request would fail.
+
+    A name server that does not answer proves nothing; then the result is false.
     """
     from huggingface_hub.constants import ENDPOINT
 
-    if urllib.request.getproxies():  # the proxy looks it up
+    if urllib.request.getproxies():  # the proxy resolves the name
         return False
     try:
         socket.getaddrinfo(urllib.parse.urlsplit(ENDPOINT).hostname, 443)
@@ -53,5 +52,5 @@ def is_out_of_reach() -> bool:
     return False
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not any(words in record.getMessage() for words in TOLD_ANYWAY)
+def _is_relevant(record: logging.LogRecord) -> bool:
+    return not any(phrase in record.getMessage() for phrase in RETRY_PHRASES)

@@ -1,4 +1,4 @@
-"""From a model's config to a loaded `EditableModel`."""
+"""Loading of an `EditableModel` from the fields of `conf/model/*.yaml`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.architecture import ASSET, NAMES, facts_without_download, known_facts, label_of
-from editkit.model.discover import suggestion
+from editkit.model.discover import family_suggestion
 from editkit.model.families import Family, family_of
-from editkit.model.hub import is_out_of_reach, quietly
+from editkit.model.hub import is_unreachable, quietly
 from editkit.model.network import random_network
 from editkit.model.placement import placement
 from editkit.model.tokens import require_offsets
@@ -20,41 +20,40 @@ from editkit.model.tokens import require_offsets
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-BUNDLED_TOKENIZERS = {
-    True: "asset:tiny-llama",
-    False: "asset:tiny-gpt2",
-}  # for random weights, by whether the family is like Llama
+# For random weights, by whether the family is like Llama.
+BUNDLED_TOKENIZERS = {True: "asset:tiny-llama", False: "asset:tiny-gpt2"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model: the fields of `conf/model/*.yaml`."""
+    """The choice of a model: the fields of `conf/model/*.yaml`."""
 
-    id: str  # a folder, a hub id, or "asset:<name>" for a model that comes with the package
-    name: str | None = None  # how results call it; None: the last part of the id
+    id: str  # a folder, a hub id, or "asset:<name>" for a bundled model
+    name: str | None = None  # the model's name in results; None: the last part of the id
     revision: str | None = None  # of the hub repository; None: its main branch
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    # None: by the checkpoint's model_type; else the name of a known one, or the module names
-    # themselves
+    # None: from the checkpoint's model_type; else a known family, or the module names themselves
     family: Family | str | None = None
-    # random: the real shape, seeded, without the hub
+    # random: seeded random weights of the real shapes, without the hub
     weights: Literal["pretrained", "random"] = "pretrained"
-    # a folder or hub id; None: the model's own, with random weights a bundled one
+    # a folder or hub id; None: the model's own, or a bundled one with random weights
     tokenizer: str | None = None
-    # auto: over all GPUs, by accelerate; None: the whole model on runtime.device
+    # auto: accelerate distributes the model over all GPUs; None: the whole model on runtime.device
     device_map: Literal["auto"] | None = None
 
     @property
     def label(self) -> str:
-        """The name that results carry."""
+        """The model's name in results."""
         return label_of(self.name, self.id)
 
     def load(self, device: str = "cpu") -> EditableModel:
-        """Loads config and tokenizer first, then the weights.
+        """The loaded model. Config and tokenizer are loaded before the weights.
 
-        Raises ConfigError for a model that is not there or cannot be read, an unknown architecture,
-        a slow tokenizer, a checkpoint without some of the weights, and a device that is not there.
-        Code that comes with a checkpoint is never run.
+        Code in a checkpoint is never executed.
+
+        Raises:
+            ConfigError: a missing or unreadable model, an unknown architecture, a slow tokenizer, a
+                checkpoint without some of the weights, or a missing device.
         """
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
@@ -62,7 +61,7 @@ class ModelConfig:
 
         from editkit.model.editable import EditableModel
 
-        logging.disable_progress_bar()  # runs show their own
+        logging.disable_progress_bar()  # a run shows its own progress
 
         require_device(device)
         if self.weights == "random":
@@ -79,7 +78,7 @@ class ModelConfig:
             places: Any = (
                 placement(config, family, self.dtype) if self.device_map else _at_once_on(device)
             )
-            # with output_loading_info it gives a pair, which its types do not say
+            # With output_loading_info it returns a pair, which its annotations do not declare.
             weights: Any = AutoModelForCausalLM
             with quietly():
                 network, report = weights.from_pretrained(
@@ -88,37 +87,37 @@ class ModelConfig:
                     dtype=getattr(torch, self.dtype),
                     output_loading_info=True,
                     **self._where,
-                    **_asked(source),
+                    **_hub_options(source),
                     **({"device_map": places} if places else {}),
                 )
         except ConfigError:
             raise
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # missing, gated, unreachable; damaged, of other shapes
+        # A missing, gated or unreachable repository, a damaged file, or tensors of other shapes.
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._unloadable(source, error) from error
         if absent := sorted(report["missing_keys"]):
             raise ConfigError(
-                f"model.id: the checkpoint {self.id!r} lacks weights that its architecture has: "
-                f"{', '.join(absent[:4])}."
+                message(
+                    "model.id",
+                    "the checkpoint lacks weights of its architecture: " + ", ".join(absent[:4]),
+                    got=self.id,
+                    fix="choose a complete checkpoint of a causal language model",
+                )
             )
         if not places:
             network = network.to(device)
         return EditableModel(network, tokenizer, name=self.label, family=family)
 
     def facts(self) -> dict[str, Any] | None:
-        """The config.json, as far as it is known without the hub and without torch; None where only
-        the hub knows.
+        """The known part of config.json, without the hub and without torch; None if only the hub
+        has it.
         """
         return facts_without_download(self.label, self.id)
 
     @property
     def positions(self) -> int | None:
-        """How many the network was made for; None where only the hub knows, or the config.json does
-        not say it at its root.
+        """The context length; None if only the hub has it, or if config.json does not have it at
+        its top level.
         """
         facts = self.facts() or {}
         return next(
@@ -126,11 +125,12 @@ class ModelConfig:
         )
 
     def network_config(self, *, is_local: bool = False) -> Any:
-        """The transformers configuration: from the checkpoint; of random weights without the hub,
-        where the sizes are known here.
+        """The transformers configuration from the checkpoint.
+
+        With random weights it comes from `architectures.json` if the model is known there.
 
         Args:
-            is_local: prefer what is known here, as for random weights.
+            is_local: use `architectures.json` for pretrained weights as well.
         """
         from transformers import AutoConfig
 
@@ -141,15 +141,15 @@ class ModelConfig:
         source = self._source()
         try:
             with quietly():
-                return AutoConfig.from_pretrained(source, **self._where, **_asked(source))
+                return AutoConfig.from_pretrained(source, **self._where, **_hub_options(source))
         except (OSError, ValueError) as error:
             raise self._unloadable(source, error) from error
 
     def load_tokenizer(self, *, is_local: bool = False) -> Any:
-        """The tokenizer, a fast one. Raises ConfigError for one that is not there, or slow.
+        """The fast tokenizer. Raises ConfigError for a missing or slow one.
 
         Args:
-            is_local: look on this machine alone.
+            is_local: do not use the hub.
         """
         from transformers import AutoTokenizer
 
@@ -164,7 +164,7 @@ class ModelConfig:
         try:
             with quietly():
                 tokenizer: Any = AutoTokenizer.from_pretrained(
-                    source, **where, **_asked(source, is_local=is_local)
+                    source, **where, **_hub_options(source, is_local=is_local)
                 )
         except (OSError, ValueError) as error:
             raise self._unloadable(source, error) from error
@@ -172,15 +172,17 @@ class ModelConfig:
         return tokenizer
 
     def family_of(self, config: Any) -> Family:
-        """The family of a transformers configuration. Raises ConfigError for an unknown one, with
-        the names to give where they show.
+        """The family of a transformers configuration.
+
+        Raises:
+            ConfigError: an unknown architecture. The message suggests module names if possible.
         """
         if isinstance(self.family, Family):
             return self.family
         try:
             return family_of(self.family or config.model_type)
         except ConfigError as error:
-            raise ConfigError([*error.problems, *suggestion(config)]) from None
+            raise ConfigError([*error.problems, *family_suggestion(config)]) from None
 
     @property
     def _where(self) -> dict[str, Any]:
@@ -188,12 +190,15 @@ class ModelConfig:
 
     def _unloadable(self, source: str, error: Exception) -> ConfigError:
         return ConfigError(
-            f"model.id: {self.id!r} cannot be loaded - looked in {self._looked_in(source)} - "
-            f"{_first_line(error)}"
+            message(
+                "model.id",
+                f"the model cannot be loaded from {self._looked_in(source)}: {_first_line(error)}",
+                got=self.id,
+            )
         )
 
     def _source(self) -> str:
-        """What transformers is asked for. Raises ConfigError for a folder that is not there."""
+        """The folder or hub id for transformers. Raises ConfigError for a missing folder."""
         if self.id.startswith(ASSET):
             folder = (
                 Path(str(importlib.resources.files("editkit")))
@@ -201,38 +206,49 @@ class ModelConfig:
                 / self.id.removeprefix(ASSET)
             )
             if not (folder / "config.json").is_file():
-                there = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
+                bundled = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
                 raise ConfigError(
-                    f"model.id: no bundled model {self.id!r} - bundled are: "
-                    f"{', '.join(ASSET + name for name in there) or 'none'}."
+                    message(
+                        "model.id",
+                        "no bundled model has this name",
+                        got=self.id,
+                        expected=f"one of {', '.join(ASSET + name for name in bundled)}",
+                    )
                 )
             return str(folder)
         folder = Path(self.id).expanduser()
         if folder.is_dir():
             if not (folder / "config.json").is_file():
                 raise ConfigError(
-                    f"model.id: the folder {folder} holds no config.json - a model folder as "
-                    "`save_pretrained` writes it is needed."
+                    message(
+                        "model.id",
+                        "the folder has no config.json",
+                        got=str(folder),
+                        expected="a model folder as `save_pretrained` writes it",
+                    )
                 )
             return str(folder)
         if self.id.startswith((".", "/", "~")) or self.id.count("/") > 1:
-            raise ConfigError(f"model.id: there is no folder {folder.absolute()}.")
+            raise ConfigError(
+                message("model.id", "the folder does not exist", got=str(folder.absolute()))
+            )
         return self.id
 
     def _looked_in(self, source: str) -> str:
         if Path(source).is_dir():
             return source
-        return f"{Path(source).absolute()} (no such folder) and on the hub, {'revision ' + self.revision if self.revision else 'main branch'}"
+        branch = f"revision {self.revision}" if self.revision else "main branch"
+        return f"{Path(source).absolute()} (no such folder) or the hub, {branch}"
 
 
-def _asked(source: str, *, is_local: bool = False) -> dict[str, Any]:
-    """Whether the hub is asked for it, and not only what was downloaded before."""
-    return {"local_files_only": is_local or (not Path(source).is_dir() and is_out_of_reach())}
+def _hub_options(source: str, *, is_local: bool = False) -> dict[str, Any]:
+    """Restricts loading to the local cache if the hub must not be used or is unreachable."""
+    return {"local_files_only": is_local or (not Path(source).is_dir() and is_unreachable())}
 
 
 def _at_once_on(device: str) -> dict[str, torch.device] | None:
-    """A `device_map` that puts each weight on a GPU as it is read, so that the host never holds all
-    of them.
+    """A `device_map` that puts each weight on the GPU when it is read, so that the host never holds
+    all weights.
     """
     return {"": torch.device(device)} if device.startswith("cuda") else None
 
@@ -245,27 +261,32 @@ def _has_tokenizer(source: str) -> bool:
 
 
 def require_device(device: str) -> None:
-    """Raises ConfigError, with the devices that are there, for one that is not or cannot be
-    used.
-    """
-    there = [
+    """Raises ConfigError for a device that is missing or cannot be used here."""
+    devices = [
         "cpu",
         *(f"cuda:{index}" for index in range(torch.cuda.device_count())),
         *(["mps"] if torch.mps.is_available() else []),
     ]
-    if (f"{device}:0" if device == "cuda" else device) not in there:
+    if (f"{device}:0" if device == "cuda" else device) not in devices:
         raise ConfigError(
-            f"runtime.device: {device} was given; this machine has: {', '.join(there)}."
+            message(
+                "runtime.device",
+                "this machine does not have the device",
+                got=device,
+                expected=f"one of {', '.join(devices)}",
+            )
         )
     try:
         torch.empty(1, device=device)
-    except RuntimeError as error:  # in use by somebody who does not share it, or broken
+    except RuntimeError as error:  # another process uses the device exclusively, or it is broken
         raise ConfigError(
-            f"runtime.device: {device!r} cannot be used here - {_first_line(error)}"
+            message(
+                "runtime.device", f"the device cannot be used: {_first_line(error)}", got=device
+            )
         ) from None
 
 
 def _first_line(error: Exception) -> str:
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    """The first line of an error's text, without a full stop."""
+    lines = (line.strip().rstrip(".") for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__)

@@ -1,4 +1,4 @@
-"""Networks made from their configuration alone: with seeded random weights, or without weights."""
+"""Networks built from their configuration, with seeded random weights or without weights."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from editkit.lazy import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SEED = 0  # of random weights
+
 
 def random_network(config: Any, *, device: str, dtype: str) -> PreTrainedModel:
-    """A network of that configuration with seeded random weights, made where it will run; the
-    global generators stay as they were.
+    """A network with seeded random weights, created on its device.
+
+    The states of the global random generators do not change.
     """
     from transformers import AutoModelForCausalLM
 
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.device(device):
         torch.manual_seed(SEED)
-        result: PreTrainedModel = AutoModelForCausalLM.from_config(
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype)
         )
-        return result
+        return network
 
 
 def empty_network(config: Any) -> PreTrainedModel:
-    """The network without its weights, on the meta device: names and shapes."""
+    """The network on the meta device, with module names and shapes but without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        result: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return result
-
-
-SEED = 0  # of random weights
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return network

@@ -1,8 +1,7 @@
-"""Which part of a network lies on which device, where one device is too small: accelerate's plan,
-checked for what editing needs.
+"""The placement of a network on several devices: accelerate's device map, checked for editing.
 
-Blocks stay whole, and every block must lie on a device with memory of its own: a weight that
-accelerate fetches when it is needed cannot be edited.
+Blocks are never split. Every block must have a device of its own, because a weight that accelerate
+loads on demand cannot be edited.
 """
 
 from __future__ import annotations
@@ -10,25 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.families import Family
 from editkit.model.network import empty_network
 
-# of a device's free memory is for weights; statistics, caches and activations want the rest
-HEADROOM = 0.6
+# Share of a device's free memory for weights. Statistics, caches and activations need the rest.
+WEIGHTS_SHARE = 0.6
 
 
 def placement(
     config: Any, family: Family, dtype: str, *, max_memory: Mapping[int | str, int] | None = None
 ) -> dict[str, int | str]:
-    """The device of each part, by its dotted name, as transformers' `device_map` takes it.
+    """The device of each module by its dotted name, as transformers' `device_map` expects it.
 
     Args:
-        max_memory: bytes for weights by device; None: a share of what is free on each GPU.
+        max_memory: bytes for weights by device; a share of the free memory of each GPU if None.
 
     Raises:
-        ConfigError: there is no GPU, or the weights do not fit on those there are.
+        ConfigError: there is no GPU, or the weights do not fit on the GPUs.
     """
     from accelerate import infer_auto_device_map
 
@@ -37,34 +36,39 @@ def placement(
     blocks = network.get_submodule(family.blocks)
     block = type(next(iter(blocks.children()))).__name__
     network.tie_weights()
-    found = infer_auto_device_map(
+    devices: dict[str, int | str] = infer_auto_device_map(
         network, max_memory=memory, no_split_module_classes=[block], dtype=getattr(torch, dtype)
     )
-    away = sorted(
+    offloaded = sorted(
         name
-        for name, device in found.items()
+        for name, device in devices.items()
         if device == "disk" or (device == "cpu" and any(key != "cpu" for key in memory))
     )
-    if away:
+    if offloaded:
         total = sum(memory.values()) / 1e9
         raise ConfigError(
-            f"model.device_map: the weights do not fit - {total:.3g} GB are free for them on "
-            f"{len(memory)} devices, and "
-            f"{', '.join(away[:3])} would be left over - choose model.dtype=bfloat16, more GPUs "
-            "or a smaller model: weights fetched "
-            "when they are needed cannot be edited."
+            message(
+                "model.device_map",
+                f"the weights do not fit into {total:.3g} GB on {len(memory)} devices; "
+                f"{', '.join(offloaded[:3])} would be offloaded, and offloaded weights cannot be "
+                "edited",
+                fix="set model.dtype=bfloat16, or choose more GPUs or a smaller model",
+            )
         )
-    result: dict[str, int | str] = found
-    return result
+    return devices
 
 
 def _free_memory() -> dict[int | str, int]:
     if not torch.cuda.is_available():
         raise ConfigError(
-            "model.device_map: auto was given, but there is no GPU here - null puts the whole "
-            "model on runtime.device."
+            message(
+                "model.device_map",
+                "this machine has no GPU",
+                got="auto",
+                fix="set model.device_map=null, which puts the whole model on runtime.device",
+            )
         )
     return {
-        index: int(HEADROOM * torch.cuda.mem_get_info(index)[0])
+        index: int(WEIGHTS_SHARE * torch.cuda.mem_get_info(index)[0])
         for index in range(torch.cuda.device_count())
     }

@@ -1,7 +1,6 @@
-"""What editkit finds in a model before any weight of it is loaded: modules, shapes, orientation,
-and how its tokenizer behaves.
+"""Inspection of a model without its weights: modules, shapes, orientation, tokenizer behaviour.
 
-The network is built on the meta device, where tensors have shapes and no memory.
+The network is built on the meta device, where tensors have shapes but no memory.
 """
 
 from __future__ import annotations
@@ -11,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.model.families import Family, check_family
+from editkit.model.families import Family, check_family, not_a_matrix
 from editkit.model.network import empty_network
 from editkit.model.tokens import encode, encode_with_target, fill, subject_position
 
 if TYPE_CHECKING:
     from editkit.model.load import ModelConfig
 
-SAMPLE = (
-    "The mother tongue of {} is",
-    "Léon Blum's",
-    "Paris",
-)  # an accent and an apostrophe in the subject
+# Prompt, subject and target. The subject has an accent and an apostrophe.
+SAMPLE = ("The mother tongue of {} is", "Léon Blum's", "Paris")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +33,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probed:
-    """What was found."""
+    """The properties of a model."""
 
     kind: str
     family: Family
@@ -46,32 +42,29 @@ class Probed:
     is_tied: bool
     num_positions: int
     attention: str
-    tokenizer: tuple[
-        tuple[str, str], ...
-    ]  # what is asked, what was found; empty where there is none here
-    no_tokenizer: str | None  # why
+    # pairs (property, observation); empty if this machine does not have the tokenizer
+    tokenizer: tuple[tuple[str, str], ...]
+    no_tokenizer: str | None  # the reason for a missing tokenizer
 
 
 def probe(config: ModelConfig) -> Probed:
-    """Builds the network without weights and looks.
+    """The properties of a model, from its network without weights.
 
-    Raises ConfigError for an unknown architecture, with the names that seem to be right.
+    Raises:
+        ConfigError: an unknown architecture. The message suggests module names if possible.
     """
     from transformers.pytorch_utils import Conv1D
 
-    found = config.network_config(is_local=True)
-    family = config.family_of(found)
-    network = empty_network(found)
+    network_config = config.network_config(is_local=True)
+    family = config.family_of(network_config)
+    network = empty_network(network_config)
     num_layers = check_family(family, network)
     matrices = []
     for layer in range(num_layers):
         name = family.down_projection(layer)
         module = network.get_submodule(name)
         if not isinstance(module, Conv1D | torch.nn.Linear):
-            raise ConfigError(
-                f"model.family: {name} is a {type(module).__name__} - only Linear and Conv1D hold "
-                "a matrix that can be edited."
-            )
+            raise ConfigError(not_a_matrix(name, module))
         rows, columns = module.weight.shape
         is_transposed = isinstance(module, Conv1D)
         shape = (columns, rows) if is_transposed else (rows, columns)
@@ -81,12 +74,12 @@ def probe(config: ModelConfig) -> Probed:
     head: Any = network.get_output_embeddings()
     tokenizer, reason = _tokenizer(config)
     return Probed(
-        kind=found.model_type,
+        kind=network_config.model_type,
         family=family,
         matrices=tuple(matrices),
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
         is_tied=head.weight is network.get_input_embeddings().weight,
-        num_positions=found.max_position_embeddings,
+        num_positions=network_config.max_position_embeddings,
         attention=str(getattr(network.config, "_attn_implementation", "?")),
         tokenizer=() if tokenizer is None else behaviour(tokenizer),
         no_tokenizer=reason,
@@ -94,7 +87,7 @@ def probe(config: ModelConfig) -> Probed:
 
 
 def behaviour(tokenizer: Any) -> tuple[tuple[str, str], ...]:
-    """What editing depends on, each with what it looks like on a sample."""
+    """The properties of a tokenizer that affect editing, observed on a sample, as (name, text)."""
     prompt, subject, target = SAMPLE
     place = fill(prompt, subject)
     encoded = encode(tokenizer, [place.text])[0]
@@ -104,7 +97,7 @@ def behaviour(tokenizer: Any) -> tuple[tuple[str, str], ...]:
     sequence = encode_with_target(tokenizer, place.text, target)
     first, after = sequence.encoded.spans[sequence.start]
     if first > len(place.text):
-        blank = "no part of the target's tokens, which begin behind it"
+        blank = "not part of the target's tokens, which begin after it"
     else:
         blank = (
             "a token of its own"
@@ -142,6 +135,6 @@ def _tokenizer(config: ModelConfig) -> tuple[Any, str | None]:
         None,
         reason
         if is_slow
-        else "no tokenizer of it is on this machine: give model.tokenizer=<folder>, or load the "
-        "model once",
+        else "this machine does not have the model's tokenizer: set model.tokenizer=<folder>, or "
+        "load the model once",
     )

@@ -1,9 +1,9 @@
-"""From text to token ids and back to places in the text: blanks, BOS, padding and the subject's
-last token are settled here alone.
+"""Token ids of texts and positions in them. Only this file handles blanks, BOS, padding and the
+subject's last token.
 
-Every text is tokenised once and whole, and places in it are found through the tokenizer's offsets.
-Tokenising parts and adding up their lengths goes wrong where a BOS is counted twice, where a
-metaspace belongs to the next word, and where a part's last token merges with what follows.
+Every text is tokenised once and as a whole, and the tokenizer's offsets give the positions.
+Tokenising parts and adding their lengths fails if a BOS is counted twice, if a metaspace belongs to
+the next word, or if a part's last token merges with the following text.
 
 Shape letters: B rows, T tokens (padded).
 """
@@ -14,24 +14,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PLACE = "{}"
-# any valid id will do, nothing reads a padded position; a tokenizer's own pad token may be missing
-# or outside the embedding
+# Any valid id is right, because no padded position is read. The tokenizer's own pad token may be
+# missing or outside the embedding.
 PADDING_ID = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text's tokens, with the BOS if the tokenizer adds one, never with an EOS.
+    """A text's tokens, with the BOS if the tokenizer adds one, and without an EOS.
 
-    `spans` holds the characters (start, end) that each token stands for; the leading `num_special`
-    tokens stand for none.
+    `spans` holds the characters (start, end) of each token. The leading `num_special` tokens have
+    no characters.
     """
 
     ids: tuple[int, ...]
@@ -39,22 +39,20 @@ class Encoded:
     num_special: int
 
     def token_at(self, character: int) -> int:
-        """Index of the token that holds a character; of several (the bytes of one letter) the last.
-        Raises ValueError if none does.
+        """The index of the token that contains a character. If there are several, for the bytes of
+        one letter, the last one. Raises ValueError if there is none.
         """
         for index in range(len(self.ids) - 1, self.num_special - 1, -1):
             start, end = self.spans[index]
             if start <= character < end:
                 return index
-        raise ValueError(
-            f"no token holds character {character} of the text: the tokenizer drops it."
-        )
+        raise ValueError(f"no token contains character {character}: the tokenizer drops it")
 
 
 @dataclass(frozen=True, slots=True)
 class TargetSequence:
-    """A prompt followed by its target, tokenised as one text; the tokens from `start` on are the
-    target's, its leading blank included.
+    """A prompt and its target, tokenised as one text. The target's tokens begin at `start` and
+    include its leading blank.
     """
 
     encoded: Encoded
@@ -76,8 +74,8 @@ class TargetSequence:
 
 @dataclass(frozen=True, slots=True)
 class FilledPrompt:
-    """A prompt with its subject in place; `subject_start` and `subject_end` are its first character
-    and the one after its last.
+    """A prompt with its subject filled in. `subject_start` and `subject_end` are the indices of the
+    subject's first character and of the character after its last.
     """
 
     text: str
@@ -86,20 +84,22 @@ class FilledPrompt:
 
 
 def fill(prompt: str, subject: str, *, context: str = PLACE) -> FilledPrompt:
-    """Puts the subject into the prompt and the prompt into the context, and says where the subject
-    went.
+    """Fills the subject into the prompt and the prompt into the context, and locates the subject.
 
-    The place comes from the template, not from a search: a subject that occurs twice, or inside
-    another word, is found all the same. Braces in the subject stay as they are. Raises ConfigError
-    unless prompt and context hold exactly one "{}" each, and for a blank subject.
+    The position comes from the template, not from a search, so the subject may occur twice or
+    inside another word. Braces in the subject stay unchanged.
+
+    Raises:
+        ConfigError: the prompt or the context does not contain exactly one "{}", or the subject is
+            blank.
     """
     problems = [
-        f"a {what} needs exactly one {PLACE} - given {text!r}."
-        for what, text in (("prompt", prompt), ("context", context))
+        message(key, "the template is malformed", got=text, expected=f"exactly one {PLACE}")
+        for key, text in (("prompt", prompt), ("context", context))
         if text.count(PLACE) != 1
     ]
     if not subject.strip():
-        problems.append(f"the subject of the prompt {prompt!r} is blank.")
+        problems.append(message("subject", f"the subject of the prompt {prompt!r} is blank"))
     if problems:
         raise ConfigError(problems)
     before_prompt, after_prompt = context.split(PLACE)
@@ -110,19 +110,20 @@ def fill(prompt: str, subject: str, *, context: str = PLACE) -> FilledPrompt:
 
 
 def require_offsets(tokenizer: Any) -> None:
-    """Raises ConfigError for a tokenizer that cannot say which characters a token stands for."""
+    """Raises ConfigError for a tokenizer without offsets from tokens to characters."""
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
-            f"model.id: {type(tokenizer).__name__} is a slow tokenizer, which gives no offsets - "
-            "a fast one (tokenizer.json) is needed to "
-            "find a subject's tokens."
+            message(
+                "model.id",
+                "a slow tokenizer gives no offsets, which locate a subject's tokens",
+                got=type(tokenizer).__name__,
+                expected="a fast tokenizer (tokenizer.json)",
+            )
         )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoded]:
-    """Tokenises whole texts, with the special tokens that the tokenizer puts in front. Nothing is
-    truncated.
-    """
+    """Tokenises whole texts with the tokenizer's leading special tokens and without truncation."""
     if not texts:
         return []
     batch = tokenizer(
@@ -144,7 +145,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Enc
 def _without_end(
     ids: Sequence[int], spans: Sequence[tuple[int, int]], special: Sequence[int]
 ) -> Encoded:
-    """Keeps the special tokens in front of the text, drops those that end it."""
+    """The encoded text with its leading special tokens and without its trailing ones."""
     leading = next((index for index, flag in enumerate(special) if not flag), len(special))
     end = next(
         (index + 1 for index in range(len(special) - 1, -1, -1) if not special[index]), leading
@@ -155,7 +156,9 @@ def _without_end(
 def encode_prompts(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]
 ) -> list[tuple[int, ...]]:
-    """The ids of each prompt. Blanks at a prompt's end are dropped: they belong to what follows."""
+    """The ids of each prompt. Trailing blanks are dropped, because they belong to the next
+    token.
+    """
     return [
         encoded.ids for encoded in encode(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
     ]
@@ -164,18 +167,22 @@ def encode_prompts(
 def encode_with_targets(
     tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
 ) -> list[TargetSequence]:
-    """Tokenises (prompt, target) pairs with exactly one blank between the two.
+    """Tokenises (prompt, target) pairs with exactly one blank between prompt and target.
 
-    A token that holds the prompt's end and the blank counts as the prompt's. Raises ConfigError for
-    a blank target, and where no token precedes the target (an empty prompt, a tokenizer without
-    BOS).
+    A token that contains both the end of the prompt and the blank belongs to the prompt.
+
+    Raises:
+        ConfigError: a target is blank, or no token precedes it (an empty prompt with a tokenizer
+            without BOS).
     """
     cut = [(prompt.rstrip(" "), target.strip()) for prompt, target in pairs]
     if problems := [
-        f"the target of the prompt {prompt!r} is blank." for prompt, target in cut if not target
+        message("target", f"the target of the prompt {prompt!r} is blank")
+        for prompt, target in cut
+        if not target
     ]:
         raise ConfigError(problems)
-    found = []
+    sequences = []
     for (prompt, target), encoded in zip(
         cut, encode(tokenizer, [f"{prompt} {target}" for prompt, target in cut]), strict=True
     ):
@@ -187,44 +194,49 @@ def encode_with_targets(
         )
         if start == 0:
             raise ConfigError(
-                f"nothing precedes the target {target!r}: the prompt is empty and the tokenizer "
-                "adds no BOS."
+                message(
+                    "prompt",
+                    "no token precedes the target, because the prompt is empty and the tokenizer "
+                    f"adds no BOS (target {target!r})",
+                )
             )
-        found.append(TargetSequence(encoded, start))
-    return found
+        sequences.append(TargetSequence(encoded, start))
+    return sequences
 
 
 def encode_with_target(
     tokenizer: PreTrainedTokenizerFast, prompt: str, target: str
 ) -> TargetSequence:
-    """`encode_with_targets` of one pair."""
+    """`encode_with_targets` for one pair."""
     return encode_with_targets(tokenizer, [(prompt, target)])[0]
 
 
 def target_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> tuple[int, ...]:
-    """The tokens that the target has after this prompt: one blank in front, no BOS."""
+    """The target's tokens after this prompt, with one leading blank and without a BOS."""
     return encode_with_target(tokenizer, prompt, target).target_ids
 
 
 def subject_position(encoded: Encoded | TargetSequence, filled: FilledPrompt) -> int:
-    """Index of the token that holds the subject's last character, in the unpadded sequence.
+    """The index of the token with the subject's last character, in the unpadded sequence.
 
-    `encoded` is the filled text, alone or followed by a target. Raises ConfigError where the
-    tokenizer drops that character.
+    `encoded` is the filled text, alone or followed by a target. Raises ConfigError if the tokenizer
+    drops that character.
     """
     tokens = encoded.encoded if isinstance(encoded, TargetSequence) else encoded
     try:
         return tokens.token_at(filled.subject_end - 1)
     except ValueError:
         raise ConfigError(
-            f"the tokenizer drops the last character of the subject in {filled.text!r}."
+            message(
+                "subject", f"the tokenizer drops its last character in the text {filled.text!r}"
+            )
         ) from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptBatch:
-    """Sequences side by side. Padding changes no result: padded positions are masked, and positions
-    count from each row's first token.
+    """A batch of padded sequences. Padding changes no result, because padded positions are masked
+    and position ids count from each row's first token.
     """
 
     ids_BT: torch.Tensor
@@ -233,12 +245,12 @@ class PromptBatch:
     first_B: torch.Tensor  # the column of each row's first token
 
     def columns(self, positions: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """(B,): the columns of one position a row, counted in the unpadded sequences."""
+        """(B,): the column of one position per row, given in the unpadded sequences."""
         return self.first_B + torch.as_tensor(positions, device=self.first_B.device)
 
     @property
     def arguments(self) -> dict[str, torch.Tensor]:
-        """What a network is called with."""
+        """The keyword arguments of the network."""
         return {
             "input_ids": self.ids_BT,
             "attention_mask": self.mask_BT,
@@ -252,7 +264,7 @@ def pad(
     device: torch.device | str = "cpu",
     side: Literal["left", "right"] = "right",
 ) -> PromptBatch:
-    """Puts sequences of ids (none of them empty) into one batch."""
+    """Sequences of ids, none of them empty, as one batch."""
     width = max(len(ids) for ids in sequences)
     padding = [width - len(ids) for ids in sequences]
     first = padding if side == "left" else [0] * len(padding)
@@ -261,9 +273,8 @@ def pad(
     for row, (ids, start) in enumerate(zip(sequences, first, strict=True)):
         ids_BT[row, start : start + len(ids)] = torch.tensor(ids)
         mask_BT[row, start : start + len(ids)] = 1
-    position_ids_BT = (mask_BT.cumsum(-1) - 1).clamp(
-        min=0
-    )  # GPT-2 alone does not derive them from the mask
+    # Needed by GPT-2, which does not derive them from the mask.
+    position_ids_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     return PromptBatch(
         ids_BT.to(device),
         mask_BT.to(device),

@@ -1,17 +1,19 @@
-"""Causal tracing: at which layers the MLP's output at the subject's last token decides what the
-model says.
+"""Causal tracing: the layers whose MLP output at the subject's last token determines the
+prediction.
 
-Meng et al. 2022 (ROME, arXiv 2202.05262), section 2.1. For a fact that the model knows, the
-subject's embeddings are corrupted by Gaussian noise; then, in the corrupted run, what the MLP of
-one layer (or of a window around it) gives at the subject's last token is set back to what it gave
-in the clean run. With p the probability of the fact's first token,
+Source: Meng et al. 2022 (ROME, arXiv 2202.05262), section 2.1. Gaussian noise corrupts the
+subject's embeddings of a fact that the model knows. In the corrupted run, the MLP output of one
+layer, or of a window of layers around it, at the subject's last token is restored to its value in
+the clean run. With p the probability of the first token of the fact's answer,
 
     total effect                  p_clean - p_corrupted
-    indirect effect of a layer    p_restored - p_corrupted           its mean over facts and draws of noise is the average, AIE
+    indirect effect of a layer    p_restored - p_corrupted
 
-All layers and draws of a fact run side by side. Differs from the authors' code: the noise's scale
-is a multiple of the deviation of all embeddings, theirs of the embeddings of the subjects of a
-dataset; both runs of a fact use the same draws for all layers, as theirs.
+The mean of the indirect effect over facts and noise draws is the average indirect effect (AIE).
+
+All layers and draws of a fact run in one batch. As in the authors' code, the same draws serve all
+layers of a fact. Difference from the authors' code: the scale of the noise is a multiple of the
+standard deviation of all embeddings, theirs of the embeddings of a dataset's subjects.
 
 Shape letters: N facts, S draws of noise, L layers, B rows, T tokens, D width of the residual
 stream, O of the MLP's output.
@@ -23,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.capture import capture, change_outputs
 from editkit.model.tokens import encode_with_targets, fill, pad, subject_position
@@ -35,20 +37,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """A prompt whose next token the model knows."""
+    """A prompt whose next token the model predicts correctly."""
 
     ids: tuple[int, ...]  # of the prompt
-    subject: tuple[
-        int, ...
-    ]  # positions of the subject's tokens; the last is where states are restored
-    token: int  # the answer's first
+    subject: tuple[int, ...]  # positions of the subject's tokens; states are restored at the last
+    token: int  # the first token of the answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """Effects in probability, on the CPU."""
+    """Effects on the probability, on the CPU."""
 
-    num_asked: int
+    num_requests: int  # before unknown facts were left out
     facts: tuple[Fact, ...]
     window: int
     clean_N: torch.Tensor
@@ -57,12 +57,12 @@ class Trace:
 
     @property
     def average_L(self) -> torch.Tensor:
-        """AIE: the average indirect effect of each layer."""
+        """The average indirect effect (AIE) of each layer."""
         return (self.restored_NSL - self.corrupted_NS[..., None]).mean(dim=(0, 1))
 
     @property
     def error_L(self) -> torch.Tensor:
-        """Its standard error over facts; nan for one fact."""
+        """The standard error of the AIE over facts; nan for one fact."""
         by_fact_NL = (self.restored_NSL - self.corrupted_NS[..., None]).mean(dim=1)
         return (
             by_fact_NL.std(dim=0) / len(self.facts) ** 0.5
@@ -76,29 +76,31 @@ class Trace:
 
     @property
     def rome_layer(self) -> int:
-        """The layer of the largest effect; the last, behind which nothing reads the subject, is
-        left out.
+        """The layer with the largest AIE.
+
+        The last layer is excluded, because no later block reads the subject's state.
         """
         return int(self.average_L[:-1].argmax())
 
     @property
     def memit_layers(self) -> tuple[int, ...]:
-        """As many as five layers up to that one: published MEMIT layers end where ROME's is."""
+        """Up to five layers that end at `rome_layer`, as the published MEMIT layers do."""
         return tuple(range(max(0, self.rome_layer - 4), self.rome_layer + 1))
 
 
 def known_facts_of(
     model: EditableModel, requests: Sequence[EditRequest], *, tokens_at_once: int = 4096
 ) -> tuple[Fact, ...]:
-    """Of these requests the ones whose old target the unedited model says: its first token is the
-    most probable one.
+    """The facts of these requests that the unedited model knows.
 
-    Raises ConfigError where there are none.
+    The model knows a fact if the first token of the old target is its most probable token. Raises
+    ConfigError if it knows none.
     """
-    asked = [request for request in requests if request.target_old]
-    found: list[Fact] = []
-    pairs = [(request.full_prompt, request.target_old or "") for request in asked]
-    for request, sequence in zip(asked, encode_with_targets(model.tokenizer, pairs), strict=True):
+    candidates = [request for request in requests if request.target_old]
+    facts: list[Fact] = []
+    pairs = [(request.full_prompt, request.target_old or "") for request in candidates]
+    sequences = encode_with_targets(model.tokenizer, pairs)
+    for request, sequence in zip(candidates, sequences, strict=True):
         place = fill(request.prompt, request.subject)
         last = subject_position(sequence, place)
         first = next(
@@ -106,7 +108,7 @@ def known_facts_of(
             for index in range(sequence.encoded.num_special, last + 1)
             if sequence.encoded.spans[index][1] > place.subject_start
         )
-        found.append(
+        facts.append(
             Fact(
                 ids=sequence.ids[: sequence.start],
                 subject=tuple(range(first, last + 1)),
@@ -114,18 +116,21 @@ def known_facts_of(
             )
         )
     known: list[Fact] = []
-    for some in _batches(found, tokens_at_once=tokens_at_once):
-        probabilities_BV = _probabilities(model, some)
+    for batch in _batches(facts, tokens_at_once=tokens_at_once):
+        probabilities_BV = _probabilities(model, batch)
         known += [
             fact
-            for fact, greedy in zip(some, probabilities_BV.argmax(-1).tolist(), strict=True)
+            for fact, greedy in zip(batch, probabilities_BV.argmax(-1).tolist(), strict=True)
             if greedy == fact.token
         ]
     if not known:
         raise ConfigError(
-            f"--trace: {model.name} knows none of the {len(requests)} facts (the most probable "
-            "token after their prompts is not the old "
-            "target's) - choose another dataset, more edits, or a model with trained weights."
+            message(
+                "--trace",
+                f"{model.name} knows none of the {len(requests)} facts; the most probable token "
+                "after a prompt is never the first token of the old target",
+                fix="choose another dataset, more edits, or a model with trained weights",
+            )
         )
     return tuple(known)
 
@@ -134,19 +139,21 @@ def trace(
     model: EditableModel,
     facts: Sequence[Fact],
     *,
-    num_asked: int,
+    num_requests: int,
     window: int = 1,
     noise: float = 3.0,
     draws: int = 3,
     seed: int = 0,
     tokens_at_once: int = 4096,
 ) -> Trace:
-    """The effects of every layer. The model is read only.
+    """The effects of every layer. The model does not change.
 
     Args:
-        window: layers that are restored together, around each.
+        num_requests: the number of requests from which `facts` were selected.
+        window: number of neighbouring layers that are restored together.
         noise: in standard deviations of the embeddings.
-        tokens_at_once: of a pass over facts, padding included; memory, no result beyond rounding.
+        tokens_at_once: tokens of a pass over facts, including padding. It bounds memory and changes
+            results only by rounding.
     """
     embedding = model.network.get_input_embeddings()
     name = next(name for name, module in model.network.named_modules() if module is embedding)
@@ -158,26 +165,26 @@ def trace(
     layers = range(model.num_layers)
     mlps = [model.family.mlp(layer) for layer in layers]
     windows = [
-        [each for each in layers if layer - (window - 1) // 2 <= each <= layer + window // 2]
+        [other for other in layers if layer - (window - 1) // 2 <= other <= layer + window // 2]
         for layer in layers
     ]
     clean, corrupted, restored = [], [], []
     start = 0
-    for some in _batches(facts, tokens_at_once=tokens_at_once):
-        noises = drawn[start : start + len(some)]
-        start += len(some)
-        batch = pad([fact.ids for fact in some], device=model.device)
+    for batch_facts in _batches(facts, tokens_at_once=tokens_at_once):
+        noises = drawn[start : start + len(batch_facts)]
+        start += len(batch_facts)
+        batch = pad([fact.ids for fact in batch_facts], device=model.device)
         with torch.no_grad(), capture(model, outputs=mlps, stop_after_last=False) as captured:
             hidden_BTD = model.final_hidden(batch)
-        clean += _of_tokens(model, hidden_BTD, some).tolist()
-        ends = torch.tensor([fact.subject[-1] for fact in some], device=model.device)
+        clean += _of_tokens(model, hidden_BTD, batch_facts).tolist()
+        ends = torch.tensor([fact.subject[-1] for fact in batch_facts], device=model.device)
         states = {
-            mlp: captured.outputs[mlp][torch.arange(len(some), device=model.device), ends]
+            mlp: captured.outputs[mlp][torch.arange(len(batch_facts), device=model.device), ends]
             for mlp in mlps
         }
         del captured
-        for fact_index, (fact, noise_SKD) in enumerate(zip(some, noises, strict=True)):
-            # Row 0 of a draw is only corrupted, row 1 + l has layer l restored.
+        for fact_index, (fact, noise_SKD) in enumerate(zip(batch_facts, noises, strict=True)):
+            # In row 0 of a draw nothing is restored; in row 1 + l, layer l is restored.
             probabilities = _corrupted(
                 model,
                 name,
@@ -190,7 +197,7 @@ def trace(
             corrupted.append(probabilities_SR[:, 0])
             restored.append(probabilities_SR[:, 1:])
     return Trace(
-        num_asked=num_asked,
+        num_requests=num_requests,
         facts=tuple(facts),
         window=window,
         clean_N=torch.tensor(clean),
@@ -207,7 +214,7 @@ def _corrupted(
     states: dict[str, torch.Tensor],
     windows: Sequence[Sequence[int]],
 ) -> torch.Tensor:
-    """(S * (1 + L),): the token's probability, draw by draw; in a draw's first row nothing is
+    """(S * (1 + L),): the token's probability, draw by draw. In the first row of a draw nothing is
     restored.
     """
     num_draws, per_draw = len(noise_SKD), 1 + len(windows)
@@ -222,13 +229,13 @@ def _corrupted(
         return changed_BTD
 
     def restorer(layer: int, state_O: torch.Tensor) -> tuple[str, object]:
-        at = [
+        restored_rows = [
             draw * per_draw + 1 + centre
             for draw in range(num_draws)
             for centre, window in enumerate(windows)
             if layer in window
         ]
-        rows = torch.tensor(at, device=model.device)
+        rows = torch.tensor(restored_rows, device=model.device)
 
         def restore(output_BTO: torch.Tensor) -> torch.Tensor:
             changed_BTO = output_BTO.clone()
@@ -248,7 +255,7 @@ def _corrupted(
 def _of_tokens(
     model: EditableModel, hidden_BTD: torch.Tensor, facts: Sequence[Fact]
 ) -> torch.Tensor:
-    """(B,) float32, on the CPU: the probability of each fact's token behind its prompt."""
+    """(B,) float32, on the CPU: the probability of each fact's token after its prompt."""
     rows = torch.arange(len(facts), device=hidden_BTD.device)
     last = torch.tensor([len(fact.ids) - 1 for fact in facts], device=hidden_BTD.device)
     tokens = torch.tensor([fact.token for fact in facts], device=hidden_BTD.device)
@@ -266,13 +273,13 @@ def _probabilities(model: EditableModel, facts: Sequence[Fact]) -> torch.Tensor:
 
 
 def _batches(facts: Sequence[Fact], *, tokens_at_once: int) -> list[list[Fact]]:
-    """In their order; each at most so many tokens, padding included, or one fact."""
-    found: list[list[Fact]] = []
+    """The facts in order, as batches of one fact or at most so many tokens, including padding."""
+    batches: list[list[Fact]] = []
     longest = 0
     for fact in facts:
         longest = max(longest, len(fact.ids))
-        if not found or (len(found[-1]) + 1) * longest > tokens_at_once:
-            found.append([])
+        if not batches or (len(batches[-1]) + 1) * longest > tokens_at_once:
+            batches.append([])
             longest = len(fact.ids)
-        found[-1].append(fact)
-    return found
+        batches[-1].append(fact)
+    return batches

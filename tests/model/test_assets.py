@@ -1,5 +1,5 @@
-"""The bundled models: each loads offline in float32, knows the world and does its tasks as well as
-its card says.
+"""The bundled models load offline in float32 and reach the figures of their cards on the world's
+facts and tasks.
 """
 
 from __future__ import annotations

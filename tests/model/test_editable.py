@@ -1,6 +1,4 @@
-"""The one object that changes: orientation, accumulation, restoring, views, and what may not be
-edited.
-"""
+"""`EditableModel`: orientation, accumulation, restoring, temporary corrections, refused edits."""
 
 from __future__ import annotations
 
@@ -42,16 +40,16 @@ def differing(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -
 def test_weights_are_views_in_maths_orientation(model: EditableModel) -> None:
     module = model.family.down_projection(1)
     hidden = torch.randn(2, 3, model.weight(module).shape[1])
-    found = model.module(module)
-    bias = 0 if getattr(found, "bias", None) is None else found.bias
-    torch.testing.assert_close(found(hidden), hidden @ model.weight(module).T + bias)
+    layer = model.module(module)
+    bias = 0 if getattr(layer, "bias", None) is None else layer.bias
+    torch.testing.assert_close(layer(hidden), hidden @ model.weight(module).T + bias)
     assert (
         model.weight(module).untyped_storage().data_ptr()
-        == found.weight.untyped_storage().data_ptr()
+        == layer.weight.untyped_storage().data_ptr()
     )
 
 
-def test_a_square_conv1d_is_told_by_its_type() -> None:
+def test_a_square_conv1d_is_recognised_by_its_type() -> None:
     model = tiny_model("gpt2")
     square = "transformer.h.0.attn.c_proj"
     assert model.weight(square).shape == (32, 32)
@@ -59,11 +57,11 @@ def test_a_square_conv1d_is_told_by_its_type() -> None:
 
 
 def test_only_matrices_can_be_edited(model: EditableModel) -> None:
-    with pytest.raises(ConfigError, match="only Linear and Conv1D"):
+    with pytest.raises(ConfigError, match="expected Linear or Conv1D"):
         model.edit([model.family.mlp(0)])
-    with pytest.raises(ConfigError, match=r"no module .* Nearest"):
+    with pytest.raises(ConfigError, match=r"no such module\. Fix: .* nearest"):
         model.edit([f"{model.family.block(0)}.mlp.nothing"])
-    with pytest.raises(ConfigError, match=r"layers 0 to 2 - given 3, -1"):
+    with pytest.raises(ConfigError, match=r"got \[3, -1\]; expected layers 0 to 2"):
         model.down_projections([0, 3, -1])
     with pytest.raises(KeyError, match="was not declared"):
         model.apply(
@@ -130,25 +128,25 @@ def test_300_small_bfloat16_edits_lose_less_than_one_percent_of_their_sum() -> N
     module = model.family.down_projection(1)
     model.edit([module])
     base = model.base(module).double()
-    direction = rank_one(
-        model, module, seed=0, scale=1e-4
-    )  # far below half a unit in the last place of most entries
+    # Far below half a unit in the last place of most entries.
+    direction = rank_one(model, module, seed=0, scale=1e-4)
     for _ in range(300):
         model.apply(module, direction)
         plain.weight(module).add_(direction.dense().to(plain.dtype))
-    wanted = 300 * direction.dense().double()
+    expected_OI = 300 * direction.dense().double()
 
     def lost(edited: EditableModel) -> float:
-        """The share of the sum that is missing along it; the rounding of W_0 + sum itself averages
+        """The share of the sum that is missing in its direction. The rounding of W_0 + sum averages
         out.
         """
         return 1 - float(
-            ((edited.weight(module).double() - base) * wanted).sum() / wanted.square().sum()
+            ((edited.weight(module).double() - base) * expected_OI).sum()
+            / expected_OI.square().sum()
         )
 
     assert torch.linalg.norm(
-        model.total(module).dense().double() - wanted
-    ) < 1e-4 * torch.linalg.norm(wanted)
+        model.total(module).dense().double() - expected_OI
+    ) < 1e-4 * torch.linalg.norm(expected_OI)
     assert abs(lost(model)) < 0.01
     assert lost(plain) > 0.3
 
@@ -156,9 +154,8 @@ def test_300_small_bfloat16_edits_lose_less_than_one_percent_of_their_sum() -> N
 def test_low_rank_and_dense_updates_add_up_alike(model: EditableModel) -> None:
     module = model.family.down_projection(1)
     model.edit([module])
-    updates = [
-        rank_one(model, module, seed=seed) for seed in range(40)
-    ]  # past the rank at which a total turns dense
+    # More updates than the rank at which a total turns dense.
+    updates = [rank_one(model, module, seed=seed) for seed in range(40)]
     for index, update in enumerate(updates):
         model.apply(module, update.dense() if index % 3 == 2 else update)
     expected = model.base(module).double() + sum(update.dense().double() for update in updates)
@@ -181,7 +178,7 @@ def test_restoring_totals_gives_the_same_bits_then_and_later(kind: Kind, num_upd
     }
     second.restore({name: Total.from_state(shape, state) for name, (state, shape) in saved.items()})
     assert not differing(bits(first), bits(second))
-    for model in (first, second):  # and the next edits land on the same bits too
+    for model in (first, second):  # the next edits give the same bits as well
         for module in modules:
             model.apply(module, rank_one(model, module, seed=1000))
             model.apply(module, rank_one(model, module, seed=1001))
@@ -196,7 +193,7 @@ def test_restoring_a_foreign_total_is_refused(model: EditableModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_correction_is_there_inside_and_gone_after(dtype: str) -> None:
+def test_a_correction_applies_inside_the_block_only(dtype: str) -> None:
     model = tiny_model("gpt2", dtype=dtype)
     modules = [model.family.down_projection(layer) for layer in (0, 1)]
     model.edit(modules)
@@ -258,9 +255,8 @@ def test_the_fingerprint_notices_one_changed_value_anywhere(
 ) -> None:
     from editkit.model import fingerprint
 
-    monkeypatch.setattr(
-        fingerprint, "SAMPLE", 64
-    )  # so that most of a tensor lies outside the sample
+    # Most of a tensor lies outside the sample.
+    monkeypatch.setattr(fingerprint, "SAMPLE", 64)
     model = tiny_model("gpt2")
     before = fingerprint.fingerprint(model.network, model.tokenizer)
     assert before == fingerprint.fingerprint(model.network, model.tokenizer)
@@ -307,7 +303,7 @@ def test_final_hidden_and_head_respect_gemmas_soft_cap() -> None:
 
 
 @pytest.mark.gpu
-def test_a_model_moves_with_what_is_kept_of_its_edits() -> None:
+def test_a_model_moves_with_the_data_of_its_edits() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     model = tiny_model("gpt2", dtype="bfloat16")

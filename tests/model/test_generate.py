@@ -1,4 +1,4 @@
-"""Continuations equal transformers' own, whatever the batch, and contexts are clean and seeded."""
+"""Continuations equal those of transformers for every batch size. Contexts are clean and seeded."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_samples_follow_the_models_probabilities() -> None:
     )  # four standard errors
 
 
-def test_banned_tokens_never_come_and_end_tokens_end_a_row(model: EditableModel) -> None:
+def test_banned_tokens_are_never_generated_and_end_tokens_end_a_row(model: EditableModel) -> None:
     prompts = encode_prompts(model.tokenizer, PROMPTS)
     free = generate(model, prompts, max_new_tokens=6, ends=())
     assert all(len(row) == 6 for row in free)
@@ -140,7 +140,7 @@ def test_a_row_ends_at_the_last_position(model: EditableModel) -> None:
         generate(model, [[5] * model.max_length], max_new_tokens=1)
 
 
-def test_texts_are_the_continuations_alone(model: EditableModel) -> None:
+def test_texts_are_the_continuations_without_the_prompts(model: EditableModel) -> None:
     texts = generate_texts(model, PROMPTS, max_new_tokens=4)
     assert len(texts) == len(PROMPTS)
     assert not any(

@@ -1,6 +1,4 @@
-"""Models load from folders, with the dtype asked for, and what cannot be loaded says where it was
-looked for.
-"""
+"""Models load from folders in the requested dtype. An error message names the searched places."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ def test_a_saved_model_loads_with_the_same_contents(tmp_path: Path, kind: Kind) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_dtype_is_the_one_asked_for_not_the_checkpoints(tmp_path: Path, dtype: str) -> None:
+def test_the_dtype_is_the_requested_one_not_the_checkpoints(tmp_path: Path, dtype: str) -> None:
     model = tiny_model("gpt2", dtype="float16")
     model.network.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
@@ -50,25 +48,27 @@ def test_the_dtype_is_the_one_asked_for_not_the_checkpoints(tmp_path: Path, dtyp
     assert ModelConfig(id="x").dtype == "float32"
 
 
-def test_what_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"there is no folder {tmp_path / 'gone'}"):
+def test_a_missing_model_is_reported_with_the_searched_places(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"the folder does not exist .*{tmp_path / 'gone'}"):
         ModelConfig(id=str(tmp_path / "gone")).load("cpu")
-    with pytest.raises(ConfigError, match=r"holds no config.json"):
+    with pytest.raises(ConfigError, match=r"the folder has no config.json"):
         ModelConfig(id=str(tmp_path)).load("cpu")
-    with pytest.raises(ConfigError, match=r"no bundled model 'asset:gone'"):
+    with pytest.raises(ConfigError, match=r"no bundled model .*'asset:gone'.*asset:tiny-"):
         ModelConfig(id="asset:gone").load("cpu")
     with pytest.raises(
         ConfigError,
-        match=r"looked in .*nobody/nothing \(no such folder\) and on the hub, main branch",
+        match=r"cannot be loaded from .*nobody/nothing \(no such folder\) or the hub, main branch",
     ):
         ModelConfig(id="nobody/nothing").load("cpu")
-    with pytest.raises(ConfigError, match=r"on the hub, revision v9"):
+    with pytest.raises(ConfigError, match=r"or the hub, revision v9"):
         ModelConfig(id="nobody/nothing", revision="v9").load("cpu")
 
 
 def test_an_unusable_device_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(
-        ConfigError, match=r"runtime\.device: abacus was given; this machine has: cpu"
+        ConfigError,
+        match=r"runtime\.device: this machine does not have the device \(got 'abacus'; "
+        r"expected one of cpu",
     ):
         ModelConfig(id="asset:gone").load("abacus")
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_without_some_of_its_weights_is_refused(tmp_path: Path) -> 
         ModelConfig(id=str(tmp_path)).load("cpu")
 
 
-def test_a_damaged_file_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_damaged_file_is_a_config_error(tmp_path: Path) -> None:
     path = saved(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="cannot be loaded"):
@@ -95,12 +95,12 @@ def test_the_family_can_be_given_by_name_or_in_full(tmp_path: Path) -> None:
     folder = str(saved(tmp_path))
     assert ModelConfig(id=folder, family="mistral").load("cpu").family == family_of("llama")
     assert ModelConfig(id=folder, family=family_of("llama")).load("cpu").num_layers == 3
-    with pytest.raises(ConfigError, match="Nearest"):
+    with pytest.raises(ConfigError, match=r"no such module \(got 'transformer'\)"):
         ModelConfig(id=folder, family="gpt2").load("cpu")
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_model_file_says_what_it_is_and_names_the_fields(path: Path) -> None:
+def test_every_model_file_has_a_description_and_names_all_fields(path: Path) -> None:
     import yaml
 
     text = path.read_text()

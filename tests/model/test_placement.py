@@ -1,5 +1,5 @@
-"""Several devices: blocks stay whole, what is edited lies where it can be written, and our passes
-run through accelerate's hooks.
+"""Several devices: blocks stay whole, edited matrices can be written, and the passes work with
+accelerate's hooks.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def config(layers: int = 6) -> AutoConfig:
 
 def test_two_devices_share_the_blocks_which_stay_whole() -> None:
     num_bytes = 4 * 6 * 45_000
-    found = placement(
+    devices = placement(
         config(),
         family_of("llama"),
         "float32",
         max_memory={0: num_bytes // 2 + 300_000, 1: num_bytes},
     )
-    blocks = {name: device for name, device in found.items() if name.startswith("model.layers.")}
+    blocks = {name: device for name, device in devices.items() if name.startswith("model.layers.")}
     assert set(blocks.values()) == {0, 1}
     assert all(name.count(".") == 2 for name in blocks), "a block is never divided"
     assert sorted(blocks.values()) == [blocks[f"model.layers.{layer}"] for layer in range(6)], (
@@ -47,7 +47,7 @@ def test_two_devices_share_the_blocks_which_stay_whole() -> None:
     )
 
 
-def test_what_does_not_fit_is_refused_with_what_to_do() -> None:
+def test_weights_that_do_not_fit_are_refused_with_a_fix() -> None:
     with pytest.raises(
         ConfigError, match=r"model.device_map: the weights do not fit .* model.dtype=bfloat16"
     ):
@@ -55,8 +55,8 @@ def test_what_does_not_fit_is_refused_with_what_to_do() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match="there is no GPU here"):
+def test_placement_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="this machine has no GPU"):
         placement(config(), family_of("llama"), "float32")
 
 
@@ -72,7 +72,7 @@ def test_passes_through_accelerates_hooks_give_the_same_bits(kind: Kind) -> None
     ]
     dispatch_model(hooked.network, device_map=dict.fromkeys(names, "cpu"), force_hooks=True)
     assert any(hasattr(module, "_hf_hook") for module in hooked.network.modules())
-    site, found = plain.family.mlp(1), []
+    site, results = plain.family.mlp(1), []
     for model in (plain, hooked):
         targets = search_targets(
             model,
@@ -84,11 +84,11 @@ def test_passes_through_accelerates_hooks_give_the_same_bits(kind: Kind) -> None
         keys_CI, outputs_CO = keys_and_outputs(
             model, requests(1)[0], module=plain.family.down_projection(1), contexts=["{}"]
         )
-        found.append([*(target.vector_O for target in targets), keys_CI, outputs_CO])
-    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+        results.append([*(target.vector_O for target in targets), keys_CI, outputs_CO])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-def test_a_matrix_that_lies_elsewhere_until_it_is_needed_is_refused() -> None:
+def test_an_offloaded_matrix_is_refused() -> None:
     from accelerate import cpu_offload
 
     model = tiny_model("llama")
@@ -97,7 +97,7 @@ def test_a_matrix_that_lies_elsewhere_until_it_is_needed_is_refused() -> None:
         model.edit([model.family.down_projection(0)])
 
 
-def test_updates_reach_a_matrix_whose_base_is_kept_elsewhere() -> None:
+def test_updates_reach_a_matrix_whose_base_is_on_another_device() -> None:
     near, far = tiny_model("gpt2"), tiny_model("gpt2")
     name = near.family.down_projection(0)
     near.edit([name])
@@ -107,7 +107,7 @@ def test_updates_reach_a_matrix_whose_base_is_kept_elsewhere() -> None:
     assert torch.equal(near.weight(name), far.weight(name))
 
 
-def test_an_editor_that_wants_one_device_says_so_before_anything_is_loaded() -> None:
+def test_an_editor_that_needs_one_device_is_refused_before_loading() -> None:
     overrides = ["model=tiny-gpt2", "model.device_map=auto", "edits=2"]
     composed = compose(overrides)
     locate(composed.config, choices=composed.choices)

@@ -1,4 +1,4 @@
-"""`editkit probe` without weights: every named model, unknown architectures, tokenizers; and random
+"""`editkit probe` without weights for named models, unknown architectures and tokenizers; random
 weights of the real shapes.
 """
 
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from editkit.cli.main import app
 from editkit.config.compose import conf_folder
 from editkit.errors import ConfigError
-from editkit.model.discover import guess
+from editkit.model.discover import guess_family
 from editkit.model.families import family_of
 from editkit.model.load import ModelConfig
 from editkit.model.network import empty_network, random_network
@@ -52,12 +52,12 @@ def named(name: str) -> ModelConfig:
 def test_named_models_are_known_without_a_download(
     name: str, kind: str, is_transposed: bool, shape: Any, layers: int
 ) -> None:
-    found = probe(named(name))
-    assert len(found.matrices) == layers
-    assert {(each.type, each.is_transposed, each.shape) for each in found.matrices} == {
+    probed = probe(named(name))
+    assert len(probed.matrices) == layers
+    assert {(matrix.type, matrix.is_transposed, matrix.shape) for matrix in probed.matrices} == {
         (kind, is_transposed, shape)
     }
-    assert found.no_tokenizer is not None or found.tokenizer
+    assert probed.no_tokenizer is not None or probed.tokenizer
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_every_named_model_can_be_probed(path: Path) -> None:
         assert probe(named(path.stem)).matrices
 
 
-def test_the_command_tells_modules_shapes_tokenizer_and_memory() -> None:
+def test_the_command_shows_modules_shapes_tokenizer_and_memory() -> None:
     result = CliRunner().invoke(app, ["probe", "model=tiny-llama"])
     assert result.exit_code == 0, result.output
     for text in (
@@ -83,7 +83,7 @@ def test_the_command_tells_modules_shapes_tokenizer_and_memory() -> None:
         assert text in result.output
 
 
-def test_tokenizers_tell_their_bos_and_their_blank() -> None:
+def test_tokenizers_report_their_bos_and_their_blank() -> None:
     byte_level, sentencepiece = (
         dict(behaviour(tiny_tokenizer(kind))) for kind in ("gpt2", "llama")
     )
@@ -97,7 +97,7 @@ def test_tokenizers_tell_their_bos_and_their_blank() -> None:
     assert "['s]" in byte_level["sample"], "the subject's last token"
 
 
-def test_an_unknown_architecture_gets_the_names_that_seem_to_be_right(tmp_path: Path) -> None:
+def test_an_unknown_architecture_gets_suggested_module_names(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "opt",
         hidden_size=32,
@@ -110,7 +110,7 @@ def test_an_unknown_architecture_gets_the_names_that_seem_to_be_right(tmp_path: 
     with pytest.raises(ConfigError) as caught:
         probe(ModelConfig(id=str(tmp_path)))
     text = str(caught.value)
-    assert "the architecture 'opt' is not known" in text and "final_norm" in text
+    assert "the architecture is not known (got 'opt'" in text and "final_norm" in text
     assert "blocks:model.decoder.layers" in text and "down_projection_in_block:fc2" in text
 
 
@@ -132,14 +132,14 @@ def test_the_guess_finds_the_names_of_known_families(kind: str) -> None:
     network = empty_network(
         AutoConfig.for_model(kind, **(width if kind in ("gpt2", "gptj") else sizes))
     )
-    found = guess(network)
-    assert found is not None
-    assert (found.base, found.blocks, found.final_norm) == (
+    family = guess_family(network)
+    assert family is not None
+    assert (family.base, family.blocks, family.final_norm) == (
         known.base,
         known.blocks,
         known.final_norm,
     )
-    assert found.down_projection(1) == known.down_projection(1) and found.mlp(1) == known.mlp(1)
+    assert family.down_projection(1) == known.down_projection(1) and family.mlp(1) == known.mlp(1)
 
 
 def test_random_weights_are_seeded_and_leave_the_generators_alone() -> None:

@@ -1,4 +1,4 @@
-"""Places in texts, targets and padding, on tokenizers of GPT-2's kind and of sentencepiece's."""
+"""Positions, targets and padding with byte-level (GPT-2) and sentencepiece tokenizers."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_bos_comes_once_and_an_eos_is_dropped() -> None:
 def test_an_impossible_target_is_refused() -> None:
     with pytest.raises(ConfigError, match="blank"):
         encode_with_target(tiny_tokenizer("gpt2"), "Paris is", "  ")
-    with pytest.raises(ConfigError, match="nothing precedes"):
+    with pytest.raises(ConfigError, match="no token precedes"):
         encode_with_target(tiny_tokenizer("gpt2"), "", "Paris")
     assert encode_with_target(tiny_tokenizer("llama"), "", "Paris").start == 1
 
@@ -170,7 +170,7 @@ def test_padding_changes_neither_keys_nor_losses(
         with torch.no_grad(), capture(model, inputs=[module], stop_after_last=False) as captured:
             hidden_BTD = model.final_hidden(batch)
         columns = batch.columns([positions[row] for row in rows])
-        found = []
+        results = []
         for index, row in enumerate(rows):
             predicting = sequences[row].predicting
             shift = int(batch.first_B[index])
@@ -180,8 +180,8 @@ def test_padding_changes_neither_keys_nor_losses(
             losses = torch.nn.functional.cross_entropy(
                 logits, torch.tensor(sequences[row].target_ids), reduction="none"
             )
-            found.append((captured.inputs[module][index, columns[index]], losses))
-        return found
+            results.append((captured.inputs[module][index, columns[index]], losses))
+        return results
 
     for together, alone in zip(
         keys_and_losses([0, 1, 2], side),
@@ -193,7 +193,7 @@ def test_padding_changes_neither_keys_nor_losses(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_losses_are_those_of_the_network_called_in_the_plain_way(kind: Any) -> None:
+def test_the_losses_equal_those_of_a_direct_call_of_the_network(kind: Any) -> None:
     model = tiny_model(kind)
     sequence = encode_with_target(model.tokenizer, "The capital of France is", "the city of Rome")
     batch = pad([sequence.ids], side="left")

@@ -1,8 +1,7 @@
-"""Golden positions and ids: what the tokenizers that real models use make of subjects and targets,
-written down once.
+"""Golden positions and ids of subjects and targets with the tokenizers of real models.
 
-GPT-2's own vocabulary and the sentencepiece one of a real small Llama are read from the real data;
-the small ones are made here.
+The real data has GPT-2's vocabulary and the sentencepiece vocabulary of a small Llama. The small
+tokenizers are made here.
 """
 
 from __future__ import annotations
@@ -67,15 +66,13 @@ LLAMA = [  # the first token is its BOS
 
 @pytest.mark.data
 @pytest.mark.parametrize(("name", "cases"), [("gpt2", GPT2), ("llama", LLAMA)])
-def test_real_tokenizers_give_the_positions_and_ids_that_were_written_down(
-    name: str, cases: list[Any]
-) -> None:
+def test_real_tokenizers_give_the_golden_positions_and_ids(name: str, cases: list[Any]) -> None:
     tokenizer = real_tokenizer(name)
     for prompt, subject, target, position, token, ids in cases:
         place = fill(prompt, subject)
         sequence = encode_with_target(tokenizer, place.text, target)
-        found = subject_position(sequence, place)
-        assert (found, sequence.ids[found], sequence.target_ids) == (position, token, ids), (
+        actual = subject_position(sequence, place)
+        assert (actual, sequence.ids[actual], sequence.target_ids) == (position, token, ids), (
             prompt,
             subject,
         )
@@ -120,7 +117,7 @@ SMALL = [
     SMALL,
     ids=lambda value: str(value)[:16],
 )
-def test_small_tokenizers_of_both_kinds_give_the_pieces_that_were_written_down(
+def test_small_tokenizers_of_both_kinds_give_the_golden_pieces(
     kind: Any, prompt: str, subject: str, target: str, pieces: str, own: str
 ) -> None:
     tokenizer = tiny_tokenizer(kind)

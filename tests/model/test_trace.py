@@ -1,5 +1,5 @@
-"""Causal tracing: all layers at once give what a plain loop gives, and the bundled model's facts
-lie where edits take.
+"""Causal tracing: the batched computation equals a plain loop, and the bundled model stores its
+facts in the lower layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support.helpers import Kind, requests, tiny_model
 
 
 def facts_of(model: EditableModel) -> list[Fact]:
-    """Sequences of other lengths, subjects at the start and inside."""
+    """Sequences of different lengths, with subjects at the start and inside."""
     return [
         Fact(ids=(5, 6, 7, 8, 9), subject=(1, 2), token=11),
         Fact(ids=(20, 21, 22), subject=(0,), token=12),
@@ -29,7 +29,7 @@ def facts_of(model: EditableModel) -> list[Fact]:
 def plain(
     model: EditableModel, facts: list[Fact], *, window: int, noise: float, draws: int
 ) -> Trace:
-    """One forward pass for each fact, draw and layer, with hooks of its own."""
+    """The same effects from one forward pass per fact, draw and layer, with separate hooks."""
     embedding = model.network.get_input_embeddings()
     scale = noise * float(embedding.weight.float().std())
     generator = torch.Generator().manual_seed(0)
@@ -80,18 +80,18 @@ def plain(
                 embedding.register_forward_hook(corrupt),
                 *(mlps[layer].register_forward_hook(restore(layer)) for layer in layers),
             ]
-            found = float(
+            value = float(
                 model.network(torch.tensor([fact.ids])).logits[0, -1].softmax(-1)[fact.token]
             )
             for handle in handles:
                 handle.remove()
-            return found
+            return value
 
         def around(layer: int) -> list[int]:
             return [
-                each
-                for each in range(len(mlps))
-                if layer - (window - 1) // 2 <= each <= layer + window // 2
+                other
+                for other in range(len(mlps))
+                if layer - (window - 1) // 2 <= other <= layer + window // 2
             ]
 
         corrupted.append([probability(noise_KD, []) for noise_KD in noises])
@@ -102,7 +102,7 @@ def plain(
             ]
         )
     return Trace(
-        num_asked=len(facts),
+        num_requests=len(facts),
         facts=tuple(facts),
         window=window,
         clean_N=torch.tensor(clean),
@@ -112,48 +112,50 @@ def plain(
 
 
 @pytest.mark.parametrize(("kind", "window"), [("gpt2", 1), ("llama", 2)])
-def test_all_layers_at_once_give_what_one_pass_for_each_gives(kind: Kind, window: int) -> None:
+def test_all_layers_at_once_equal_one_pass_per_layer(kind: Kind, window: int) -> None:
     model = tiny_model(kind)
     facts = facts_of(model)
     with torch.no_grad():
         expected = plain(model, facts, window=window, noise=3.0, draws=2)
-    found = trace(model, facts, num_asked=3, window=window, noise=3.0, draws=2, tokens_at_once=10)
+    effects = trace(
+        model, facts, num_requests=3, window=window, noise=3.0, draws=2, tokens_at_once=10
+    )
     for name in ("clean_N", "corrupted_NS", "restored_NSL"):
         torch.testing.assert_close(
-            getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6
+            getattr(effects, name), getattr(expected, name), rtol=1e-4, atol=1e-6
         )
-    assert found.average_L.abs().max() > 1e-5
-    assert found.average_L.shape == found.error_L.shape == (model.num_layers,)
+    assert effects.average_L.abs().max() > 1e-5
+    assert effects.average_L.shape == effects.error_L.shape == (model.num_layers,)
 
 
-def test_without_noise_nothing_is_corrupted_and_nothing_can_be_restored() -> None:
+def test_without_noise_all_effects_are_zero() -> None:
     model = tiny_model("gpt2")
-    found = trace(model, facts_of(model), num_asked=3, noise=0.0)
-    assert abs(found.total_effect) < 1e-6
-    assert float(found.average_L.abs().max()) < 1e-6
+    effects = trace(model, facts_of(model), num_requests=3, noise=0.0)
+    assert abs(effects.total_effect) < 1e-6
+    assert float(effects.average_L.abs().max()) < 1e-6
 
 
-def test_the_hooks_are_gone_afterwards() -> None:
+def test_the_hooks_are_removed_afterwards() -> None:
     model = tiny_model("llama")
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         before = model.network(ids).logits
-        trace(model, facts_of(model), num_asked=3)
+        trace(model, facts_of(model), num_requests=3)
         assert torch.equal(model.network(ids).logits, before)
 
 
-def test_a_bundled_model_knows_its_facts_and_holds_them_low() -> None:
+def test_a_bundled_model_knows_its_facts_and_stores_them_in_lower_layers() -> None:
     model = ModelConfig(id="asset:tiny-gptj").load("cpu")
     dataset = Parts(compose([]).config, {}).one("dataset", AbstractDataset)
     assert dataset is not None
-    asked = dataset.load(0).requests[:8]
-    facts = known_facts_of(model, asked)
+    selected = dataset.load(0).requests[:8]
+    facts = known_facts_of(model, selected)
     assert len(facts) >= 7
-    found = trace(model, facts, num_asked=len(asked), draws=1)
-    assert found.total_effect > 0.5
-    assert found.rome_layer <= 1 and found.memit_layers[-1] == found.rome_layer
+    effects = trace(model, facts, num_requests=len(selected), draws=1)
+    assert effects.total_effect > 0.5
+    assert effects.rome_layer <= 1 and effects.memit_layers[-1] == effects.rome_layer
 
 
-def test_a_model_that_knows_nothing_says_so() -> None:
+def test_a_model_that_knows_no_fact_is_refused() -> None:
     with pytest.raises(ConfigError, match="--trace: tiny-gpt2 knows none of the 3 facts"):
         known_facts_of(tiny_model("gpt2"), requests(3))
