@@ -21,13 +21,9 @@ TensorState = Mapping[str, "Any"]
 class Probe:
     """A full prompt and the bare text (no leading blank) that should follow it."""
 
-    prompt: str
-    answer: str
-    aliases: tuple[
-        str, ...
-        # further answers that count as right; only what is generated freely can be compared with
-        # them
-    ] = ()
+    prompt: str  # with the subject filled in
+    answer: str  # bare text
+    aliases: tuple[str, ...] = ()  # further right answers, for freely generated texts only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +78,13 @@ class EditRequest:
 class StepRecord:
     """What one batch of edits did: a line of `steps.jsonl`. Step 0 describes the unedited model."""
 
-    step: int
-    requests: tuple[str, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    target: Mapping[str, float] = field(default_factory=dict)
+    step: int  # counted from 1; 0: the unedited model
+    requests: tuple[str, ...] = ()  # the ids of the batch
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by phase
+    target: Mapping[str, float] = field(default_factory=dict)  # figures of the target search
+    # By matrix: the figures of `editkit.linalg.telemetry.module_record`.
     modules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    # where a number went bad: "loss", "update of <module>", "weight of <module>"
+    # The number that is not finite: "loss", "update of <module>", "weight of <module>".
     nonfinite: str | None = None
 
 
