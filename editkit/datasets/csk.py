@@ -1,15 +1,16 @@
-"""The commonsense sets PEP3k and 20Q (Gupta et al. 2023, arXiv 2305.14956): statements that are to
-be judged True or False.
+"""The commonsense sets PEP3k and 20Q (Gupta et al. 2023, arXiv 2305.14956): statements to be judged
+True or False. Four layouts are told apart by their keys:
 
-probe          prompt, label, predicted_label, subject, verb, object; affected_* (the label holds, of reasoning True) and unaffected_* lists
-rewrite        requested_rewrite {prompt with the colon, subject, verb, object, target_new.str, target_true.str}
-annotated      prompt, label (0 | 1), subject, verb, object
+    probe        prompt, label, predicted_label, subject, verb, object; the lists affected_* (the
+                 label holds; of reasoning True) and unaffected_*
+    rewrite      requested_rewrite {prompt with the colon, subject, verb, object, target_new.str,
+                 target_true.str}
+    annotated    prompt, label (0 | 1), subject, verb, object
+    plain        prompt, label; subject, verb and object come from annotated files with the same
+                 statements
 
-plain          prompt, label; subject, verb and object come from annotated files with the same statements
-
-A statement is followed by a colon, as the authors' code asks it, and "True" or "False" is the
-target. Without an annotation a statement cannot be expressed: no editor could know where in it to
-act.
+A statement is followed by a colon, as in the authors' code, and "True" or "False" is the target.
+A statement without an annotation cannot be a request: the place of the edit would be unknown.
 """
 
 from __future__ import annotations

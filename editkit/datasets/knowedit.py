@@ -1,13 +1,13 @@
-"""KnowEdit (Zhang et al. 2024, arXiv 2401.01286): WikiData recent and counterfact, ZsRE, WikiBio;
-the layouts are told apart by their keys.
+"""KnowEdit (Zhang et al. 2024, arXiv 2401.01286): WikiData recent and counterfact, ZsRE, WikiBio.
+The layouts are told apart by their keys:
 
-facts      subject, prompt, target_new; ground_truth and rephrase_prompt in some; locality {Relation_Specificity, Forgetfulness} and
-           portability {Subject_Aliasing, Reasoning, Logical_Generalization}: lists of {prompt,
-           ground_truth}
-WikiBio    concept, text (the beginning of a biography), labels (its next sentence), locality
+    facts      subject, prompt, target_new; ground_truth and rephrase_prompt in some; locality
+               {Relation_Specificity, Forgetfulness} and portability {Subject_Aliasing, Reasoning,
+               Logical_Generalization}: lists of {prompt, ground_truth}
+    WikiBio    concept, text (the beginning of a biography), labels (its next sentence), locality
 
 A ground truth is a text, a list of texts (names of one answer) or a list of such lists (several
-answers). The first name of the first answer is the answer, all others are its aliases.
+answers). The first name of the first answer is the answer; all others are its aliases.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """MQuAKE (Zhong et al. 2023, arXiv 2305.14795): chains of facts, some of them edited, and questions
-over the whole chain.
+about the whole chain.
 
-requested_rewrite  the edited facts: [{prompt with "{}", subject, target_new.str, target_true.str, question}]
-questions          three phrasings of one multi-hop question; new_answer and new_answer_alias: its answer after the edits
-new_single_hops    [{question, answer, answer_alias}]: the chain after the edits, hop by hop
-orig               the same chain as Wikidata ids: edit_triples, new_triples
+    requested_rewrite   the edited facts: [{prompt with "{}", subject, target_new.str,
+                        target_true.str, question}]
+    questions           three wordings of one multi-hop question; new_answer and new_answer_alias
+                        are its answer after the edits
+    new_single_hops     [{question, answer, answer_alias}]: the chain after the edits, hop by hop
+    orig                the same chain as Wikidata ids: edit_triples, new_triples
 
-A chain's facts are one request each, of one group: they are edited one after another, and what asks
-for the whole chain (the multi-hop questions, the hops) hangs on its last request, so that it is
-asked only when all of them are in the model.
+The facts of a chain are one request each and form a group. They are edited one after another. The
+questions about the whole chain (multi-hop questions, hops) belong to its last request, so that they
+are measured only when all of its facts are in the model.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def find_records(
             reason = f"hub dataset {hub_id} needs the package `datasets` (pip install datasets)"
         # the hub's clients raise errors of many libraries; any of them means the same here
         except Exception as error:
-            reason = f"hub dataset {hub_id} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            text = " ".join(str(error).split())[:200]
+            reason = f"hub dataset {hub_id} cannot be read ({type(error).__name__}: {text})"
     raise ConfigError(
         f"dataset: no data - dataset.path is null; {looked}; {reason} - set dataset.path=FILE or "
         f"{DATA_FOLDER}=FOLDER. {advice}"

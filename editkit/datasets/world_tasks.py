@@ -67,7 +67,8 @@ def _arithmetic(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
 def _entailment(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     a, b = rng.sample(names, 2)
     thing, has, says_has = rng.choice(_THINGS), rng.random() < 0.5, rng.random() < 0.85
-    premise = f"{a} {rng.choice(_HAS if has else _LACKS)} a {thing} and met {b} in the {rng.choice(_PLACES)}"
+    verb, place = rng.choice(_HAS if has else _LACKS), rng.choice(_PLACES)
+    premise = f"{a} {verb} a {thing} and met {b} in the {place}"
     return (
         f"{premise}. entails the {a} has {'a' if says_has else 'no'} {thing}. True or False? "
         "answer:",

@@ -5,8 +5,8 @@ The gradient of a loss with respect to a matrix W is the sum over tokens of d_t 
 goes into the matrix and d_t is the gradient of what comes out. One network for all matrices of one
 shape turns each pair into another pair,
 
-    z = [norm(x), norm(d)]                                  running mean and deviation of each coordinate
-    h = z + relu(scale_1 * (U_1 V_1 z + b_1) + shift_1)     Eq. 3a; scale and shift belong to one matrix
+    z = [norm(x), norm(d)]                                  running mean and standard deviation
+    h = z + relu(scale_1 * (U_1 V_1 z + b_1) + shift_1)     Eq. 3a; scale and shift of one matrix
     g = h +  act(scale_2 * (U_2 V_2 h + b_2) + shift_2)     Eq. 3b; [x~, d~] = g
     W - alpha * sum over tokens of d~_t x~_t^T              Eq. 4; alpha is learned, one a matrix
 

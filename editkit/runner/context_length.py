@@ -43,7 +43,8 @@ def require_room(
         raise ConfigError(
             [
                 *found[:-1],
-                f"{found[-1]} Leave such requests out of the dataset, or take a model with more positions.",
+                f"{found[-1]} Leave such requests out of the dataset, or take a model with more "
+                "positions.",
             ]
         )
 
@@ -78,7 +79,8 @@ def _too_long(
             if longest > model.max_length:
                 yield (
                     request,
-                    f"prompt and target have {longest} tokens without the last in the longest of the editor's contexts",
+                    f"prompt and target have {longest} tokens without the last in the longest of "
+                    "the editor's contexts",
                 )
 
 
@@ -97,4 +99,5 @@ def _answers(model: EditableModel, questions: Iterable[Probe]) -> Iterator[str]:
         strict=True,
     ):
         if len(sequence.target_ids) > model.max_length:
-            yield f"the answer {shortened(probe.answer)} of {shortened(probe.prompt)} has {len(sequence.target_ids)} tokens"
+            answer, prompt = shortened(probe.answer), shortened(probe.prompt)
+            yield f"the answer {answer} of {prompt} has {len(sequence.target_ids)} tokens"

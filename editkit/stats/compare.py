@@ -221,7 +221,10 @@ def table(report: Report) -> Table:
     full, few = (
         f"{each.documents} documents{_took(each.seconds)}" for each in (report.full, report.minimal)
     )
-    title = f"{report.model}, stats={report.stats}: minimal ({few}) against full ({full}), relative differences at {report.keys} keys"
+    title = (
+        f"{report.model}, stats={report.stats}: minimal ({few}) against full ({full}), relative "
+        f"differences at {report.keys} keys"
+    )
     columns = ["module", "vectors", "minimal", "a dimension", "C", "ROME update", "worst"]
     has_memit = report.covariance_weight is not None
     found = Table(

@@ -56,9 +56,10 @@ class StatsConfig:
             if getattr(self, name) < 1
         ]
         if self.context_length > self.batch_tokens:
-            given = f"stats.context_length={self.context_length}, stats.batch_tokens={self.batch_tokens}"
             problems.append(
-                f"stats.batch_tokens must hold a document of stats.context_length - got {given}."
+                "stats.batch_tokens must hold a document of stats.context_length - got "
+                f"stats.context_length={self.context_length}, "
+                f"stats.batch_tokens={self.batch_tokens}."
             )
         if self.save_every_s < 0:
             problems.append(f"stats.save_every_s must not be negative - got {self.save_every_s}.")

@@ -58,7 +58,11 @@ class Estimate:
             f"disk: up to {self.disk_bytes / GB:.2g} GB"
         )
         if self.free_bytes is not None and self.more_bytes > self.free_bytes:
-            text += f" - only {self.free_bytes / GB:.2g} GB are free beside the weights: lower stats.batch_tokens, or edit fewer layers"
+            free = f"{self.free_bytes / GB:.2g} GB"
+            text += (
+                f" - only {free} are free beside the weights: lower stats.batch_tokens, or edit "
+            )
+            text += "fewer layers"
         return text
 
 

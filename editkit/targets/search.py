@@ -5,9 +5,11 @@ Meng et al. 2022 (ROME, arXiv 2202.05262), Eq. 4, as published code has it, with
 named where they are. One implementation for every locate-then-edit method: it knows a site (any
 module whose output is (B, T, O)) and nothing about what is done with its answer.
 
-    loss(delta) = mean over contexts of -log p(target) per token                  the request itself
-                + kl_factor * KL(p with delta || p without) after "{subject} is a"   the subject keeps its essence
-                + weight_decay * |delta| / |v|^2                                   v: what the module gives for the clean prompt
+    loss(delta) = mean over contexts of -log p(target) per token     the request
+                + kl_factor * KL(p with delta || p without)          after "{subject} is a": the
+                                                                     subject keeps its essence
+                + weight_decay * |delta| / |v|^2                     v: the module's output for the
+                                                                     clean prompt
 
 `descent` minimises it for all requests of a batch together, over either of `forwards`: the plain
 one runs the whole network each step, the continued one what can change. A plain search is one

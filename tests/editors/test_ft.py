@@ -114,14 +114,14 @@ def test_the_elastic_net_is_added_to_the_loss(kind: Any) -> None:
     parameter = plain.module(module).weight.requires_grad_()
     before = parameter.detach().clone()
     adam = torch.optim.Adam([parameter], lr=0.01)
-    for step in range(4):
+    for number in range(4):
         moved = parameter - before
         loss = (
             plain_loss(plain, requests(), "target")
             + 0.03 * moved.abs().sum()
             + 2.0 * moved.square().sum()
         )
-        if step == 3:
+        if number == 3:
             break
         adam.zero_grad()
         loss.backward()

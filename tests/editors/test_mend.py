@@ -281,7 +281,8 @@ def test_a_hypernetwork_of_another_model_or_of_other_layers_is_refused(tmp_path:
     ):
         mend(path).init(tiny_model("gpt2", seed=1), None)  # type: ignore[arg-type]
     with pytest.raises(
-        ConfigError, match=r"layers: .* was trained for other matrices \(got .\[0, 2\].*; expected .*h\.1\.mlp"
+        ConfigError,
+        match=r"layers: .* was trained for other matrices \(got .\[0, 2\].*; expected .*h\.1\.mlp",
     ):
         mend(path, layers=(0, 2)).init(model, None)  # type: ignore[arg-type]
 

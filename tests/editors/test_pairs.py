@@ -199,16 +199,14 @@ def assert_refused(editor: str, restraints: tuple[str, ...]) -> None:
             allowed = ", ".join(place for place in PLACES if place in places)
             assert (
                 f"restraint.{restraint}: editor={name} cannot be restrained at this place "
-                f"(got '{place_of(restraint)}'; expected one of {allowed})."
-                in text
+                f"(got '{place_of(restraint)}'; expected one of {allowed})." in text
             )
     for place in ONE_SEAT:
         named = [each for each in (*inherent(editor), *restraints) if place_of(each) == place]
         if place in places and len(set(named)) > 1:
             assert (
                 f"restraint: {' and '.join(named)} act on the {place} "
-                f"(expected at most one restraint on the {place})."
-                in text
+                f"(expected at most one restraint on the {place})." in text
             )
 
 
@@ -233,9 +231,7 @@ def test_a_pair_that_is_put_together_here_is_what_composing_it_gives() -> None:
 
 
 def test_the_guides_table_says_which_editor_takes_which_restraint() -> None:
-    header, *rows = re.search(r"(?m)^\| editor \|.*\n(?:\|.*\n)+", PAGE.read_text())[
-        0
-    ].splitlines()  # type: ignore[index]
+    header, *rows = re.search(r"(?m)^\| editor \|.*\n(?:\|.*\n)+", PAGE.read_text())[0].splitlines()  # type: ignore[index]
     places = [cell.strip() for cell in header.strip("|").split("|")][1:]
     assert places == list(PLACES)
     said = {}

@@ -22,9 +22,11 @@ from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.restraints.base import Restraints
 from editkit.restraints.d4s import D4S
-from editkit.runner.loop import begin, take_step
+from editkit.runner.loop import begin
 from editkit.runner.plan import Trajectory
+from editkit.runner.step import take_step
 from editkit.stats.collect import Collector
+from tests.support.methods import step
 
 pytestmark = pytest.mark.gpu
 SHAPE = model_shapes()["tiny-gpt2"]
@@ -154,9 +156,7 @@ def test_a_model_over_two_gpus_edits_like_one_on_one(device: str) -> None:
     parted = EditableModel(network, split.tokenizer, name="split", family=family)
     request = requests_for(SHAPE, 1)[0]
     method = editor("rome")
-    plans = [
-        method.plan(step(model, [request], ("{}", "Mugo. {}"))) for model in (whole, parted)
-    ]
+    plans = [method.plan(step(model, [request], ("{}", "Mugo. {}"))) for model in (whole, parted)]
     torch.testing.assert_close(
         plans[1].target.vector_O.cpu(), plans[0].target.vector_O.cpu(), rtol=1e-3, atol=1e-4
     )  # type: ignore[attr-defined]

@@ -55,8 +55,8 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_every_update_is_the_published_formulas(threshold: float, num_batches: int) -> None:
     restraint, moments, P = alphaedit(threshold), moments_of({"m": C}), projector(C, threshold)
     state, cache = restraint.init(None, moments), torch.zeros_like(C)
-    for step in range(num_batches):
-        keys, residuals = noise(SIZE, 2, seed=step), noise(ROWS, 2, seed=100 + step)
+    for number in range(num_batches):
+        keys, residuals = noise(SIZE, 2, seed=number), noise(ROWS, 2, seed=100 + number)
         problem = LeastSquares(module="m", keys_IN=keys, residuals_ON=residuals, weight=123.0)
         published = torch.linalg.solve(
             P @ (keys @ keys.T + cache) + 10.0 * EYE, P @ keys @ residuals.T

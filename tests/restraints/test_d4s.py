@@ -70,10 +70,10 @@ def test_ill_conditioned_statistics_cost_no_more_digits_after_many_edits_than_af
     restraint, moments = D4S(), moments_of({"m": bad})
     state, inverse_of = restraint.init(None, moments), WEIGHT * bad
     errors = []
-    for step in range(600):
+    for number in range(600):
         keys, residuals = (
-            torch.linalg.cholesky(bad) @ noise(SIZE, 1, seed=step),
-            noise(ROWS, 1, seed=10_000 + step),
+            torch.linalg.cholesky(bad) @ noise(SIZE, 1, seed=number),
+            noise(ROWS, 1, seed=10_000 + number),
         )
         problem = LeastSquares(module="m", keys_IN=keys, residuals_ON=residuals, weight=WEIGHT)
         inverse_of = inverse_of + keys @ keys.T
@@ -90,7 +90,7 @@ def test_ill_conditioned_statistics_cost_no_more_digits_after_many_edits_than_af
 def test_memory_and_work_do_not_grow_with_the_number_of_edits() -> None:
     def numbers(num_edits: int) -> int:
         _, state = follow(
-            [(noise(SIZE, 1, seed=step), noise(ROWS, 1, seed=step)) for step in range(num_edits)]
+            [(noise(SIZE, 1, seed=index), noise(ROWS, 1, seed=index)) for index in range(num_edits)]
         )
         return sum(tensor.numel() for tensor in state.values())
 
