@@ -1,3 +1,94 @@
 """editkit: sequential-editing benchmarks for large language models."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from editkit.api.editing import Session as Session
+    from editkit.api.editing import edit as edit
+    from editkit.api.loading import load as load
+    from editkit.api.result import EditResult as EditResult
+    from editkit.api.runs import export as export
+    from editkit.api.runs import load_run as load_run
+    from editkit.api.runs import load_runs as load_runs
+    from editkit.api.runs import run as run
+    from editkit.datasets.base import AbstractDataset as AbstractDataset
+    from editkit.editors.base import AbstractEditor as AbstractEditor
+    from editkit.editors.base import Plan as Plan
+    from editkit.editors.base import Step as Step
+    from editkit.editors.ft import Ft as Ft
+    from editkit.editors.memit import Memit as Memit
+    from editkit.editors.mend import Mend as Mend
+    from editkit.editors.rome import Rome as Rome
+    from editkit.errors import ConfigError as ConfigError
+    from editkit.evaluation.base import AbstractEvaluator as AbstractEvaluator
+    from editkit.evaluation.protocols.base import AbstractProtocol as AbstractProtocol
+    from editkit.linalg.lowrank import LowRank as LowRank
+    from editkit.model.editable import EditableModel as EditableModel
+    from editkit.restraints.alphaedit import AlphaEdit as AlphaEdit
+    from editkit.restraints.base import AbstractObjectiveRestraint as AbstractObjectiveRestraint
+    from editkit.restraints.base import AbstractSolveRestraint as AbstractSolveRestraint
+    from editkit.restraints.base import AbstractTotalRestraint as AbstractTotalRestraint
+    from editkit.restraints.base import AbstractUpdateRestraint as AbstractUpdateRestraint
+    from editkit.restraints.d4s import D4S as D4S
+    from editkit.restraints.eac import Eac as Eac
+    from editkit.restraints.norm_cap import NormCap as NormCap
+    from editkit.restraints.prune import Prune as Prune
+    from editkit.restraints.rect import Rect as Rect
+    from editkit.types import EditRequest as EditRequest
+    from editkit.types import Measurement as Measurement
+    from editkit.types import Probe as Probe
+else:
+    # A name is imported when it is first used, so that `import editkit` costs nothing.
+    _MODULES = {
+        "AbstractDataset": "datasets.base",
+        "AbstractEditor": "editors.base",
+        "AbstractEvaluator": "evaluation.base",
+        "AbstractObjectiveRestraint": "restraints.base",
+        "AbstractProtocol": "evaluation.protocols.base",
+        "AbstractSolveRestraint": "restraints.base",
+        "AbstractTotalRestraint": "restraints.base",
+        "AbstractUpdateRestraint": "restraints.base",
+        "AlphaEdit": "restraints.alphaedit",
+        "ConfigError": "errors",
+        "D4S": "restraints.d4s",
+        "Eac": "restraints.eac",
+        "EditRequest": "types",
+        "EditResult": "api.result",
+        "EditableModel": "model.editable",
+        "Ft": "editors.ft",
+        "LowRank": "linalg.lowrank",
+        "Measurement": "types",
+        "Memit": "editors.memit",
+        "Mend": "editors.mend",
+        "NormCap": "restraints.norm_cap",
+        "Plan": "editors.base",
+        "Probe": "types",
+        "Prune": "restraints.prune",
+        "Rect": "restraints.rect",
+        "Rome": "editors.rome",
+        "Session": "api.editing",
+        "Step": "editors.base",
+        "edit": "api.editing",
+        "export": "api.runs",
+        "load": "api.loading",
+        "load_run": "api.runs",
+        "load_runs": "api.runs",
+        "run": "api.runs",
+    }
+    __all__ = ["__version__", *_MODULES]
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'editkit' has no attribute {name!r}")
+        import importlib
+
+        value = getattr(importlib.import_module(f"editkit.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULES})

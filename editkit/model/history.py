@@ -1,0 +1,29 @@
+"""The points that `EditableModel.undo` returns to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from editkit.linalg.total import Total
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """The totals of the edited matrices before an edit. Two marks are equal only if they are the
+    same object.
+
+    A low-rank total is kept as its factors, which all marks share. A dense total is a float32
+    matrix for each mark.
+    """
+
+    totals: Mapping[str, Total]
+
+    @classmethod
+    def of(cls, totals: Mapping[str, Total]) -> Mark:
+        """The mark at these totals."""
+        return cls({name: _without_sum(total) for name, total in totals.items()})
+
+
+def _without_sum(total: Total) -> Total:
+    return Total(total.shape, blocks=total.blocks) if total.blocks else total

@@ -1,0 +1,56 @@
+"""The notebook runs from its first cell to its last in a kernel of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.paths import ROOT
+
+NOTEBOOK = ROOT / "examples" / "first_edit.ipynb"
+
+
+def texts(notebook: Any) -> dict[int, str]:
+    """What each code cell showed, by its number among the code cells."""
+    codes = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    shown = {}
+    for number, cell in enumerate(codes, start=1):
+        parts = [
+            output.get("text") or output.get("data", {}).get("text/plain", "")
+            for output in cell["outputs"]
+        ]
+        shown[number] = "\n".join("".join(part) for part in parts)
+    return shown
+
+
+# The kernel is another process. Its sockets and loops warn when they are closed.
+@pytest.mark.filterwarnings("default")
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("EDITKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel draws into the notebook
+    notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources)
+    client.execute()
+    shown = texts(notebook)
+    assert "born in Krimus" in shown[2]
+    assert "EditResult: 1 request" in shown[3] and "rank 1 update" in shown[3]
+    assert "born in Tunit" in shown[4] and "grew up in Krimus" in shown[4]
+    assert "condition_number" in shown[5]
+    codes = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert any("image/png" in output.get("data", {}) for cell in codes for output in cell.outputs)
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    notebook = json.loads(NOTEBOOK.read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+        assert all(len(line.rstrip("\n")) <= 105 for line in cell["source"])
