@@ -452,7 +452,7 @@ Measured on the stored float16 weights, computed in float32. Recall: greedy deco
 every wording, those that occur in the corpus (trained) and those that do not (held out). Tasks: test items, exact match up to the newline;
 summary: ROUGE-L.
 
-{figures}"""
+{figures}"""  # noqa: E501 (a paragraph of Markdown is one line)
 
 
 def table(values: Mapping[str, object]) -> str:

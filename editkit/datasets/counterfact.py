@@ -1,12 +1,14 @@
-"""CounterFact (Meng et al. 2022, arXiv 2202.05262), in its original layout and in the flat one of
-EasyEdit, told apart by their keys.
+"""CounterFact (Meng et al. 2022, arXiv 2202.05262), in its original layout and in EasyEdit's flat
+one. The layouts are told apart by their keys:
 
-original   requested_rewrite {prompt with "{}", subject, target_new.str, target_true.str}, paraphrase_prompts, neighborhood_prompts,
-           attribute_prompts (subjects of which the new target is true), generation_prompts
-flat       prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt, locality_ground_truth
+    original   requested_rewrite {prompt with "{}", subject, target_new.str, target_true.str},
+               paraphrase_prompts, neighborhood_prompts, attribute_prompts (subjects for which the
+               new target is true), generation_prompts
+    flat       prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt,
+               locality_ground_truth
 
-The texts that generated ones are compared with (consistency) are a file of their own,
-`attribute_snippets.json`: a list of {relation_id, target_id, samples: [{text}]}.
+The reference texts of consistency are in a file of their own, `attribute_snippets.json`: a list of
+{relation_id, target_id, samples: [{text}]}.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def edited(name: str, device: str, dtype: str = "float32") -> dict[str, torch.Te
     model.edit(method.modules(model))
     state = begin(job)
     object.__setattr__(state, "contexts", ("{}", "Then bada kefe. {}", "Mugo. {}"))
-    for step in range(1, NUM_EDITS + 1):
-        record, state = take_step(job, step, state)
+    for number in range(1, NUM_EDITS + 1):
+        record, state = take_step(job, number, state)
         assert record.nonfinite is None
     return {module: total.dense().cpu() for module, total in model.totals().items()}
 
