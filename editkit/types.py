@@ -35,8 +35,8 @@ class EditRequest:
 
     id: str  # "counterfact/17"
     prompt: str  # holds one "{}" for the subject
-    subject: str
-    target: str
+    subject: str  # the text for "{}"
+    target: str  # the new answer
     target_old: str | None = None  # what the unedited world says (CounterFact: target_true)
     paraphrases: tuple[str, ...] = ()  # full prompts
     neighbours: tuple[Probe, ...] = ()  # locality: prompts whose answer must stay
