@@ -98,24 +98,24 @@ class Measurement:
     # "editing", "downstream", "language", "comparison" (of a task with the unedited model), or
     # "weights" (of a restrained view; the task is the matrix).
     kind: str
-    metric: str
+    metric: str  # "efficacy", "accuracy", ...
     value: float | None  # None: not finite
     # The standard error: the sample standard deviation of the n scores over sqrt(n), by prompt the
     # cluster-robust one (editkit.evaluation.statistics.tally). None for a single score and for what
     # is no mean.
     stderr: float | None
     n: int  # number of averaged scores: requests, prompts or items
-    protocol: str | None = None
+    protocol: str | None = None  # of an editing metric: "probability", "argmax", ...
     timing: str | None = None  # of a measurement: None is the moment's, "before" or "milestone"
-    suite: str | None = None
-    task: str | None = None
-    task_version: float | None = None
+    suite: str | None = None  # of a task
+    task: str | None = None  # its name
+    task_version: float | None = None  # as the task's yaml has it
     shots: int | None = None  # examples before each question of a task
     nonfinite: int | None = 0  # scores that are not finite
     cut: int | None = None  # items whose prompt exceeded the context length and lost its beginning
     variant: str | None = None  # how this number differs from what its name says
-    low: float | None = None  # bootstrap confidence interval
-    high: float | None = None
+    low: float | None = None  # lower end of the bootstrap confidence interval
+    high: float | None = None  # its upper end
     block: str | None = None  # "1-50": these edits alone, counted from 1
     # "known_before", "unknown_before" or "succeeded": these requests alone.
     subset: str | None = None
