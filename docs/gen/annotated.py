@@ -36,10 +36,13 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFile:
-    """A configuration file: its first comment, its defaults list and its keys."""
+    """A configuration file: its first comment line, the lines after it, its defaults list and its
+    keys.
+    """
 
     path: Path
     about: str
+    notes: str
     defaults: tuple[Any, ...]
     keys: tuple[Key, ...]
 
@@ -56,7 +59,7 @@ class ConfigFile:
 def read(path: Path) -> ConfigFile:
     text = path.read_text()
     lines = text.splitlines()
-    comments, about = comments_by_line(lines, ends_of_tokens(text))
+    comments, head = comments_by_line(lines, ends_of_tokens(text))
     root = yaml.compose(text)
     keys: list[Key] = []
     data = yaml.safe_load(text) or {}
@@ -64,7 +67,8 @@ def read(path: Path) -> ConfigFile:
         keys += walk(root, data, "", comments)
     return ConfigFile(
         path=path,
-        about=about,
+        about=head[0] if head else "",
+        notes=" ".join(head[1:]),
         defaults=tuple(data.get("defaults", ())),
         keys=tuple(key for key in keys if not key.path.startswith("defaults")),
     )
@@ -80,10 +84,11 @@ def ends_of_tokens(text: str) -> dict[int, int]:
     return ends
 
 
-def comments_by_line(lines: list[str], ends: dict[int, int]) -> tuple[dict[int, str], str]:
-    """The comment of each line that holds tokens, and the file's first comment."""
+def comments_by_line(lines: list[str], ends: dict[int, int]) -> tuple[dict[int, str], list[str]]:
+    """The comment of each line that holds tokens, and the comment lines at the top of the file."""
     comments: dict[int, str] = {}
-    about, above = "", ""
+    head: list[str] = []
+    above = ""
     for number, line in enumerate(lines):
         if number in ends:
             _, _, own = line[ends[number] :].partition("#")
@@ -95,8 +100,8 @@ def comments_by_line(lines: list[str], ends: dict[int, int]) -> tuple[dict[int, 
                 if comments:
                     above = added(above, text)
                 else:
-                    about = added(about, text)
-    return {number: comment for number, comment in comments.items() if comment}, about
+                    head.append(text.strip())
+    return {number: comment for number, comment in comments.items() if comment}, head
 
 
 def added(comment: str, line: str) -> str:

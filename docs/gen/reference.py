@@ -7,6 +7,7 @@ comments in the classes.
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+import editkit
 from docs.gen.annotated import (
     TARGET,
     ConfigFile,
@@ -70,7 +72,8 @@ def prose(text: str) -> str:
     """A plain comment as markdown: nothing in it is markup. Backticks keep their meaning."""
     parts = text.split("`")
     parts[::2] = [
-        re.sub(r"([\\*_\[\]<>#{}$~])", r"\\\1", part).replace("|", "&#124;") for part in parts[::2]
+        html.escape(re.sub(r"([\\*_\[\]#{}])", r"\\\1", part), quote=False).replace("|", "&#124;")
+        for part in parts[::2]
     ]
     parts[1::2] = [part.replace("|", "&#124;") for part in parts[1::2]]
     return "`".join(parts).replace("\n", "<br>")
@@ -162,7 +165,12 @@ def group_page(group: str) -> str:
     )
     shown_before: dict[tuple[tuple[str, str], ...], str] = {}
     for name, file in files.items():
-        lines += [f"## {name} {{ #{anchor(name)} }}", "", f"{sentence(prose(file.about))}", ""]
+        lines += [
+            f"## {name} {{ #{anchor(name)} }}",
+            "",
+            f"{sentence(prose(file.about))} {prose(file.notes)}",
+            "",
+        ]
         lines += [f"{line}\n" for line in facts(group, file)]
         signature = tuple((key.path, described(key, file)) for key in file.keys)
         same = shown_before.get(tuple(sorted(signature)))
@@ -237,12 +245,16 @@ def recipe_page() -> str:
         rows = []
         for path in sorted(folder.glob("*.yaml")):
             data = yaml.safe_load(path.read_text())
-            numbers = ", ".join(f"{name}={value}" for name, value in flat(data.get("editor", {})))
+            numbers = [
+                prose(f"{name}={value}".replace(" ", ""))
+                for name, value in flat(data.get("editor", {}))
+            ]
+            starts = [f"as {text}" for entry in read(path).defaults if (text := as_recipe(entry))]
             origin = data.get("recipe", {})
             rows.append(
                 [
                     code(path.stem),
-                    prose(numbers.replace(" ", "")).replace(",", ", "),
+                    ", ".join([*starts, *numbers]),
                     origin.get("provenance", ""),
                     prose(str(origin.get("source", ""))),
                 ]
@@ -271,6 +283,12 @@ def recipe_page() -> str:
         if key.value
     ]
     return "\n".join([*lines, table(["restraint", "model", "value", "why"], rows)])
+
+
+def as_recipe(entry: Any) -> str:
+    """The recipe that another one starts from."""
+    found = re.match(r"/recipe/([\w./-]+)@", str(entry))
+    return f"`{found[1]}`" if found else ""
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -303,7 +321,7 @@ def launcher_page() -> str:
 def with_fields(page: str) -> str:
     """A page with a table in each place that names a class: `<!-- fields: EditRequest -->`."""
     for name in re.findall(r"<!-- fields: (\w+) -->", page):
-        comments = field_comments(getattr(types, name))
+        comments = field_comments(getattr(editkit, name, None) or getattr(types, name))
         order = tuple(comments)
         if name == "EvalRecord":  # a line is flat
             comments |= field_comments(types.Measurement)
