@@ -1,11 +1,11 @@
-"""The minimisation behind a target search, in pieces that a restraint on the objective can put
-together in its own way.
+"""The minimisation of a target search, as parts that a restraint on the objective can recombine.
 
-All requests of a batch are minimised together, each for itself: its own first distribution,
-learning rate, clamp and end. One that has ended is frozen where it stopped and leaves the batch.
+All requests of a batch are minimised together but independently. Each has its own distribution at
+delta = 0, learning rate, clamp and end. A request that has ended keeps its values and leaves the
+batch.
 
-Shape letters: N requests, K those of them that still go on, C contexts, O width of the site's
-output, V vocabulary.
+Shape letters: N requests, K active requests, C contexts, O width of the site's output, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -16,69 +16,65 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from editkit.lazy import torch
-from editkit.targets.stepping import Going, Lookout, together
+from editkit.targets.stepping import DescentState, StopCheck, merged
 
 if TYPE_CHECKING:
     from editkit.targets.settings import TargetSettings
 
-# deltas (K, O) of the requests with these indices (K,) -> what to add to each one's loss, (K,)
+# deltas (K, O) of the requests with these indices (K,) -> a term of each request's loss, (K,)
 Penalty = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
-class Seen(NamedTuple):
-    """What the network says of some deltas; gradients flow through the first two."""
+class ForwardResult(NamedTuple):
+    """The result of a forward pass. Gradients flow through `log_p_NC` and `kl_N`."""
 
-    log_p_NC: torch.Tensor  # mean log-probability of a target's token, in each context
-    kl_N: (
-        torch.Tensor
-    )  # KL(now || before) of the distribution at the KL position; 0 where nothing was before
-    log_p_NV: torch.Tensor  # that distribution
+    log_p_NC: torch.Tensor  # mean log-probability of a target's tokens in each context
+    # KL(now || before) of the distributions at the KL position; 0 without a distribution before
+    kl_N: torch.Tensor
+    log_p_NV: torch.Tensor  # log-distribution at the KL position
 
 
 class Forward(Protocol):
-    """The network's part."""
+    """The forward pass of the network as a function of delta."""
 
-    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> Seen:
-        """What it says; `before_NV` is the log-distribution that the divergence is measured
-        from.
+    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> ForwardResult:
+        """The results for these deltas. The divergence is measured from the log-distribution
+        `before_NV`.
         """
 
     def only(self, kept: Sequence[int]) -> Forward:
-        """The same for some of the requests, by their places among those of this one."""
+        """The same for some of its requests, given by their indices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Descent:
-    """Where a descent ended, and what it saw on its way; of every request."""
+    """The result of a descent for every request."""
 
     delta_NO: torch.Tensor
     loss_N: torch.Tensor  # at delta, with the penalty; without `final_loss`, before the last update
-    updates_N: torch.Tensor  # how often Adam moved, in the descents before it as well
-    mean_gradient_NO: (
-        torch.Tensor
-    )  # of the loss, over the deltas from which Adam moved in this descent; 0 if it never did
-    unmoved: tuple[
-        torch.Tensor, torch.Tensor
-    ]  # what the forward gives at delta = 0: log_p_NC and log_p_NV
-    log_p_NC: torch.Tensor  # where the loss was taken
+    updates_N: torch.Tensor  # number of Adam updates, including those of earlier descents
+    # of the loss, over the updates of this descent; 0 without an update
+    mean_gradient_NO: torch.Tensor
+    at_zero: tuple[torch.Tensor, torch.Tensor]  # log_p_NC and log_p_NV at delta = 0
+    log_p_NC: torch.Tensor  # of the same forward pass as `loss_N`
 
     @property
     def is_finite_N(self) -> torch.Tensor:
-        """Whether the loss is a finite number; if not, the descent ended there."""
+        """Whether the loss is finite. A loss that is not finite ends the descent of its request."""
         return self.loss_N.isfinite()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TargetProblem:
-    """What a search minimises (see `search`); a search is one descent or several of them over the
-    same forward.
+    """The loss of a target search (see `search`). A search is one or several descents over the same
+    forward.
     """
 
     forward: Forward
     initial_NO: torch.Tensor  # v, at least float32
     settings: TargetSettings
-    # who has ended is asked for a step late, see `Lookout`; the result has the same bits
-    is_late: bool = False
+    # finished requests are state one step late (see `StopCheck`); the result has the same bits
+    is_stop_check_delayed: bool = False
 
     def descend(
         self,
@@ -91,66 +87,70 @@ class TargetProblem:
         penalty: Penalty | None = None,
         final_loss: bool = True,
     ) -> Descent:
-        """Moves each delta with a new Adam, after each update projected onto |delta| <= clamp *
+        """Minimises the loss with a new Adam. Every update is projected onto |delta| <= clamp *
         |v|.
 
         A request ends after `updates`, or as soon as its loss is below the settings' `stop_loss` or
-        is no finite number.
+        not finite.
 
         Args:
-            updates: how often Adam moves at most; the forward runs once for each, and once more for
-            the `final_loss`. after: an earlier descent, whose distribution at delta = 0 is what the
-            divergence is measured from. Without one that is this
-                descent's first, so it has to start from zero.
-            among_N: true for the requests that take part; the others keep what they have in
-            `after`. All do, if not given. start_NO: where to start; zero if not given. free_NO:
-            true where delta may move; elsewhere it stays zero, as its start has to be. All of it
-            moves, if not given. penalty: of delta, added to the loss. final_loss: whether the loss
-            is taken after the last update, too.
+            updates: the largest number of Adam updates. The forward runs once per update, and once
+                more for the `final_loss`.
+            after: an earlier descent. The divergence is measured from its distribution at
+                delta = 0. Without one, this descent must start from zero, and its first
+                distribution is used.
+            among_N: true for the requests that take part; all if None. The others keep their values
+                from `after`.
+            start_NO: the start; zero if None.
+            free_NO: true for the entries of delta that may change; all if None. The others stay
+                zero, and must be zero in the start.
+            penalty: a function of delta that is added to the loss.
+            final_loss: whether the loss is computed after the last update as well.
         """
         assert after is not None or (start_NO is None and among_N is None), (
             "the divergence is measured from delta = 0"
         )
         assert updates > 0 or final_loss, "at least one update or the final loss"
         settings = self.settings
-        going, left = self._start(after, start_NO, free_NO), []
-        ids, forward, made = list(range(len(self.initial_NO))), self.forward, 0
+        state, finished = self._start(after, start_NO, free_NO), []
+        ids, forward, step = list(range(len(self.initial_NO))), self.forward, 0
         if among_N is not None and not all(is_among := among_N.tolist()):
             if not any(is_among):
                 assert after is not None
                 return after
-            ids, forward, going, rest = _divided(ids, forward, going, is_among)
-            left.append(rest)
-        lookout = Lookout(ids, is_late=self.is_late)
+            ids, forward, state, others = _split(ids, forward, state, is_among)
+            finished.append(others)
+        stop_check = StopCheck(ids, is_delayed=self.is_stop_check_delayed)
         while True:
             with torch.enable_grad():
-                delta_KO = going.delta_KO.detach().requires_grad_()
-                seen = forward(delta_KO, going.before_KV)
-                if going.before_KV is None:
-                    going = replace(
-                        going, before_KC=seen.log_p_NC.detach(), before_KV=seen.log_p_NV.detach()
+                delta_KO = state.delta_KO.detach().requires_grad_()
+                result = forward(delta_KO, state.before_KV)
+                if state.before_KV is None:
+                    state = replace(
+                        state,
+                        before_KC=result.log_p_NC.detach(),
+                        before_KV=result.log_p_NV.detach(),
                     )
-                loss_K = self._loss(going, delta_KO, seen)
+                loss_K = self._loss(state, delta_KO, result)
                 if penalty is not None:
-                    loss_K = loss_K + penalty(delta_KO, going.ids_K)
-            going = going.noted(loss_K, seen.log_p_NC, stop_loss=settings.stop_loss)
-            if made == updates or not any(goes_on := lookout.look(ids, going.is_going_K)):
+                    loss_K = loss_K + penalty(delta_KO, state.ids_K)
+            state = state.with_losses(loss_K, result.log_p_NC, stop_loss=settings.stop_loss)
+            if step == updates or not any(is_active := stop_check.active(ids, state.is_active_K)):
                 break
-            (gradient_KO,) = torch.autograd.grad(
-                loss_K.sum(), delta_KO
-            )  # each one's delta is in its own loss alone
-            made += 1
-            going = going.moved(gradient_KO, step=made, clamp=settings.clamp)
-            if made == updates and not final_loss:
+            # The loss of a request depends on its own delta only.
+            (gradient_KO,) = torch.autograd.grad(loss_K.sum(), delta_KO)
+            step += 1
+            state = state.updated(gradient_KO, step=step, clamp=settings.clamp)
+            if step == updates and not final_loss:
                 break
-            if not all(goes_on):
-                ids, forward, going, ended = _divided(ids, forward, going, goes_on)
-                left.append(ended)
-        return _descent(together([*left, going]), after, among_N)
+            if not all(is_active):
+                ids, forward, state, ended = _split(ids, forward, state, is_active)
+                finished.append(ended)
+        return _descent(merged([*finished, state]), after, among_N)
 
     def _start(
         self, after: Descent | None, start_NO: torch.Tensor | None, free_NO: torch.Tensor | None
-    ) -> Going:
+    ) -> DescentState:
         settings, initial_NO, zeros_NO = (
             self.settings,
             self.initial_NO,
@@ -161,7 +161,7 @@ class TargetProblem:
         lr_N = settings.lr * (
             size_N / math.sqrt(width) if settings.lr_unit == "relative" else torch.ones_like(size_N)
         )
-        return Going(
+        return DescentState(
             ids_K=torch.arange(num_requests, device=initial_NO.device),
             size_K=size_N,
             lr_K=lr_N,
@@ -171,54 +171,56 @@ class TargetProblem:
             gradients_KO=zeros_NO,
             updates_K=torch.zeros_like(size_N, dtype=torch.long),
             loss_K=torch.full_like(size_N, math.nan) if after is None else after.loss_N,
-            is_going_K=torch.ones_like(size_N, dtype=torch.bool),
+            is_active_K=torch.ones_like(size_N, dtype=torch.bool),
             free_KO=free_NO,
             log_p_KC=None if after is None else after.log_p_NC,
-            before_KC=None if after is None else after.unmoved[0],
-            before_KV=None if after is None else after.unmoved[1],
+            before_KC=None if after is None else after.at_zero[0],
+            before_KV=None if after is None else after.at_zero[1],
         )
 
-    def _loss(self, going: Going, delta_KO: torch.Tensor, seen: Seen) -> torch.Tensor:
-        # The first is not squared, in the published code. Where v is zero there is nothing to
-        # measure by.
+    def _loss(
+        self, state: DescentState, delta_KO: torch.Tensor, result: ForwardResult
+    ) -> torch.Tensor:
+        # As in the published code, the first norm is not squared. Without v there is no decay.
         decay_K = torch.linalg.vector_norm(delta_KO, dim=1) / torch.where(
-            going.size_K == 0, math.inf, going.size_K**2
+            state.size_K == 0, math.inf, state.size_K**2
         )
-        result: torch.Tensor = (
-            -seen.log_p_NC.mean(dim=1)
-            + self.settings.kl_factor * seen.kl_N
+        loss_K: torch.Tensor = (
+            -result.log_p_NC.mean(dim=1)
+            + self.settings.kl_factor * result.kl_N
             + self.settings.weight_decay * decay_K
         )
-        return result
+        return loss_K
 
 
-def _divided(
-    ids: list[int], forward: Forward, going: Going, goes_on: Sequence[bool]
-) -> tuple[list[int], Forward, Going, Going]:
-    """Those that go on, and those that do not."""
+def _split(
+    ids: list[int], forward: Forward, state: DescentState, is_active: Sequence[bool]
+) -> tuple[list[int], Forward, DescentState, DescentState]:
+    """The active requests with their forward and state, and the state of the others."""
     kept, ended = (
-        [place for place, each in enumerate(goes_on) if each == wanted] for wanted in (True, False)
+        [place for place, active in enumerate(is_active) if active == expected]
+        for expected in (True, False)
     )
-    kept_K, ended_K = (torch.tensor(places, device=going.ids_K.device) for places in (kept, ended))
+    kept_K, ended_K = (torch.tensor(places, device=state.ids_K.device) for places in (kept, ended))
     return (
         [ids[place] for place in kept],
         forward.only(kept),
-        going.only(kept_K),
-        going.only(ended_K),
+        state.only(kept_K),
+        state.only(ended_K),
     )
 
 
-def _descent(found: Going, after: Descent | None, among_N: torch.Tensor | None) -> Descent:
+def _descent(state: DescentState, after: Descent | None, among_N: torch.Tensor | None) -> Descent:
     assert (
-        found.before_KC is not None and found.before_KV is not None and found.log_p_KC is not None
+        state.before_KC is not None and state.before_KV is not None and state.log_p_KC is not None
     )
     descent = Descent(
-        delta_NO=found.delta_KO,
-        loss_N=found.loss_K,
-        updates_N=found.updates_K if after is None else after.updates_N + found.updates_K,
-        mean_gradient_NO=found.gradients_KO / found.updates_K.clamp(min=1)[:, None],
-        unmoved=(found.before_KC, found.before_KV),
-        log_p_NC=found.log_p_KC,
+        delta_NO=state.delta_KO,
+        loss_N=state.loss_K,
+        updates_N=state.updates_K if after is None else after.updates_N + state.updates_K,
+        mean_gradient_NO=state.gradients_KO / state.updates_K.clamp(min=1)[:, None],
+        at_zero=(state.before_KC, state.before_KV),
+        log_p_NC=state.log_p_KC,
     )
     if after is None or among_N is None:
         return descent

@@ -1,13 +1,12 @@
-"""The two ways of the network's part in a target search: the whole network in every step, or what
-can change alone.
+"""The two forward passes of a target search: the whole network in every step, or a cached suffix.
 
-delta changes the site's output at the subject's last token, and the site feeds the residual stream
-right after its block. So the blocks up to that one, and all earlier tokens, are run once; each step
-of the search runs the tokens from the subject's last one on through the blocks above. Both take any
-number of requests together: a row of the batch is a request in a context.
+delta changes the site's output at the subject's last token, and the site's output is added to the
+residual stream of its block. The blocks up to this one and all earlier tokens therefore run once.
+Each step of the search runs the tokens from the subject's last one on through the blocks above.
+Both forwards take any number of requests together. A row of the batch is a request in one context.
 
 Shape letters: N requests, B sequences, S tokens from the subject's last one on, T all tokens, D
-width of the network, O width of the site's output, M pairs whose logits are wanted, V vocabulary.
+residual width, O width of the site's output, M pairs whose logits are read, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from editkit.model import cached_suffix
 from editkit.model.capture import add_to_output, capture
 from editkit.model.logits import read, read_sliced
 from editkit.model.tokens import PromptBatch, pad
-from editkit.targets.descent import Seen
-from editkit.targets.sequences import Sequences, Wanted, wanted
+from editkit.targets.descent import ForwardResult
+from editkit.targets.sequences import Readout, Sequences, readout_of
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlainForward:
-    """The whole network over all sequences, then its head at the wanted positions alone."""
+    """The whole network over all sequences, then its head at the positions that are read."""
 
     model: EditableModel
     site: str
@@ -39,17 +38,17 @@ class PlainForward:
     side: Literal["left", "right"]
     batch: PromptBatch
     owner_B: torch.Tensor  # the request of each row
-    sites_B: torch.Tensor  # columns
-    wanted: Wanted
+    sites_B: torch.Tensor  # columns of the subject's last tokens
+    readout: Readout
 
-    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> Seen:
+    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> ForwardResult:
         with add_to_output(self.model, self.site, self.sites_B, delta_NO[self.owner_B]):
             hidden_BTD = self.model.final_hidden(self.batch)
-        columns_M = self.batch.first_B[self.wanted.rows_M] + self.wanted.positions_M
-        found = read(
-            self.model, hidden_BTD[self.wanted.rows_M, columns_M], self.wanted.ids_K, before_NV
+        columns_M = self.batch.first_B[self.readout.rows_M] + self.readout.positions_M
+        readings = read(
+            self.model, hidden_BTD[self.readout.rows_M, columns_M], self.readout.ids_K, before_NV
         )
-        return Seen(self.wanted.means(found.log_p_K), found.kl_N, found.log_p_NV)
+        return ForwardResult(self.readout.means(readings.log_p_K), readings.kl_N, readings.log_p_NV)
 
     def only(self, kept: Sequence[int]) -> PlainForward:
         return plain_forward(
@@ -64,7 +63,7 @@ def plain_forward(
     *,
     side: Literal["left", "right"] = "right",
 ) -> PlainForward:
-    """The function of delta that a search minimises, run the plain way."""
+    """The function of delta that a search minimises, computed by the whole network."""
     batch = pad(
         [ids for sequences in requests for ids in sequences.ids], device=model.device, side=side
     )
@@ -76,40 +75,40 @@ def plain_forward(
         batch=batch,
         owner_B=_owners(requests, model.device),
         sites_B=batch.columns([position for sequences in requests for position in sequences.sites]),
-        wanted=wanted(requests, device=model.device),
+        readout=readout_of(requests, device=model.device),
     )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ContinuedForward:
-    """The same function of delta, to rounding, at a site of the continuation's layer."""
+class SuffixForward:
+    """The same function of delta up to rounding, at a site in the suffix's layer."""
 
     requests: tuple[Sequences, ...]
     suffix: cached_suffix.CachedSuffix
     owner_B: torch.Tensor
-    columns_M: torch.Tensor  # of what is wanted, counted from the subject's last token
-    wanted: Wanted
+    columns_M: torch.Tensor  # the positions that are read, counted from the subject's last token
+    readout: Readout
 
-    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> Seen:
+    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> ForwardResult:
         hidden_BSD = self.suffix.hidden_BSD
         moved_B1D = hidden_BSD[:, :1] + delta_NO[self.owner_B].to(hidden_BSD)[:, None]
         final_BSD = self.suffix.run(torch.cat([moved_B1D, hidden_BSD[:, 1:]], dim=1))
-        final_MD = final_BSD[self.wanted.rows_M, self.columns_M]
-        found = read_sliced(self.suffix.model, final_MD, self.wanted.ids_K, before_NV)
-        return Seen(self.wanted.means(found.log_p_K), found.kl_N, found.log_p_NV)
+        final_MD = final_BSD[self.readout.rows_M, self.columns_M]
+        readings = read_sliced(self.suffix.model, final_MD, self.readout.ids_K, before_NV)
+        return ForwardResult(self.readout.means(readings.log_p_K), readings.kl_N, readings.log_p_NV)
 
-    def only(self, kept: Sequence[int]) -> ContinuedForward:
+    def only(self, kept: Sequence[int]) -> SuffixForward:
         first = [0, *accumulate(len(sequences.ids) for sequences in self.requests)]
         rows = [row for index in kept for row in range(first[index], first[index + 1])]
-        return _continued([self.requests[index] for index in kept], self.suffix.only(rows))
+        return _suffix_forward([self.requests[index] for index in kept], self.suffix.only(rows))
 
 
-def continued_layer(model: EditableModel, site: str, sequences: Sequences) -> int | None:
-    """The layer that can be gone on from when `site` is changed; None where only the whole network
-    will do.
+def suffix_layer(model: EditableModel, site: str, sequences: Sequences) -> int | None:
+    """The layer above which the suffix begins if `site` changes; None if the whole network must
+    run.
 
-    That is so where the site is neither a block nor an MLP whose output is added to the residual
-    stream as it is, and where a sliding window is shorter than the sequences.
+    The whole network must run if the site is neither a block nor an MLP whose output is added to
+    the residual stream unchanged, or if a sliding window is shorter than the sequences.
     """
     if not cached_suffix.supports_caching(model, max(map(len, sequences.ids))):
         return None
@@ -121,11 +120,13 @@ def continued_layer(model: EditableModel, site: str, sequences: Sequences) -> in
     return None
 
 
-def continued_forward(
+def suffix_forward(
     model: EditableModel, site: str, layer: int, requests: Sequence[Sequences]
-) -> tuple[ContinuedForward, torch.Tensor]:
-    """The function of delta, and what the site gives for the clean prompts: (N, O), at least
-    float32. The lower blocks run here, once.
+) -> tuple[SuffixForward, torch.Tensor]:
+    """The function of delta, and the site's outputs for the clean prompts, (N, O), at least
+    float32.
+
+    The lower blocks run here once.
     """
     prepared = cached_suffix.prepare(
         model,
@@ -134,39 +135,38 @@ def continued_forward(
         [position for sequences in requests for position in sequences.sites],
         reads=[positions for sequences in requests for positions in sequences.reads],
         at_start=[site],
-        groups=[
-            row for sequences in requests for row in range(len(sequences.ids))
-        ],  # a context each
+        # All requests share the prefix of a context.
+        groups=[row for sequences in requests for row in range(len(sequences.ids))],
     )
     clean_N = torch.tensor(
         [0, *accumulate(len(sequences.ids) for sequences in requests)][:-1], device=model.device
     )
-    # Only what the steps need is kept.
-    return _continued(requests, replace(prepared, at_start={})), at_least_float32(
+    # The steps do not need `at_start`.
+    return _suffix_forward(requests, replace(prepared, at_start={})), at_least_float32(
         prepared.at_start[site][clean_N]
     )
 
 
-def _continued(
+def _suffix_forward(
     requests: Sequence[Sequences], prepared: cached_suffix.CachedSuffix
-) -> ContinuedForward:
+) -> SuffixForward:
     device = prepared.model.device
-    found = wanted(requests, device=device)
+    readout = readout_of(requests, device=device)
     sites_B = torch.tensor(
         [position for sequences in requests for position in sequences.sites], device=device
     )
-    return ContinuedForward(
+    return SuffixForward(
         requests=tuple(requests),
         suffix=prepared,
         owner_B=_owners(requests, device),
-        columns_M=found.positions_M - sites_B[found.rows_M],
-        wanted=found,
+        columns_M=readout.positions_M - sites_B[readout.rows_M],
+        readout=readout,
     )
 
 
 def site_outputs(model: EditableModel, site: str, requests: Sequence[Sequences]) -> torch.Tensor:
-    """v, (N, O), at least float32: what the site gives at the subject's last token of the clean
-    prompts; the pass stops there.
+    """v, (N, O), at least float32: the site's outputs at the subject's last token of the clean
+    prompts.
     """
     batch = pad([sequences.ids[0] for sequences in requests], device=model.device)
     with torch.no_grad(), capture(model, outputs=[site]) as captured:

@@ -1,9 +1,9 @@
-"""The search for target vectors: what a module should give at the subject's last token, so that the
-model says the target.
+"""The search for target vectors: outputs of a module at the subject's last token with which the
+model generates the target.
 
-Meng et al. 2022 (ROME, arXiv 2202.05262), Eq. 4, as published code has it, with the differences
-named where they are. One implementation for every locate-then-edit method: it knows a site (any
-module whose output is (B, T, O)) and nothing about what is done with its answer.
+Source: Meng et al. 2022 (ROME, arXiv 2202.05262), Eq. 4, as in the published code. Comments mark
+the differences. All locate-then-edit methods share this implementation. Its only input about the
+method is the site, a module whose output is (B, T, O).
 
     loss(delta) = mean over contexts of -log p(target) per token     the request
                 + kl_factor * KL(p with delta || p without)          after "{subject} is a": the
@@ -11,9 +11,9 @@ module whose output is (B, T, O)) and nothing about what is done with its answer
                 + weight_decay * |delta| / |v|^2                     v: the module's output for the
                                                                      clean prompt
 
-`descent` minimises it for all requests of a batch together, over either of `forwards`: the plain
-one runs the whole network each step, the continued one what can change. A plain search is one
-descent; a restraint on the objective may make it of several.
+`descent` minimises the loss for all requests of a batch together. It uses one of `forwards`: the
+plain forward runs the whole network in each step, the suffix forward only the part that can change.
+A search without a restraint on the objective is one descent. A restraint may use several.
 
 Shape letters: N requests, O width of the site's output.
 """
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from editkit.lazy import torch
 from editkit.resources.stopwatch import measured
 from editkit.targets.descent import Descent, Forward, TargetProblem
-from editkit.targets.forwards import continued_forward, continued_layer, plain_forward, site_outputs
+from editkit.targets.forwards import plain_forward, site_outputs, suffix_forward, suffix_layer
 from editkit.targets.sequences import Sequences, prepare
 from editkit.types import EditRequest
 
@@ -42,19 +42,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Target:
-    """What the search found for a request; the target vector v* is `initial_O + delta_O`.
+    """The result of the search for one request. The target vector v* is `initial_O + delta_O`.
 
-    The probabilities are the target's after the clean prompt, as the geometric mean over its
+    The probabilities are those of the target after the clean prompt, as geometric means over its
     tokens, in [0, 1].
     """
 
     initial_O: torch.Tensor  # v, at least float32
     delta_O: torch.Tensor
     loss: float  # at delta_O
-    updates: int  # how often Adam moved
+    updates: int  # number of Adam updates
     probability_before: float
     probability_after: float
-    # the loss at delta_O is not a number, or infinite; the search ended there
+    # whether the loss at delta_O is nan or infinite, which ended the search
     nonfinite: bool = False
 
     @property
@@ -71,33 +71,38 @@ def search_targets(
     settings: TargetSettings,
     objective: Objective | None = None,
 ) -> tuple[Target, ...]:
-    """The target of each request, on the weights as they are now: delta is added to the output of
-    the module `site` at the subject's last token of every sequence.
+    """The target vector of each request for the current weights.
 
-    They are searched together, in batches of at most `settings.tokens_at_once`; each finds what it
-    would find alone, to rounding. `contexts` are templates with one "{}" for the prompt, the first
-    of them the bare "{}". The model is read only. A loss that is not finite ends a request's search
-    and is told in its result. Raises ConfigError for a request that cannot be tokenised.
+    The search adds delta to the output of the module `site` at the subject's last token of every
+    sequence. Requests are searched together in batches, and each result equals that of a separate
+    search up to rounding. The model does not change. A loss that is not finite ends the search of
+    its request and is reported in the result.
+
+    Args:
+        contexts: templates with one "{}" for the prompt. The first of them is the bare "{}".
+
+    Raises:
+        ConfigError: a request cannot be tokenised.
     """
     with measured("texts"):
         sequences = [
             prepare(model, request, contexts, kl_position=settings.kl_position)
             for request in requests
         ]
-    layers = [None if settings.exact else continued_layer(model, site, each) for each in sequences]
+    layers = [None if settings.exact else suffix_layer(model, site, texts) for texts in sequences]
     if not settings.exact and None in layers:
         log.warning(
-            "%s: target searches run the whole network in every step, since the site is not added "
-            "to the residual stream as it is, or "
-            "texts are longer than a sliding window: the same results, several times slower",
+            "%s: target searches run the whole network in every step, because the site's output is "
+            "not added to the residual stream unchanged, or texts are longer than a sliding "
+            "window. The results are the same, but the search takes several times longer.",
             model.name,
         )
     at_block = site in map(model.family.block, range(model.num_layers))
-    found: dict[int, Target] = {}
+    targets: dict[int, Target] = {}
     for layer in dict.fromkeys(layers):
         for places in _batches(
             sequences,
-            [place for place, each in enumerate(layers) if each == layer],
+            [place for place, own in enumerate(layers) if own == layer],
             settings.tokens_at_once,
         ):
             with measured("prefix"):
@@ -112,8 +117,8 @@ def search_targets(
                     descent = objective.search(
                         problem, request_ids=ids, site="block" if at_block else "mlp"
                     )
-                found |= zip(places, targets_of(problem, descent), strict=True)
-    return tuple(found[place] for place in range(len(requests)))
+                targets |= zip(places, targets_of(problem, descent), strict=True)
+    return tuple(targets[place] for place in range(len(requests)))
 
 
 def search_target(
@@ -125,27 +130,27 @@ def search_target(
     settings: TargetSettings,
     objective: Objective | None = None,
 ) -> Target:
-    """`search_targets` of one request."""
+    """`search_targets` for one request."""
     return search_targets(
         model, [request], site=site, contexts=contexts, settings=settings, objective=objective
     )[0]
 
 
-def targets_of(problem: TargetProblem, found: Descent) -> Iterator[Target]:
-    """The result of each request."""
+def targets_of(problem: TargetProblem, descent: Descent) -> Iterator[Target]:
+    """The target of each request from the result of its descent."""
     columns = (
-        found.loss_N,
-        found.updates_N,
-        found.unmoved[0][:, 0].exp(),
-        found.log_p_NC[:, 0].exp(),
-        ~found.is_finite_N,
+        descent.loss_N,
+        descent.updates_N,
+        descent.at_zero[0][:, 0].exp(),
+        descent.log_p_NC[:, 0].exp(),
+        ~descent.is_finite_N,
     )
     for place, (loss, updates, before, after, nonfinite) in enumerate(
         zip(*(column_N.tolist() for column_N in columns), strict=True)
     ):
         yield Target(
             initial_O=problem.initial_NO[place],
-            delta_O=found.delta_NO[place],
+            delta_O=descent.delta_NO[place],
             loss=loss,
             updates=updates,
             probability_before=before,
@@ -168,20 +173,21 @@ def _problem(
             site_outputs(model, site, sequences),
         )
     else:
-        forward, initial_NO = continued_forward(model, site, layer, sequences)
+        forward, initial_NO = suffix_forward(model, site, layer, sequences)
     return TargetProblem(
         forward=forward,
         initial_NO=initial_NO,
         settings=settings,
-        is_late=model.device.type == "cuda",
+        is_stop_check_delayed=model.device.type == "cuda",
     )
 
 
 def _batches(
     sequences: Sequence[Sequences], places: Sequence[int], tokens_at_once: int
 ) -> Iterator[list[int]]:
-    """Divides requests into batches whose rectangle of rows and longest row is within the bound; a
-    request alone may exceed it.
+    """Divides requests into batches of at most `tokens_at_once` tokens, including padding.
+
+    A batch of a single request may be larger.
     """
     batch: list[int] = []
     rows = longest = 0

@@ -1,9 +1,8 @@
-"""The texts of a target search as token ids: every request in its contexts, and the prompt at which
-its essence is kept.
+"""The texts of a target search as token ids: every request in its contexts, and the KL prompt,
+which preserves the subject's essence.
 
 Shape letters: B sequences (by request: the contexts, then the KL prompt), N requests, C contexts, L
-longest target, K tokens of targets, M (sequence, position) pairs whose logits are wanted (M = K +
-N).
+longest target, K tokens of targets, M (sequence, position) pairs whose logits are read (M = K + N).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ ESSENCE = "{} is a"  # the KL prompt of the published code
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sequences:
-    """The sequences of one request, tokenised: each context with the target but for its last token,
+    """The tokenised sequences of one request: each context with the target except its last token,
     then the KL prompt.
     """
 
@@ -54,7 +53,7 @@ def prepare(
     *,
     kl_position: Literal["subject_last", "prompt_end"],
 ) -> Sequences:
-    """Tokenises a request in its contexts. Raises ConfigError where that cannot be done."""
+    """Tokenises a request in its contexts. Raises ConfigError if that is impossible."""
     assert contexts and contexts[0] == PLACE, "the first context is the bare prompt"
     encoded, sites = locate(model, request, contexts)
     essence = fill(ESSENCE, request.subject)
@@ -67,8 +66,8 @@ def prepare(
             range(sequence.predicting.start, sequence.predicting.stop) for sequence in encoded
         ),
         targets=tuple(sequence.target_ids for sequence in encoded),
-        # Differs from the paper: published code measures the KL at the subject's last token, the
-        # paper writes p(x | "{subject} is a").
+        # The published code measures the KL at the subject's last token. The paper's formula
+        # p(x | "{subject} is a") is measured at the end of the prompt.
         kl_position=essence_site if kl_position == "subject_last" else len(essence_encoded.ids) - 1,
     )
 
@@ -76,8 +75,8 @@ def prepare(
 def locate(
     model: EditableModel, request: EditRequest, contexts: Sequence[str]
 ) -> tuple[list[TargetSequence], list[int]]:
-    """Each context with prompt and target, tokenised as one text, and where in it the subject's
-    last token is.
+    """Each context with prompt and target as one tokenised text, and the position of the subject's
+    last token in it.
     """
     filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
     encoded = encode_with_targets(
@@ -89,30 +88,28 @@ def locate(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Wanted:
-    """Where the logits of several requests are read, and how a loss comes of them; on the device,
-    so that no step copies indices there.
+class Readout:
+    """The positions at which the logits of several requests are read, and their mean per context.
 
-    The pairs are the targets' of every request and context in order, then each request's KL
-    position.
+    The indices are on the model's device, so that no step copies them. The pairs are those of the
+    targets of every request and context in order, then the KL position of each request.
     """
 
     rows_M: torch.Tensor
     positions_M: torch.Tensor  # in the unpadded sequences
-    ids_K: torch.Tensor  # the targets' tokens: of all pairs but the last N
-    pairs_NCL: (
-        torch.Tensor
-    )  # which pairs belong to a request's context; where it has fewer than L, its first stands in
+    ids_K: torch.Tensor  # the targets' tokens, those of all pairs except the last N
+    # the pairs of each context of a request, filled up to L with the first of them
+    pairs_NCL: torch.Tensor
     is_pair_NCL: torch.Tensor
 
     def means(self, log_p_K: torch.Tensor) -> torch.Tensor:
-        """(N, C): the mean log-probability of each target's tokens."""
+        """The mean log-probability of each target's tokens, (N, C)."""
         log_p_NCL = log_p_K[self.pairs_NCL]
         return torch.where(self.is_pair_NCL, log_p_NCL, 0.0).sum(-1) / self.is_pair_NCL.sum(-1)
 
 
-def wanted(requests: Sequence[Sequences], *, device: torch.device) -> Wanted:
-    """What is read of these requests' rows, one request's after another's."""
+def readout_of(requests: Sequence[Sequences], *, device: torch.device) -> Readout:
+    """The positions that are read in the rows of these requests, which follow one another."""
     pairs: list[tuple[int, int]] = []
     kl_pairs: list[tuple[int, int]] = []
     token_ids: list[int] = []
@@ -136,7 +133,7 @@ def wanted(requests: Sequence[Sequences], *, device: torch.device) -> Wanted:
         first_row += len(sequences.ids)
         kl_pairs.append((first_row - 1, sequences.kl_position))
     rows_M, positions_M = torch.tensor([*pairs, *kl_pairs], device=device).T
-    return Wanted(
+    return Readout(
         rows_M=rows_M,
         positions_M=positions_M,
         ids_K=torch.tensor(token_ids, device=device),

@@ -1,4 +1,4 @@
-"""The numbers of a search for target vectors."""
+"""The options of a search for target vectors."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from editkit.resources.workload import PROMPT, REQUEST, Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetSettings:
-    """The numbers of the search; a recipe knows them."""
+    """The options of the search. A recipe has published values for them."""
 
-    # how often the loss is taken; Adam moves in between, so `steps - 1` times, as with the
-    # published v_num_grad_steps
+    # number of loss computations; Adam updates `steps - 1` times in between, as with the published
+    # v_num_grad_steps
     steps: int
     lr: float
-    lr_unit: Literal[
-        "absolute", "relative"
-    ]  # relative: times |v| / sqrt(O), so that one step of Adam moves delta by about lr * |v|
+    # relative: times |v| / sqrt(O), so that one step of Adam changes delta by about lr * |v|
+    lr_unit: Literal["absolute", "relative"]
     weight_decay: float
     clamp: float  # |delta| <= clamp * |v|
     kl_factor: float
     kl_position: Literal["subject_last", "prompt_end"]
-    stop_loss: float  # the search ends below it
-    # true: the whole network in every step; false: what lies before delta is computed once, the
-    # same to rounding
+    stop_loss: float  # the search ends once the loss is below this value
+    # true: run the whole network in every step; false: compute everything before delta once, which
+    # gives the same results up to rounding
     exact: bool
-    # requests are searched together up to so many (contexts and padding count); memory, no result
-    # but rounding
+    # tokens of a batch of requests, including contexts and padding; bounds memory, and changes
+    # results only by rounding
     tokens_at_once: int = 8192
 
     def __post_init__(self) -> None:
@@ -50,13 +49,13 @@ class TargetSettings:
             raise OptionError(problems)
 
     def working_bytes(self, work: Workload, *, context_lengths: Sequence[tuple[int, int]]) -> float:
-        """What the search for a batch's targets takes beside the weights.
+        """The bytes that the search for a batch of targets needs in addition to the weights.
 
         Args:
             context_lengths: (tokens, number of texts) of the sampled contexts.
         """
         size = work.architecture
-        rows = 2 + sum(texts for _, texts in context_lengths)  # of a request: clean, KL, contexts
+        rows = 2 + sum(texts for _, texts in context_lengths)  # per request: clean, KL, contexts
         longest = max((tokens for tokens, _ in context_lengths), default=0) + REQUEST
         at_once = min(rows * work.batch_size, self.tokens_at_once // longest)
         num_rows = max(rows, at_once)

@@ -1,6 +1,7 @@
-"""How a descent moves, and how it learns that requests are done without making the device wait.
+"""The state of a descent, its Adam updates, and a stop check that does not wait for the device.
 
-Shape letters: N requests, K those of them that still go on, O width of the site's output.
+Shape letters: N requests, K active requests, C contexts, O width of the site's output, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -11,51 +12,58 @@ from typing import Any
 
 from editkit.lazy import torch
 
-DECAYS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults for Adam, which published code takes
+DECAYS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults for Adam, as in the published code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Going:
-    """The requests that still go on, and those that ended so lately that nobody has looked: theirs
-    is frozen by `is_going_K`.
+class DescentState:
+    """The state of the active requests.
+
+    It may contain requests that have ended but that no stop check has removed yet. `is_active_K`
+    freezes their values.
     """
 
-    ids_K: torch.Tensor  # which of the N
+    ids_K: torch.Tensor  # indices among the N requests
     size_K: torch.Tensor  # |v|
     lr_K: torch.Tensor
     delta_KO: torch.Tensor
     first_KO: torch.Tensor  # Adam's moments
     second_KO: torch.Tensor
-    gradients_KO: torch.Tensor  # summed
+    gradients_KO: torch.Tensor  # sum of all gradients
     updates_K: torch.Tensor
-    loss_K: torch.Tensor  # where it was taken last
-    is_going_K: torch.Tensor
+    loss_K: torch.Tensor  # the last computed loss
+    is_active_K: torch.Tensor
     free_KO: torch.Tensor | None
-    log_p_KC: torch.Tensor | None = None  # there, too
-    before_KC: torch.Tensor | None = None  # what the forward gives at delta = 0
-    before_KV: torch.Tensor | None = None
+    log_p_KC: torch.Tensor | None = None  # of the same forward pass as `loss_K`
+    before_KC: torch.Tensor | None = None  # log_p at delta = 0
+    before_KV: torch.Tensor | None = None  # log-distribution at delta = 0
 
-    def noted(self, loss_K: torch.Tensor, log_p_KC: torch.Tensor, *, stop_loss: float) -> Going:
-        """With what the forward gave, for those that had not ended before; it ends those whose loss
-        is low enough, or no finite number.
+    def with_losses(
+        self, loss_K: torch.Tensor, log_p_KC: torch.Tensor, *, stop_loss: float
+    ) -> DescentState:
+        """The state with new losses of the active requests.
+
+        A request ends if its loss is below `stop_loss` or not finite.
         """
         loss_K, log_p_KC = loss_K.detach(), log_p_KC.detach()
         known_KC = log_p_KC if self.log_p_KC is None else self.log_p_KC
         return replace(
             self,
-            loss_K=torch.where(self.is_going_K, loss_K, self.loss_K),
-            log_p_KC=torch.where(self.is_going_K[:, None], log_p_KC, known_KC),
-            is_going_K=self.is_going_K & loss_K.isfinite() & (loss_K >= stop_loss),
+            loss_K=torch.where(self.is_active_K, loss_K, self.loss_K),
+            log_p_KC=torch.where(self.is_active_K[:, None], log_p_KC, known_KC),
+            is_active_K=self.is_active_K & loss_K.isfinite() & (loss_K >= stop_loss),
         )
 
-    def moved(self, gradient_KO: torch.Tensor, *, step: int, clamp: float) -> Going:
-        """After one update of Adam, projected onto |delta| <= clamp * |v|. `step` counts from 1."""
-        is_going_K1 = self.is_going_K[:, None]
-        gradients_KO = self.gradients_KO + torch.where(is_going_K1, gradient_KO, 0.0)
+    def updated(self, gradient_KO: torch.Tensor, *, step: int, clamp: float) -> DescentState:
+        """The state after one update of Adam, projected onto |delta| <= clamp * |v|.
+
+        `step` counts from 1.
+        """
+        is_active_K1 = self.is_active_K[:, None]
+        gradients_KO = self.gradients_KO + torch.where(is_active_K1, gradient_KO, 0.0)
         if self.free_KO is not None:
-            gradient_KO = gradient_KO.masked_fill(
-                ~self.free_KO, 0.0
-            )  # with no gradient ever, Adam's step is exactly zero
+            # Adam's step is exactly zero for an entry that never has a gradient.
+            gradient_KO = gradient_KO.masked_fill(~self.free_KO, 0.0)
         first_KO = self.first_KO.lerp(gradient_KO, 1 - DECAYS[0])
         second_KO = torch.addcmul(
             self.second_KO * DECAYS[1], gradient_KO, gradient_KO, value=1 - DECAYS[1]
@@ -68,60 +76,61 @@ class Going:
         delta_KO = delta_KO * torch.where(length_K > limit_K, limit_K / length_K, 1.0)[:, None]
         return replace(
             self,
-            delta_KO=torch.where(is_going_K1, delta_KO, self.delta_KO),
+            delta_KO=torch.where(is_active_K1, delta_KO, self.delta_KO),
             first_KO=first_KO,
             second_KO=second_KO,
             gradients_KO=gradients_KO,
-            updates_K=self.updates_K + self.is_going_K,
+            updates_K=self.updates_K + self.is_active_K,
         )
 
-    def only(self, kept_K: torch.Tensor) -> Going:
-        """Of some of them."""
+    def only(self, kept_K: torch.Tensor) -> DescentState:
+        """The state of some of the requests."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         kept: dict[str, Any] = {
-            name: None if each is None else each[kept_K] for name, each in values.items()
+            name: None if value is None else value[kept_K] for name, value in values.items()
         }
-        return Going(**kept)
+        return DescentState(**kept)
 
 
-def together(parts: list[Going]) -> Going:
-    """All requests again, in their order."""
+def merged(parts: list[DescentState]) -> DescentState:
+    """The state of all requests in their original order."""
     order_N = torch.cat([part.ids_K for part in parts]).argsort()
     values: dict[str, Any] = {
-        field.name: [getattr(part, field.name) for part in parts] for field in fields(Going)
+        field.name: [getattr(part, field.name) for part in parts] for field in fields(DescentState)
     }
     joined: dict[str, Any] = {
-        name: None if each[0] is None else torch.cat(each)[order_N] for name, each in values.items()
+        name: None if tensors[0] is None else torch.cat(tensors)[order_N]
+        for name, tensors in values.items()
     }
-    return Going(**joined)
+    return DescentState(**joined)
 
 
-class Lookout:
-    """Tells which requests go on.
+class StopCheck:
+    """Reports which requests are still active.
 
-    Late, it tells what was so one step before: on a GPU, asking for the present would wait for the
-    step at hand. A step is then computed in vain for requests that have ended, at most one each;
-    nothing of it is kept.
+    A delayed check reports the state of the previous step, because on a GPU the current state would
+    only be known after the current step. A request that has ended is then computed for one more
+    step at most, whose results are discarded.
     """
 
-    def __init__(self, ids: Sequence[int], *, is_late: bool) -> None:
-        self._is_late = is_late
-        self._goes_on = dict.fromkeys(ids, True)
-        self._asked: tuple[Sequence[int], torch.Tensor, Any] | None = None
+    def __init__(self, ids: Sequence[int], *, is_delayed: bool) -> None:
+        self._is_delayed = is_delayed
+        self._is_active = dict.fromkeys(ids, True)
+        self._pending: tuple[Sequence[int], torch.Tensor, Any] | None = None
 
-    def look(self, ids: Sequence[int], is_going_K: torch.Tensor) -> list[bool]:
-        """For each of these requests, whether it goes on as far as is known; `is_going_K` is how
-        they stand now.
+    def active(self, ids: Sequence[int], is_active_K: torch.Tensor) -> list[bool]:
+        """By request, whether it is active as far as is known. `is_active_K` is the current
+        state.
         """
-        if not self._is_late:
-            return is_going_K.tolist()
-        if self._asked is not None:
-            before, answers_K, event = self._asked
+        if not self._is_delayed:
+            return is_active_K.tolist()
+        if self._pending is not None:
+            previous_ids, previous_K, event = self._pending
             if event is not None:
-                event.synchronize()  # of the step before, which is over or nearly so
-            self._goes_on |= zip(before, answers_K.tolist(), strict=True)
-        event = torch.cuda.Event() if is_going_K.device.type == "cuda" else None
-        self._asked = tuple(ids), is_going_K.to("cpu", non_blocking=True), event
+                event.synchronize()  # of the previous step, which has finished or nearly so
+            self._is_active |= zip(previous_ids, previous_K.tolist(), strict=True)
+        event = torch.cuda.Event() if is_active_K.device.type == "cuda" else None
+        self._pending = tuple(ids), is_active_K.to("cpu", non_blocking=True), event
         if event is not None:
             event.record()
-        return [self._goes_on[each] for each in ids]
+        return [self._is_active[id] for id in ids]

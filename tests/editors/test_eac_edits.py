@@ -18,7 +18,7 @@ from tests.editors.test_rome import rome
 from tests.restraints.test_eac import eac
 from tests.support.helpers import KINDS, Kind, request, tiny_model
 from tests.support.methods import memit, model_moments, step
-from tests.targets.test_search import CONTEXTS, settings, subject_at_the_end
+from tests.support.searches import CONTEXTS, settings, subject_at_the_end
 
 
 def rome_edit(kind: Kind, keys: Any, restraint: Eac | None) -> tuple[RomePlan, LowRank]:

@@ -19,7 +19,7 @@ from editkit.targets.keys import keys_and_outputs
 from editkit.types import EditRequest
 from tests.support.helpers import KINDS, Kind, request, requests, tiny_model
 from tests.support.methods import step
-from tests.targets.test_search import CONTEXTS, settings, subject_at_the_end
+from tests.support.searches import CONTEXTS, settings, subject_at_the_end
 
 Keys = Literal["averaged", "original", "clean"]
 KEYS: tuple[Keys, ...] = ("averaged", "original", "clean")

@@ -19,7 +19,7 @@ from editkit.targets.search import Target, search_target, search_targets, target
 from editkit.targets.settings import TargetSettings
 from editkit.types import EditRequest
 from tests.support.helpers import KINDS, Kind, request, tiny_model
-from tests.targets.test_search import CONTEXTS, Alone, optimise, settings, subject_at_the_end
+from tests.support.searches import CONTEXTS, Alone, optimise, settings, subject_at_the_end
 
 SITES: tuple[Literal["mlp", "block"], ...] = ("mlp", "block")
 SELECTORS = ("saliency", "gradient", "magnitude", "random")

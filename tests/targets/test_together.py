@@ -1,11 +1,10 @@
-"""Requests that are searched together find what each would find alone: same bits in its own
-coordinates but for rounding, same end.
+"""Requests that are searched together get the results of separate searches up to rounding, and end
+at the same step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,20 +13,19 @@ import torch
 
 from editkit.model import shared_prefixes as prefixes
 from editkit.model.editable import EditableModel
-from editkit.targets.descent import Seen, TargetProblem
 from editkit.targets.search import Target, _batches, search_target, search_targets
 from editkit.targets.sequences import prepare
 from editkit.types import EditRequest
 from tests.support.helpers import KINDS, Kind, request, requests, tiny_model
-from tests.targets.test_search import CONTEXTS, settings
+from tests.support.searches import CONTEXTS, settings
 
-# delta, relative; GPT-J's attention computes in float32 whatever its weights are
+# Relative, of delta. GPT-J's attention computes in float32 even with float64 weights.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-9, "gptj": 1e-6}
 
 
-def asked() -> list[EditRequest]:
-    """Of different lengths, with targets of one to several tokens, subjects at the end and in
-    front.
+def edits() -> list[EditRequest]:
+    """Requests of different lengths, with targets of one and several tokens, and subjects at the
+    start and at the end.
     """
     at_the_end = dataclasses.replace(
         request(), id="test/end", prompt="The mother tongue of {}", target="Paris"
@@ -44,14 +42,14 @@ def asked() -> list[EditRequest]:
 def searches(
     model: EditableModel, site: str, **changes: Any
 ) -> tuple[Sequence[Target], Sequence[Target]]:
-    """Together, and one by one."""
+    """The results of one joint search and of separate searches."""
     options: Any = {
         "site": site,
         "contexts": CONTEXTS,
         "settings": settings(**{"steps": 8} | changes),
     }
-    return search_targets(model, asked(), **options), [
-        search_target(model, each, **options) for each in asked()
+    return search_targets(model, edits(), **options), [
+        search_target(model, edit, **options) for edit in edits()
     ]
 
 
@@ -72,9 +70,7 @@ def assert_same(together: Sequence[Target], alone: Sequence[Target], tolerance: 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_finds_what_one_request_after_another_finds(
-    kind: Kind, dtype: str, exact: bool
-) -> None:
+def test_a_batch_equals_separate_searches(kind: Kind, dtype: str, exact: bool) -> None:
     model = tiny_model(kind, dtype=dtype)
     for site in (model.family.mlp(1), model.family.block(1)):
         together, alone = searches(model, site, exact=exact)
@@ -102,7 +98,7 @@ def test_each_request_stops_where_it_would_stop_alone(kind: Kind, exact: bool) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sharing_the_contexts_beginnings_changes_nothing(
+def test_shared_context_prefixes_change_nothing(
     monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
     monkeypatch.setattr(prefixes, "LEAST_TOKENS", 1)
@@ -111,9 +107,9 @@ def test_sharing_the_contexts_beginnings_changes_nothing(
     assert_same(together, alone, TOLERANCES["gptj"] if kind == "gptj" else 1e-9)
 
 
-def test_divided_into_smaller_batches_it_is_the_same_and_the_bound_is_kept() -> None:
+def test_smaller_batches_give_the_same_results_within_the_bound() -> None:
     model = tiny_model("llama", dtype="float64")
-    sequences = [prepare(model, each, CONTEXTS, kl_position="subject_last") for each in asked()]
+    sequences = [prepare(model, edit, CONTEXTS, kl_position="subject_last") for edit in edits()]
     for bound in (1, 400, 100_000):
         batches = list(_batches(sequences, range(len(sequences)), bound))
         assert [place for batch in batches for place in batch] == list(range(len(sequences)))
@@ -126,139 +122,3 @@ def test_divided_into_smaller_batches_it_is_the_same_and_the_bound_is_kept() -> 
         searches(model, model.family.mlp(1), tokens_at_once=bound)[0] for bound in (100_000, 400)
     )
     assert_same(parts, whole, 1e-9)
-
-
-# On functions of known form
-
-
-class Bowls:
-    """Several requests, each drawn to its own goal: log-probability -|delta - goal|^2 / 2; one of
-    them may break at some loss.
-    """
-
-    def __init__(
-        self,
-        goals_NO: torch.Tensor,
-        *,
-        breaks: int | None = None,
-        names: Sequence[int] | None = None,
-    ) -> None:
-        self.goals_NO, self.breaks = goals_NO, breaks
-        self.names = list(range(len(goals_NO))) if names is None else list(names)
-        self.asked: list[
-            list[int]
-        ] = []  # who was asked for, by call, of this one and those made from it
-
-    def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> Seen:
-        self.asked.append(self.names)
-        log_p_N = -(delta_NO - self.goals_NO).square().sum(dim=1) / 2
-        is_broken_N = torch.tensor(
-            [name == self.breaks and len(self.asked) > 3 for name in self.names]
-        )
-        return Seen(
-            torch.where(is_broken_N, math.nan, log_p_N)[:, None],
-            torch.zeros_like(log_p_N),
-            torch.zeros_like(log_p_N)[:, None],
-        )
-
-    def only(self, kept: Sequence[int]) -> Bowls:
-        some = Bowls(
-            self.goals_NO[list(kept)],
-            breaks=self.breaks,
-            names=[self.names[place] for place in kept],
-        )
-        some.asked = self.asked
-        return some
-
-
-def bowls(**options: Any) -> Bowls:
-    goals_NO = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    return Bowls(goals_NO * torch.tensor([0.1, 1.0, 0.3, 2.0, 0.6])[:, None], **options)
-
-
-def problem(forward: Bowls, *, is_late: bool = False, **changes: Any) -> TargetProblem:
-    chosen = settings(
-        **{"weight_decay": 0.0, "kl_factor": 0.0, "clamp": 100.0, "lr": 0.2} | changes
-    )
-    return TargetProblem(
-        forward=forward,
-        initial_NO=torch.ones_like(forward.goals_NO),
-        settings=chosen,
-        is_late=is_late,
-    )
-
-
-def test_who_has_ended_is_not_run_again() -> None:
-    forward = bowls()
-    found = problem(forward).descend(updates=60)
-    for name, updates in enumerate(found.updates_N.tolist()):
-        assert sum(name in names for names in forward.asked) == updates + 1, (
-            "one loss more than updates"
-        )
-    assert len(set(found.updates_N.tolist())) == 5
-    assert found.is_finite_N.all() and (found.loss_N < 0.05).all()
-
-
-def test_asking_a_step_late_changes_no_bit_of_the_result() -> None:
-    for breaks in (None, 3):
-        at_once, late = bowls(breaks=breaks), bowls(breaks=breaks)
-        found = [
-            problem(forward, is_late=is_late).descend(updates=60)
-            for forward, is_late in ((at_once, False), (late, True))
-        ]
-        for field in dataclasses.fields(found[0]):
-            one, other = (getattr(each, field.name) for each in found)
-            pairs = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
-            assert all(
-                torch.equal(first.nan_to_num(-1.0), second.nan_to_num(-1.0))
-                for first, second in pairs
-            ), field.name
-        for name in range(5):
-            counts = [sum(name in names for names in forward.asked) for forward in (at_once, late)]
-            assert counts[1] - counts[0] in (0, 1), "a step is computed in vain at most"
-
-
-def test_a_late_answer_costs_nothing_where_nobody_ends_early() -> None:
-    at_once, late = bowls(), bowls()
-    for forward, is_late in ((at_once, False), (late, True)):
-        problem(forward, is_late=is_late, stop_loss=0.0).descend(updates=6)
-    assert at_once.asked == late.asked
-
-
-def test_a_request_whose_loss_is_no_number_ends_and_touches_no_other() -> None:
-    sound, broken = (
-        problem(bowls()).descend(updates=60),
-        problem(bowls(breaks=3)).descend(updates=60),
-    )
-    assert broken.is_finite_N.tolist() == [True, True, True, False, True]
-    assert broken.updates_N[3] == 3 and broken.delta_NO[3].isfinite().all()
-    others = [0, 1, 2, 4]
-    assert torch.equal(sound.delta_NO[others], broken.delta_NO[others])
-    assert torch.equal(sound.updates_N[others], broken.updates_N[others])
-
-
-def test_a_second_descent_leaves_those_alone_that_are_not_among_it() -> None:
-    whole = problem(bowls(), stop_loss=0.0)
-    first = whole.descend(updates=4, final_loss=False)
-    among_N = torch.tensor([True, False, True, True, False])
-    second = whole.descend(
-        updates=3, after=first, among_N=among_N, start_NO=torch.zeros_like(first.delta_NO)
-    )
-    assert torch.equal(second.delta_NO[~among_N], first.delta_NO[~among_N])
-    assert torch.equal(second.loss_N[~among_N], first.loss_N[~among_N])
-    assert second.updates_N.tolist() == [7, 4, 7, 7, 4]
-    again = whole.descend(updates=3)
-    assert torch.equal(second.delta_NO[among_N], again.delta_NO[among_N])
-
-
-def test_a_step_is_the_step_of_torchs_adam() -> None:
-    forward = bowls()
-    found = problem(forward, stop_loss=0.0).descend(updates=12)
-    for goal_O, delta_O in zip(forward.goals_NO, found.delta_NO, strict=True):
-        moved_O = torch.zeros_like(goal_O).requires_grad_()
-        adam = torch.optim.Adam([moved_O], lr=0.2)
-        for _ in range(12):
-            adam.zero_grad()
-            ((moved_O - goal_O).square().sum() / 2).backward()
-            adam.step()
-        torch.testing.assert_close(delta_O, moved_O.detach(), rtol=1e-12, atol=1e-13)

@@ -10,7 +10,7 @@ from editkit.targets.search import search_target
 from editkit.trackers.logged import WATCHED, warnings_shown
 from editkit.trackers.none import Silent
 from tests.support.helpers import request, tiny_model
-from tests.targets.test_search import settings
+from tests.support.searches import settings
 
 
 @dataclass(frozen=True)
