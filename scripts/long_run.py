@@ -1,13 +1,13 @@
-"""A long run on random weights: do time per edit, memory and checkpoints stay flat, and does it
-resume bit for bit near its end?
+"""A long run on random weights. It checks that time per edit, memory and checkpoints do not grow,
+and that a run resumed near its end is bit-identical.
 
     python scripts/long_run.py --edits 10000 --width 64 --layers 4 --to FOLDER
 
-edits one made-up fact a step with MEMIT and D4S (--restraint prune: MEMIT with PRUNE in the loop
-every hundred steps), saves a checkpoint after every hundredth of the way, then makes the last
-hundredth again from its checkpoint in a model that is built anew. Writes `steps.csv` (seconds a
-step, resident bytes, bytes of the checkpoints) and `summary.json`; the exit code is 1 unless the
-last checkpoints hold the same bytes. --shape gpt2 takes a named model's sizes.
+The script edits one synthetic fact per step with MEMIT and D4S (--restraint prune: MEMIT with PRUNE
+in the loop every hundred steps) and saves a checkpoint after every percent of the edits. It then
+repeats the last percent from its checkpoint in a newly built model. It writes `steps.csv` (seconds
+per step, resident bytes, bytes of the checkpoints) and `summary.json`. The exit code is 1 unless
+the last checkpoints are identical. --shape gpt2 uses the sizes of a named model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from editkit.runner.loop import run_edits
 from editkit.runner.plan import Trajectory
 from editkit.types import StepRecord
 
-ENDS = 100  # steps at either end that are compared
+ENDS = 100  # steps at both ends that are compared
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:
@@ -54,8 +54,8 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
     return Shape(facts=facts, rome_layer=1, memit_layers=(0, 1))
 
 
-def job_of(arguments: argparse.Namespace, shape: Shape) -> Trajectory:
-    """The same run, on a model that is made anew."""
+def trajectory_of(arguments: argparse.Namespace, shape: Shape) -> Trajectory:
+    """The run, on a newly built model."""
     model = model_of(shape, "random", device="cpu", dtype="float32")
     editor = Memit(
         name="memit",
@@ -93,12 +93,12 @@ def resident_bytes() -> int:
 
 
 def run(
-    job: Trajectory, folder: Path, state: RunState | None = None, *, until: int | None = None
+    trajectory: Trajectory, folder: Path, state: RunState | None = None, *, until: int | None = None
 ) -> list[dict[str, Any]]:
-    """A row a step; checkpoints below the folder."""
+    """A row per step. Checkpoints are written to the folder."""
     rows: list[dict[str, Any]] = []
     saved, cpu = 0, time.process_time()
-    for event in run_edits(job, state):
+    for event in run_edits(trajectory, state):
         if isinstance(event, RunState):
             save_state(event, folder, {})
             saved = (folder / (read_pointer(folder) or {})["file"]).stat().st_size
@@ -106,21 +106,19 @@ def run(
                 return rows
         elif isinstance(event, StepRecord) and event.step:
             seconds = {f"{name}_s": round(value, 5) for name, value in event.seconds.items()}
-            spent, cpu = (
-                time.process_time() - cpu,
-                time.process_time(),
-            )  # not what other processes took of the cores
+            # CPU time does not include other processes.
+            spent, cpu = time.process_time() - cpu, time.process_time()
             total = {
                 "step": event.step,
                 "seconds": sum(event.seconds.values()),
                 "cpu_seconds": spent,
                 "resident_bytes": resident_bytes(),
             }
-            found = {"checkpoint_bytes": saved, "nonfinite": event.nonfinite or ""}
+            checkpoint = {"checkpoint_bytes": saved, "nonfinite": event.nonfinite or ""}
             rows.append(
                 total
                 | seconds
-                | found
+                | checkpoint
                 | {"modules": json.dumps(event.modules, default=float) if event.modules else ""}
             )
     return rows
@@ -134,7 +132,7 @@ def main() -> int:
     parser.add_argument("--shape", default=None)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5, help="losses of a target search")
+    parser.add_argument("--steps", type=int, default=5, help="losses per target search")
     parser.add_argument("--restraint", choices=("d4s", "prune"), default="d4s")
     parser.add_argument("--telemetry-every", type=int, default=10)
     parser.add_argument("--to", type=Path, required=True)
@@ -142,7 +140,7 @@ def main() -> int:
     shape, started = shape_of(arguments), time.time()
     near = arguments.edits - max(1, arguments.edits // 100)
     whole, again = arguments.to / "whole", arguments.to / "again"
-    rows = run(job_of(arguments, shape), whole)
+    rows = run(trajectory_of(arguments, shape), whole)
     seconds = time.time() - started
     with (arguments.to / "steps.csv").open("w", newline="") as file:
         writer = csv.DictWriter(
@@ -153,7 +151,7 @@ def main() -> int:
         )
         writer.writeheader()
         writer.writerows(rows)
-    before = sorted(whole.glob("step-*.safetensors"))[0]  # two are kept: that at 99 % and the last
+    before = sorted(whole.glob("step-*.safetensors"))[0]  # two are kept: at 99 % and the last
     assert int(before.stem.partition("-")[2]) == near, before
     again.mkdir(parents=True, exist_ok=True)
     (again / before.name).write_bytes(before.read_bytes())
@@ -164,7 +162,7 @@ def main() -> int:
         "record_bytes": {},
     }
     (again / "latest.json").write_text(json.dumps(pointer))
-    redone = run(job_of(arguments, shape), again, load_state(again))
+    redone = run(trajectory_of(arguments, shape), again, load_state(again))
     last = f"step-{arguments.edits:08d}.safetensors"
     same = (whole / last).read_bytes() == (again / last).read_bytes()
     same_records = [row["modules"] for row in redone] == [row["modules"] for row in rows[near:]]
@@ -176,7 +174,7 @@ def main() -> int:
     parts = {"first": rows[:ENDS], "third": rows[third : third + ENDS], "last": rows[-ENDS:]}
 
     def medians(name: str) -> dict[str, float]:
-        return {part: round(median(found, name), 5) for part, found in parts.items()}
+        return {part: round(median(steps, name), 5) for part, steps in parts.items()}
 
     summary = {
         "command": " ".join(sys.argv),

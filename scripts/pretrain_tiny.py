@@ -1,11 +1,11 @@
-"""Pretrain one of the tiny models that ship with editkit: a known architecture that knows the
-bundled world and can do its tasks.
+"""Pretrains one of the tiny models that ship with editkit. They have known architectures, know the
+facts of the bundled world and can do its tasks.
 
     python scripts/pretrain_tiny.py --model tiny-llama            # writes editkit/assets/tiny-llama
 
-One CPU core needs about a quarter of an hour. The folder then holds the weights (float16; load them
-with dtype=torch.float32), the tokenizer and a card with every setting and with figures that are
-measured on the stored weights.
+This takes about a quarter of an hour on one CPU core. The folder then contains the weights in
+float16 (to be loaded with dtype=torch.float32), the tokenizer, and a card with all settings and
+with figures measured on the stored weights.
 """
 
 from __future__ import annotations
@@ -16,250 +16,35 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from rouge_score.rouge_scorer import RougeScorer
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    GPT2Config,
-    GPTJConfig,
-    LlamaConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from tiny_batches import batches
+from tiny_models import Model, build_model, build_tokenizer
+from transformers import PreTrainedTokenizerBase
 
-from editkit.datasets.world import TASKS, Part, World, corpus, documents, generate_world, task_items
+from editkit.datasets.world import TASKS, World, generate_world, task_items
 
 ASSETS = Path(__file__).resolve().parent.parent / "editkit" / "assets"
-Model = Any  # a causal language model of transformers
-NUM_POSITIONS = 256
-SHAPE: dict[str, Any] = {"vocab_size": 2048, "initializer_range": 0.04}
-
-
-# ---- tokenizers ----
-
-
-def byte_level_tokenizer(texts: Iterator[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """GPT-2's kind: byte-level BPE, one special token, nothing put in front."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[end],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
-        pad_token=end,
-        model_max_length=NUM_POSITIONS,
-    )
-
-
-def sentencepiece_tokenizer(texts: Iterator[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Llama's kind: BPE on words that begin with U+2581, bytes for unknown characters (newlines
-    among them), <s> put in front.
-    """
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = pre_tokenizers.Metaspace(prepend_scheme="first")
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.Split(Regex(r"[\n.,:;?]"), "isolated")]
-    )
-    learner.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size - len(special), show_progress=False)
-    )
-    learned = json.loads(learner.to_str())["model"]
-    pieces = [
-        piece for piece in sorted(learned["vocab"], key=learned["vocab"].get) if piece != "\n"
-    ]
-    merges = [tuple(merge) for merge in learned["merges"]]
-    vocab = {piece: index for index, piece in enumerate([*special, *pieces])}
-    tokenizer = Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.pre_tokenizer = words
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="</s>",
-        model_max_length=NUM_POSITIONS,
-    )
-
-
-# ---- the three models ----
-
-
-def build_tokenizer(name: str, world: World, *, seed: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model, learned from a sample of the corpus."""
-    build = sentencepiece_tokenizer if name == "tiny-llama" else byte_level_tokenizer
-    # Names and objects count extra, so that each word of theirs is one token.
-    numbers = {str(number) for number in range(20)}
-    words = {
-        word
-        for fact in world.facts
-        for thing in (fact.subject, fact.object)
-        for word in thing.split()
-    }
-    extra = [f"{word} {word}" for word in sorted(words | numbers | set(world.first_names))] * 150
-    sample = corpus(world, seed=seed, num_documents=20_000)
-    return build(itertools.chain(sample, extra), vocab_size=SHAPE["vocab_size"])
-
-
-def build_model(name: str, tokenizer: PreTrainedTokenizerBase) -> Model:
-    """A fresh model; all three tie their embeddings and have six layers of width 128."""
-    common = SHAPE | {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "tie_word_embeddings": True,
-    }
-    gpt: dict[str, Any] = common | {
-        "n_positions": NUM_POSITIONS,
-        "n_embd": 128,
-        "n_layer": 6,
-        "n_head": 4,
-        "n_inner": 512,
-    }
-    no_dropout: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    match name:
-        case "tiny-gpt2":
-            return transformers.GPT2LMHeadModel(GPT2Config(**gpt, **no_dropout))
-        case "tiny-gptj":
-            return transformers.GPTJForCausalLM(GPTJConfig(**gpt, **no_dropout, rotary_dim=16))
-        case _:
-            shape: dict[str, Any] = {
-                "hidden_size": 128,
-                "intermediate_size": 432,
-                "num_hidden_layers": 6,
-            }
-            heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-            # Without biases a small model is slow to attend to "the token before", whatever it is,
-            # and does not learn lookups.
-            config = LlamaConfig(
-                **common,
-                **shape,
-                **heads,
-                max_position_embeddings=NUM_POSITIONS,
-                attention_bias=True,
-            )
-            return transformers.LlamaForCausalLM(config)
-
-
-# ---- data ----
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows of packed documents, shape (size, length) each; the mask, (size, 1, length, length),
-    hides the other documents of a row.
-    """
-
-    tokens: torch.Tensor
-    next_tokens: torch.Tensor
-    weights: torch.Tensor  # of the next tokens in the loss
-    positions: torch.Tensor
-    mask: torch.Tensor
-
-
-Token = tuple[int, int, float, int, int]  # token, the next one, its weight, position, document
-
-
-def packed_row(
-    documents: Iterator[tuple[Part, ...]],
-    tokenizer: PreTrainedTokenizerBase,
-    rng: random.Random,
-    *,
-    length: int,
-    prompt_weight: float,
-) -> list[Token]:
-    """Documents until the row is full; the last one is cut. A quarter begins late, so that learned
-    positions are trained up to the last.
-    """
-    row: list[Token] = []
-    while len(row) < length:
-        parts = next(documents)
-        is_answer = [flag for text, flag in parts for _ in text]
-        encoded = tokenizer("".join(text for text, _ in parts), return_offsets_mapping=True)
-        tokens = [*encoded["input_ids"], tokenizer.eos_token_id]
-        weights = [
-            1.0 if end and is_answer[end - 1] else prompt_weight
-            for _, end in encoded["offset_mapping"]
-        ] + [1.0]
-        start = rng.randint(0, NUM_POSITIONS - len(tokens)) if rng.random() < 0.25 else 0
-        document = len(row)  # any number that no other document of the row has
-        columns = zip(
-            tokens[:-1],
-            tokens[1:],
-            weights[1:],
-            itertools.count(start),
-            itertools.repeat(document),
-            strict=False,
-        )
-        row += columns
-    return row[:length]
-
-
-def batches(
-    world: World, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
-) -> Iterator[Batch]:
-    """Batches of the corpus, without end."""
-    stream, rng = (
-        documents(world, seed=args.seed, lookup_share=args.lookup_share),
-        random.Random(args.seed),
-    )
-    causal = torch.ones(args.length, args.length, dtype=torch.bool).tril()
-    while True:
-        rows = [
-            packed_row(stream, tokenizer, rng, length=args.length, prompt_weight=args.prompt_weight)
-            for _ in range(args.batch_size)
-        ]
-        tokens, next_tokens, weights, positions, document = (
-            torch.tensor(column)
-            for column in zip(*(zip(*row, strict=True) for row in rows), strict=True)
-        )
-        visible = (document[:, :, None] == document[:, None, :]) & causal
-        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-        yield Batch(tokens, next_tokens, weights, positions, mask[:, None])
 
 
 # ---- measurement ----
 
-Pair = tuple[str, str]  # prompt, what follows it (blank included)
+Pair = tuple[str, str]  # prompt, and its continuation with the leading blank
 
 
 def fact_pairs(world: World) -> tuple[list[Pair], list[Pair]]:
-    """All facts in the wordings that the corpus holds, and in those that it does not."""
+    """All facts in the wordings of the corpus, and in held-out wordings."""
     trained = [(prompt, f" {fact.object}.") for fact in world.facts for prompt in fact.trained]
     held_out = [(prompt, f" {fact.object}.") for fact in world.facts for prompt in fact.held_out]
     return trained, held_out
 
 
 def task_pairs(world: World, task: str, *, n: int) -> list[Pair]:
-    """Test items of a task; the newline is part of the answer, so a right answer ends by itself."""
+    """Test items of a task. The newline is part of the answer, so a correct answer ends there."""
     return [
         (item.prompt, f" {item.answer}\n") for item in task_items(world, task, split="test", n=n)
     ]
@@ -269,8 +54,8 @@ def task_pairs(world: World, task: str, *, n: int) -> list[Pair]:
 def greedy_accuracy(
     model: Model, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], *, batch_size: int = 64
 ) -> float:
-    """The share of pairs whose every answer token is the most probable one: what greedy decoding
-    would print, exactly.
+    """The fraction of pairs that greedy decoding answers exactly: every token of the answer is the
+    most probable one.
     """
     right = 0
     for start in range(0, len(pairs), batch_size):
@@ -278,7 +63,7 @@ def greedy_accuracy(
         prompt_lengths = [len(tokenizer(prompt)["input_ids"]) for prompt, _ in chunk]
         rows = [tokenizer(prompt + answer)["input_ids"] for prompt, answer in chunk]
         longest = max(map(len, rows))
-        # Right padding: a causal model does not see it.
+        # A causal model does not attend to padding on the right.
         tokens = torch.tensor(
             [row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows]
         )
@@ -315,7 +100,7 @@ def measure(
     num_items: int,
     num_facts: int | None,
 ) -> dict[str, float]:
-    """Recall of facts (all of them, or a sample) and the score of each task."""
+    """Recall of facts (all, or a sample) and the score of each task."""
     model.eval()
     rng = random.Random(0)
     trained, held_out = (
@@ -340,8 +125,8 @@ def measure(
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalised momentum (torch has this optimizer in bfloat16, which is slow
-    on CPUs).
+    """The Muon optimizer: steps along the orthogonalized momentum. torch's implementation uses
+    bfloat16, which is slow on CPUs.
     """
 
     def __init__(
@@ -356,12 +141,12 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
                 momentum.lerp_(weight.grad, 1 - group["momentum"])
                 direction = orthogonalise(weight.grad.lerp(momentum, group["momentum"]))
-                # As large, entry by entry, as a step of AdamW: one learning rate serves both.
+                # Entries are as large as in a step of AdamW, so both share one learning rate.
                 weight.add_(direction, alpha=-0.2 * math.sqrt(max(weight.shape)) * group["lr"])
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """U V^T of the SVD, roughly: five Newton-Schulz steps with Muon's coefficients."""
+    """An approximation of U V^T of the SVD: five Newton-Schulz steps with Muon's coefficients."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
     for _ in range(5):
@@ -373,11 +158,11 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
 def train(
     model: Model, tokenizer: PreTrainedTokenizerBase, world: World, args: argparse.Namespace
 ) -> None:
-    """Muon for the matrices inside the blocks, AdamW for the rest, both on a cosine after a
-    warm-up.
+    """Trains with Muon for the matrices of the blocks and AdamW for the rest, both with a cosine
+    schedule after a warm-up.
 
-    Muon learns the tasks in a fraction of AdamW's steps. No weight decay: it would shrink the MLP's
-    matrices below what one edit adds.
+    Muon learns the tasks in a fraction of AdamW's steps. There is no weight decay: it would make
+    the MLP matrices smaller than the update of one edit.
     """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
@@ -429,8 +214,8 @@ def train(
 
 
 def store(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The model in float16 and its tokenizer; the configuration asks for float32, in which it is to
-    be used.
+    """Writes the model in float16 and its tokenizer. The configuration states float32, in which the
+    model is to be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
@@ -441,18 +226,20 @@ def store(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
 
 CARD = """# {name}
 
-A tiny model of the bundled world (`editkit/datasets/world.py`), made by `scripts/pretrain_tiny.py --model {name}`.
+A tiny language model of the bundled world (`editkit/datasets/world.py`), trained by
+`scripts/pretrain_tiny.py --model {name}`.
 
-## How it was made
+## Training
 
 {made}
-## What it can do
+## Evaluation
 
-Measured on the stored float16 weights, computed in float32. Recall: greedy decoding prints the object and its full stop; all facts in
-every wording, those that occur in the corpus (trained) and those that do not (held out). Tasks: test items, exact match up to the newline;
-summary: ROUGE-L.
+The stored float16 weights are evaluated in float32. Recall is the fraction of facts for which
+greedy decoding generates the object and its full stop. It covers all facts in every wording:
+wordings of the corpus ("trained") and other wordings ("held out"). The tasks use test items and
+score exact match up to the newline. The summary task scores ROUGE-L.
 
-{figures}"""  # noqa: E501 (a paragraph of Markdown is one line)
+{figures}"""
 
 
 def table(values: Mapping[str, object]) -> str:
@@ -470,26 +257,26 @@ def main() -> None:
         "--model",
         required=True,
         choices=("tiny-gpt2", "tiny-llama", "tiny-gptj"),
-        help="which one to make",
+        help="the model to pretrain",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=ASSETS,
-        help="folder that gets the model's folder (default: the package's assets)",
+        help="parent of the model's folder (default: the assets of the package)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="seed of weights and corpus; the world has its own, 0 (default: %(default)s)",
+        help="seed of weights and corpus; the seed of the world is always 0 (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=1500, help="batches (default: %(default)s)")
     parser.add_argument(
-        "--batch-size", type=int, default=12, help="rows a batch (default: %(default)s)"
+        "--batch-size", type=int, default=12, help="rows per batch (default: %(default)s)"
     )
     parser.add_argument(
-        "--length", type=int, default=128, help="tokens a row (default: %(default)s)"
+        "--length", type=int, default=128, help="tokens per row (default: %(default)s)"
     )
     parser.add_argument(
         "--prompt-weight",
@@ -501,7 +288,7 @@ def main() -> None:
         "--lookup-share",
         type=float,
         default=0.0,
-        help="share of documents that practise lookups; tiny-llama needs some",
+        help="fraction of documents that practise lookups; tiny-llama needs some",
     )
     parser.add_argument(
         "--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)"
@@ -516,9 +303,7 @@ def main() -> None:
         default=400,
         help="steps between measurements on samples (default: %(default)s)",
     )
-    parser.add_argument(
-        "--checkpoints", type=Path, help="folder for the model as it is at each measurement"
-    )
+    parser.add_argument("--checkpoints", type=Path, help="folder of the model at each measurement")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

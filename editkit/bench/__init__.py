@@ -1,5 +1,5 @@
-"""Benchmarks: the plain way and ours, side by side in one run, so that a busy machine slows
-both.
+"""Speed of editkit against a reference implementation. Both run in turn, so that a busy machine
+slows both.
 """
 
 from __future__ import annotations

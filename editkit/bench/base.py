@@ -1,6 +1,4 @@
-"""What every measurement shares: its options, a stopwatch for two ways in turn, and what it
-found.
-"""
+"""Options of a measurement, the timing of two implementations in turn, and their comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from editkit.bench.shapes import Shape, model_shapes
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.resources.peak_memory import peak_memory, reset_peak_memory
 
@@ -24,9 +22,13 @@ Side = Literal["plain", "ours"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What to measure on: a command line, but for the measurement's name."""
+    """The command line of a measurement without its name.
 
-    model: str  # name of a shape
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    model: str  # the name of a shape
     device: str = "cpu"
     dtype: str = "float32"
     repeats: int = 3
@@ -37,15 +39,13 @@ class Options:
     def __post_init__(self) -> None:
         problems = []
         if self.model not in model_shapes():
-            problems.append(
-                f"--shape: no such model - given {self.model!r} - allowed: {', '.join(model_shapes())}"
-            )
+            expected = f"one of {', '.join(model_shapes())}"
+            problems.append(message("--shape", "unknown model", got=self.model, expected=expected))
         if self.dtype not in ("float32", "float64", "float16", "bfloat16"):
-            problems.append(
-                f"--dtype: given {self.dtype!r} - allowed: float32, float64, float16, bfloat16"
-            )
+            expected = "float32, float64, float16 or bfloat16"
+            problems.append(message("--dtype", "unknown dtype", got=self.dtype, expected=expected))
         problems += [
-            f"--{name}: at least one is needed - given {value} - allowed: 1 or more"
+            message(f"--{name}", "out of range", got=value, expected="at least 1")
             for name, value in (("repeats", self.repeats), ("batch", self.batch))
             if value < 1
         ]
@@ -65,8 +65,8 @@ class Options:
         return self.device.partition(":")[0]
 
     def label(self) -> str:
-        """Tells this measurement's file from those of other options that change what is
-        measured.
+        """The part of the file's name that tells this measurement from those on other models,
+        depths, devices and dtypes.
         """
         parts = [
             self.model,
@@ -77,8 +77,8 @@ class Options:
         return "-".join(filter(None, parts))
 
     def command(self, name: str) -> str:
-        """The command that makes this measurement again."""
-        given = {
+        """The command that repeats this measurement."""
+        options = {
             "shape": self.model,
             "device": self.device,
             "dtype": self.dtype,
@@ -89,7 +89,7 @@ class Options:
             "editkit",
             "bench",
             name,
-            *(f"--{key}={value}" for key, value in given.items() if value is not None),
+            *(f"--{key}={value}" for key, value in options.items() if value is not None),
         ]
         threads = (
             [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"]
@@ -108,8 +108,8 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What one piece of work took. CPU seconds, of all threads, do not count what other processes
-    took of the cores.
+    """The cost of one piece of work. CPU seconds are summed over all threads and do not include
+    other processes.
     """
 
     seconds: float
@@ -123,39 +123,42 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Race:
-    """Two ways of the same work, timed in turn, so that a busy machine slows both."""
+class PairedTiming:
+    """Timings of two implementations of the same work, made in turn.
+
+    "plain" is the reference implementation, "ours" is editkit.
+    """
 
     device: str
     costs: Mapping[Side, list[Cost]] = field(default_factory=lambda: {"plain": [], "ours": []})
 
     def run(self, side: Side, work: Callable[[], T]) -> T:
-        """Does the work and notes what it took."""
+        """Does the work and records its cost."""
         cost, result = timed(work, self.device)
         self.costs[side].append(cost)
         return result
 
     def forget(self) -> None:
-        """Drops what was noted so far: a run to warm up."""
+        """Drops the recorded costs, those of a warm-up."""
         for costs in self.costs.values():
             costs.clear()
 
     def discount(self, side: Side, seconds: float) -> None:
-        """Takes back time of the last run that does not belong to what is compared."""
+        """Subtracts time of the last work that does not belong to the comparison."""
         last = self.costs[side][-1]
         self.costs[side][-1] = last.without(seconds / last.seconds)
 
     def multiply(self, side: Side, factor: float) -> None:
-        """Takes the last run for a part of the work, of which the whole is so many."""
+        """Scales the cost of the last work, which was a part of the whole."""
         last = self.costs[side][-1]
         self.costs[side][-1] = last.without(1 - factor)
 
-    def found(self, *, relative_difference: float, **more: Any) -> Found:
+    def comparison(self, *, relative_difference: float, **more: Any) -> Comparison:
         plain, ours = self.costs["plain"], self.costs["ours"]
         plain_cpu_s, ours_cpu_s = (
             statistics.median(cost.cpu_seconds for cost in costs) for costs in (plain, ours)
         )
-        return Found(
+        return Comparison(
             plain_s=statistics.median(cost.seconds for cost in plain),
             ours_s=statistics.median(cost.seconds for cost in ours),
             relative_difference=relative_difference,
@@ -173,15 +176,15 @@ class Race:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """Medians of both ways, and how far apart their results are; `more` is what this measurement
-    has beside it.
+class Comparison:
+    """The medians of both implementations and the relative difference of their results. `more`
+    holds the other numbers of the measurement.
     """
 
     plain_s: float
     ours_s: float
     relative_difference: float
-    # of the process (CPU) or the allocator (GPU), the weights included; 0: not known
+    # Of the process (CPU) or of the allocator (GPU), including the weights; 0: not known.
     plain_peak_bytes: int
     ours_peak_bytes: int
     more: Mapping[str, Any]
@@ -198,7 +201,7 @@ class Found:
 
 
 def timed(work: Callable[[], T], device: str) -> tuple[Cost, T]:
-    """What the work took, and its result; the GPU's queue is empty before and after."""
+    """The cost of the work and its result. The GPU's queue is empty before and after."""
     synchronise(device)
     reset_peak_memory(device)
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -213,14 +216,15 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def relative_difference(plain: torch.Tensor, ours: torch.Tensor) -> float:
-    """|plain - ours| / |plain|, Frobenius, in float64."""
-    plain, ours = plain.double(), ours.to(plain.device).double()
-    return float(torch.linalg.vector_norm(plain - ours) / torch.linalg.vector_norm(plain))
+def relative_difference(reference: torch.Tensor, ours: torch.Tensor) -> float:
+    """|reference - ours| / |reference| in the Frobenius norm, in float64."""
+    reference, ours = reference.double(), ours.to(reference.device).double()
+    difference = torch.linalg.vector_norm(reference - ours)
+    return float(difference / torch.linalg.vector_norm(reference))
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the times depend on; the load is that before the measurement."""
+    """The machine and its load before the measurement."""
     return {
         "device": torch.cuda.get_device_name(device)
         if torch.device(device).type == "cuda"

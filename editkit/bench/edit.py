@@ -1,5 +1,5 @@
-"""One edit after another: the plain way on the weights as they are, then the product's own step,
-which writes them.
+"""Timing of edits: the reference implementation on the current weights, then a step of editkit,
+which writes the weights.
 
 Shape letters: O d_out, I d_in.
 """
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from editkit.bench.base import Cost, Found, Options, Race, relative_difference, timed
-from editkit.bench.plain import Edit
+from editkit.bench.base import Comparison, Cost, Options, PairedTiming, relative_difference, timed
 from editkit.bench.profiling import profiled
+from editkit.bench.reference import Edit
 from editkit.bench.synthetic import moments_for, requests_for
 from editkit.config.schedule import Schedule
 from editkit.editors.base import AbstractEditor
@@ -32,8 +32,8 @@ SEED = 0
 
 
 def target_settings() -> TargetSettings:
-    """20 losses and no early end. The learning rate follows the activations, which random weights
-    make small.
+    """20 losses without early stop. The learning rate is relative to the activations, which random
+    weights make small.
     """
     return TargetSettings(
         steps=STEPS,
@@ -50,16 +50,16 @@ def target_settings() -> TargetSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A run that is about to begin: `state` is that of the unedited model."""
+    """A run and its state."""
 
-    job: Trajectory
+    run: Trajectory
     state: RunState
 
     def after(self, state: RunState) -> Bench:
-        return Bench(job=self.job, state=state)
+        return Bench(run=self.run, state=state)
 
     def step(self, number: int) -> tuple[StepRecord, RunState]:
-        return take_step(self.job, number, self.state)
+        return take_step(self.run, number, self.state)
 
 
 def bench_of(
@@ -70,10 +70,10 @@ def bench_of(
     solve: AbstractSolveRestraint | None = None,
     batch_size: int = 1,
 ) -> Bench:
-    """A run of the editor on made-up requests and second moments."""
+    """A run of the editor on synthetic requests and second moments, before its first step."""
     modules = editor.modules(model)
     edits = batch_size * (options.repeats + 2)  # one to warm up, one to profile
-    job = Trajectory(
+    run = Trajectory(
         model=model,
         editor=editor,
         restraints=Restraints(solve=solve),
@@ -90,38 +90,40 @@ def bench_of(
         seed=SEED,
     )
     model.edit(modules)
-    return Bench(job=job, state=begin(job))
+    return Bench(run=run, state=begin(run))
 
 
 def edit_cost(bench: Bench, number: int) -> Cost:
-    """What one edit takes, without its telemetry."""
-    cost, (record, _) = timed(lambda: bench.step(number), str(bench.job.model.device))
+    """The cost of one edit without its telemetry."""
+    cost, (record, _) = timed(lambda: bench.step(number), str(bench.run.model.device))
     return cost.without(record.seconds["telemetry"] / cost.seconds)
 
 
-def compare_edits(bench: Bench, plain: Edit, options: Options) -> tuple[Found, Bench]:
-    """Times `options.repeats` edits both ways, and says how far apart the updates are at worst;
-    also the run as it is afterwards.
+def compare_edits(bench: Bench, reference: Edit, options: Options) -> tuple[Comparison, Bench]:
+    """Times `options.repeats` edits of both implementations. The relative difference is the largest
+    of all updates. Also returns the run after these edits.
     """
-    job, race, phases, apart = bench.job, Race(device=options.device), [], 0.0
+    run, timing, phases, difference = bench.run, PairedTiming(device=options.device), [], 0.0
     warm_up = int(options.device_type == "cuda")  # kernels are loaded and chosen at their first use
     last = warm_up + options.repeats
     for number in range(1, last + 1):
-        updates = race.run("plain", partial(plain, job.batch(number), bench.state.contexts))
-        before = {module: job.model.total(module).dense() for module in updates}
-        record, state = race.run("ours", partial(bench.step, number))
-        race.discount("ours", record.seconds["telemetry"])  # the plain edit has none
+        updates = timing.run("plain", partial(reference, run.batch(number), bench.state.contexts))
+        before = {module: run.model.total(module).dense() for module in updates}
+        record, state = timing.run("ours", partial(bench.step, number))
+        timing.discount("ours", record.seconds["telemetry"])  # the reference has none
         phases.append(record.seconds)
         if number == warm_up:
-            race.forget()
+            timing.forget()
             phases.clear()
         bench = bench.after(state)
         for module, update_OI in updates.items():
-            written_OI = job.model.total(module).dense().to(update_OI.device) - before[module].to(
+            written_OI = run.model.total(module).dense().to(update_OI.device) - before[module].to(
                 update_OI.device
             )
-            apart = max(apart, relative_difference(update_OI, written_OI))
-    mean_phases = {name: sum(each[name] for each in phases) / len(phases) for name in phases[0]}
+            difference = max(difference, relative_difference(update_OI, written_OI))
+    mean_phases = {
+        name: sum(seconds[name] for seconds in phases) / len(phases) for name in phases[0]
+    }
     more: dict[str, Any] = {
         "steps": STEPS,
         "contexts": len(bench.state.contexts),
@@ -130,4 +132,4 @@ def compare_edits(bench: Bench, plain: Edit, options: Options) -> tuple[Found, B
     }
     if options.profile:
         more["profile"] = profiled(lambda: bench.step(last + 1), options.device)
-    return race.found(relative_difference=apart, **more), bench
+    return timing.comparison(relative_difference=difference, **more), bench

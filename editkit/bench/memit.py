@@ -1,7 +1,5 @@
-"""MEMIT and its relatives D4S and AlphaEdit: one edit with 6 contexts in five layers, the plain way
-and ours.
-
-MEMIT is measured in a large batch, too, and D4S after 2,000 edits.
+"""MEMIT, D4S and AlphaEdit: one edit with 6 contexts in five layers. MEMIT is also measured in a
+large batch, and D4S after 2,000 edits.
 
 Shape letters: I d_in, N keys, C contexts.
 """
@@ -13,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from editkit.bench import plain
-from editkit.bench.base import Found, Options
+from editkit.bench import reference
+from editkit.bench.base import Comparison, Options
 from editkit.bench.edit import Bench, bench_of, compare_edits, edit_cost, target_settings
 from editkit.bench.synthetic import model_of
 from editkit.editors.memit import Memit
@@ -27,39 +25,37 @@ from editkit.stats.least_squares import LeastSquares
 if TYPE_CHECKING:
     from editkit.types import EditRequest
 
-TEXTS = 5  # of 10 tokens, beside the bare prompt
+TEXTS = 5  # of 10 tokens each, in addition to the prompt alone
 WEIGHT = 1.0  # of the second moment
-# just above what the made-up second moments hold in three quarters of their dimensions
+# Just above the eigenvalues of three quarters of the synthetic second moments' dimensions.
 THRESHOLD = 0.011
 L2 = 1.0
 MANY_EDITS = 2000
 
 
-def measure(options: Options) -> Found:
-    """MEMIT with one request a batch; what a request costs in a batch of `options.batch`, ours
-    against ours.
+def measure(options: Options) -> Comparison:
+    """MEMIT with one request per batch. Also the cost of a request of editkit in a batch of
+    `options.batch`.
     """
     bench = _start(options)
-    solve = plain.DenseSolve(prior_II=_prior(bench), remembers=False)
-    found, _ = compare_edits(bench, _plain_edit(bench, solve), options)
+    solve = reference.DenseSolve(prior_II=_prior(bench), remembers=False)
+    comparison, _ = compare_edits(bench, _reference_edit(bench, solve), options)
     large = _start(replace(options, repeats=1), batch_size=options.batch)
     cost = edit_cost(large, 1)
     more = {
         "batch": options.batch,
         "batch_per_edit_s": cost.seconds / options.batch,
-        "batch_gain": found.ours_s / cost.seconds * options.batch,
-        "batch_cpu_gain": found.more["ours_cpu_s"] / cost.cpu_seconds * options.batch,
+        "batch_gain": comparison.ours_s / cost.seconds * options.batch,
+        "batch_cpu_gain": comparison.more["ours_cpu_s"] / cost.cpu_seconds * options.batch,
     }
-    return replace(found, more={**found.more, **more})
+    return replace(comparison, more={**comparison.more, **more})
 
 
-def measure_d4s(options: Options) -> Found:
-    """D4S; and how long an edit takes when 2,000 are in the history already, against one with
-    none.
-    """
+def measure_d4s(options: Options) -> Comparison:
+    """D4S. Also the time of an edit after 2,000 edits against that of the first."""
     bench = _start(options, solve=D4S())
-    solve = plain.DenseSolve(prior_II=_prior(bench), remembers=True)
-    found, _ = compare_edits(bench, _plain_edit(bench, solve), options)
+    solve = reference.DenseSolve(prior_II=_prior(bench), remembers=True)
+    comparison, _ = compare_edits(bench, _reference_edit(bench, solve), options)
     first, later = bench.after(replace(bench.state, solve={})), _with_history(bench)
     pairs = [
         (edit_cost(first, number), edit_cost(later, number))
@@ -75,22 +71,19 @@ def measure_d4s(options: Options) -> Found:
             after.cpu_seconds / before.cpu_seconds for before, after in pairs
         ),
     }
-    return replace(found, more={**found.more, **more})
+    return replace(comparison, more={**comparison.more, **more})
 
 
-def measure_alphaedit(options: Options) -> Found:
+def measure_alphaedit(options: Options) -> Comparison:
     restraint = AlphaEdit(threshold=THRESHOLD, threshold_unit="absolute", l2=L2)
     bench = _start(options, solve=restraint)
-    module = bench.job.editor.modules(bench.job.model)[
-        0
-    ]  # the second moments are the same everywhere
+    module = bench.run.editor.modules(bench.run.model)[0]  # all have the same second moments
     used_IR = bench.state.solve[f"{module}.complement"]
     projector_II = (
         torch.eye(len(used_IR), dtype=used_IR.dtype, device=used_IR.device) - used_IR @ used_IR.T
     )
-    return compare_edits(
-        bench, _plain_edit(bench, plain.DenseAlphaEdit(projector_II=projector_II, l2=L2)), options
-    )[0]
+    solve = reference.DenseAlphaEdit(projector_II=projector_II, l2=L2)
+    return compare_edits(bench, _reference_edit(bench, solve), options)[0]
 
 
 def _start(
@@ -109,12 +102,14 @@ def _start(
 
 
 def _prior(bench: Bench) -> torch.Tensor:
-    """lambda C, which the made-up second moments have in common."""
-    return WEIGHT * bench.job.moments.second_moment(bench.job.editor.modules(bench.job.model)[0])
+    """lambda C, which is the same for all modules with synthetic second moments."""
+    module = bench.run.editor.modules(bench.run.model)[0]
+    prior_II: torch.Tensor = WEIGHT * bench.run.moments.second_moment(module)
+    return prior_II
 
 
-def _plain_edit(bench: Bench, solve: plain.Solve) -> plain.Edit:
-    model, editor = bench.job.model, bench.job.editor
+def _reference_edit(bench: Bench, solve: reference.Solve) -> reference.Edit:
+    model, editor = bench.run.model, bench.run.editor
     assert isinstance(editor, Memit)
     weights_C = torch.tensor(
         [1 / 2, *[1 / 2 / TEXTS] * TEXTS], dtype=torch.float64, device=model.device
@@ -123,7 +118,7 @@ def _plain_edit(bench: Bench, solve: plain.Solve) -> plain.Edit:
     def edit(
         requests: tuple[EditRequest, ...], contexts: tuple[str, ...]
     ) -> Mapping[str, torch.Tensor]:
-        return plain.memit(
+        return reference.memit(
             model,
             requests,
             layers=editor.layers,
@@ -137,16 +132,16 @@ def _plain_edit(bench: Bench, solve: plain.Solve) -> plain.Edit:
 
 
 def _with_history(bench: Bench) -> Bench:
-    """The run as if 2,000 made-up keys were in its memory."""
-    job, solve_state = bench.job, bench.state.solve
-    restraint = job.restraints.solve
+    """The run with 2,000 synthetic keys in its history."""
+    run, solve_state = bench.run, bench.state.solve
+    restraint = run.restraints.solve
     assert restraint is not None
     generator = torch.Generator().manual_seed(0)
-    for module in job.editor.modules(job.model):
-        size_O, size_I = job.model.weight(module).shape
+    for module in run.editor.modules(run.model):
+        size_O, size_I = run.model.weight(module).shape
         keys_IN = (
             torch.randn(size_I, MANY_EDITS, generator=generator, dtype=torch.float64).to(
-                job.model.device
+                run.model.device
             )
             / size_I**0.5
         )
@@ -156,5 +151,5 @@ def _with_history(bench: Bench) -> Bench:
             residuals_ON=keys_IN.new_zeros(size_O, MANY_EDITS),
             weight=WEIGHT,
         )
-        solve_state = restraint.observe(problem, solve_state, job.moments)
+        solve_state = restraint.observe(problem, solve_state, run.moments)
     return bench.after(replace(bench.state, solve=solve_state))

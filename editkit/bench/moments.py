@@ -1,10 +1,11 @@
-"""Second moments of MEMIT's layers: a pass over the texts for each layer, which stops there, and
-one for all of them.
+"""Second moments of MEMIT's layers: a pass over the texts for each layer (reference), and one pass
+for all layers (editkit).
 
-The plain way is that of the public reference code (`rome/layer_stats.py`): its passes stop at their
-layer, and pack documents of similar length up to three of full length. `unstopped_s` is what it
-would take with passes through all layers and the full vocabulary, measured once and for one layer.
-`flop_ratio` is the ratio of the two ways' multiplications, and so about what there is to be had.
+The reference follows the published code (`rome/layer_stats.py`): its passes stop at their layer,
+and a batch holds documents of similar length with at most the tokens of three full ones.
+`unstopped_s` is its time with passes through all layers and the full vocabulary, measured once for
+one layer. `flop_ratio` is the ratio of the multiplications of the two, an estimate of the possible
+speed-up.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from editkit.bench import plain
-from editkit.bench.base import Found, Options, Race, relative_difference, timed
+from editkit.bench import reference
+from editkit.bench.base import Comparison, Options, PairedTiming, relative_difference, timed
 from editkit.bench.profiling import profiled
 from editkit.bench.shapes import Shape
 from editkit.bench.synthetic import model_of, texts_for
@@ -21,10 +22,10 @@ from editkit.stats.collect import collect
 
 DOCUMENTS = 32
 LONGEST = 256  # tokens
-BATCH_TOKENS = 8192  # ours: as conf/stats has it
+BATCH_TOKENS = 8192  # of editkit, as in conf/stats
 
 
-def measure(options: Options) -> Found:
+def measure(options: Options) -> Comparison:
     model = model_of(options.shape, options.model, device=options.device, dtype=options.dtype)
     modules = model.down_projections(options.shape.memit_layers)
     longest = min(LONGEST, model.max_length)
@@ -33,40 +34,42 @@ def measure(options: Options) -> Found:
         collect, model, modules, texts, context_length=longest, batch_tokens=BATCH_TOKENS
     )
     alone = partial(
-        plain.second_moment, model, texts=texts, context_length=longest, batch_tokens=3 * longest
+        reference.second_moment,
+        model,
+        texts=texts,
+        context_length=longest,
+        batch_tokens=3 * longest,
     )
-    race, apart = Race(device=options.device), 0.0
+    timing, difference = PairedTiming(device=options.device), 0.0
     if options.device_type == "cuda":  # kernels are loaded and chosen at their first use
         ours()
     for _ in range(options.repeats):
-        expected = race.run("plain", lambda: {module: alone(module) for module in modules})
-        found = race.run("ours", ours)
-        apart = max(
-            apart,
+        expected = timing.run("plain", lambda: {module: alone(module) for module in modules})
+        sums = timing.run("ours", ours)
+        difference = max(
+            difference,
             *(
-                relative_difference(
-                    expected[module], found[module].sum_II / found[module].num_tokens
-                )
+                relative_difference(expected[module], sums[module].sum_II / sums[module].num_tokens)
                 for module in modules
             ),
         )
     unstopped, _ = timed(lambda: alone(modules[0], stop=False), options.device)
     more: dict[str, Any] = {
         "layers_measured": len(modules),
-        "tokens": found[modules[0]].num_tokens,
+        "tokens": sums[modules[0]].num_tokens,
         "unstopped_s": unstopped.seconds * len(modules),  # every layer's pass is the same
         "flop_ratio": flop_ratio(options.shape),
     }
     if options.profile:
         more["profile"] = profiled(ours, options.device)
-    return race.found(relative_difference=apart, **more)
+    return timing.comparison(relative_difference=difference, **more)
 
 
 def flop_ratio(shape: Shape) -> float:
-    """Multiplications of the plain way over ours, a token: the weights that it passes, and k k^T,
-    of which we take the lower half.
+    """Multiplications per token of the reference over those of editkit: the weights of the pass,
+    and k k^T, of which editkit computes the lower half.
 
-    Attention's scores, padding and everything elementwise are left out.
+    Attention scores, padding and elementwise operations are not counted.
     """
     gates = 2 if shape.architecture.is_gated else 1
     sizes = shape.architecture

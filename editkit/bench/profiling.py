@@ -1,4 +1,4 @@
-"""Where the time goes: torch's own profiler over one piece of work."""
+"""The profile of one piece of work, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from editkit.lazy import torch
 from editkit.resources.stopwatch import PHASE
 
 ROWS = 15
-# The parts of a step that have names of their own, each within a phase of the runner; what a phase
-# does beside its parts has a name, too.
+# The named parts of a phase of the runner, and the name of the rest of the phase.
 PARTS = {"target": ("texts", "prefix", "search"), "solve": ("keys", "residual")}
 REST = {"target": "the rest", "solve": "least squares"}
 
 
 def profiled(work: Callable[[], object], device: str) -> list[dict[str, Any]]:
-    """The phases of a step, where the work is one, in their order; then the operations that take
-    the most time of their own, the costliest first. In seconds; the profiler itself slows the work
-    down.
+    """The phases of the work in their order, if it is a step, and the operations with the largest
+    own time, the longest first. Times are in seconds and include the profiler's overhead.
     """
     is_cuda = torch.device(device).type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU] + (
@@ -29,29 +27,29 @@ def profiled(work: Callable[[], object], device: str) -> list[dict[str, Any]]:
     averages = profile.key_averages()
     field = "self_device_time_total" if is_cuda else "self_cpu_time_total"
     own = {
-        each.key: (getattr(each, field) / 1e6, each.count)
-        for each in averages
-        if not each.key.startswith(PHASE)
+        average.key: (getattr(average, field) / 1e6, average.count)
+        for average in averages
+        if not average.key.startswith(PHASE)
     }
     total = sum(seconds for seconds, _ in own.values()) or 1.0
-    costliest = sorted(own.items(), key=lambda item: -item[1][0])[:ROWS]
+    longest = sorted(own.items(), key=lambda item: -item[1][0])[:ROWS]
     operations = [
         {"operation": key, "seconds": seconds, "share": seconds / total, "calls": calls}
-        for key, (seconds, calls) in costliest
+        for key, (seconds, calls) in longest
     ]
     return [*_phases(averages), *operations]
 
 
 def _phases(averages: Iterable[Any]) -> list[dict[str, Any]]:
-    """Each with its share of the whole; the parts of a phase behind it, their names indented."""
-    found = {
-        each.key.removeprefix(PHASE): each
-        for each in averages
-        if each.key.startswith(PHASE) and each.cpu_time_total > 0
+    """Each phase with its share of the total, followed by its parts with indented names."""
+    phases = {
+        average.key.removeprefix(PHASE): average
+        for average in averages
+        if average.key.startswith(PHASE) and average.cpu_time_total > 0
     }
-    seconds = {name: each.cpu_time_total / 1e6 for name, each in found.items()}
+    seconds = {name: average.cpu_time_total / 1e6 for name, average in phases.items()}
     parts = {name: [part for part in PARTS.get(name, ()) if part in seconds] for name in seconds}
-    inside = {part for each in parts.values() for part in each}
+    inside = {part for names in parts.values() for part in names}
     total = sum(seconds[name] for name in seconds if name not in inside)
     rows: list[dict[str, Any]] = []
     for name in [name for name in seconds if name not in inside]:
@@ -60,7 +58,7 @@ def _phases(averages: Iterable[Any]) -> list[dict[str, Any]]:
                 "phase": name,
                 "seconds": seconds[name],
                 "share": seconds[name] / total,
-                "calls": found[name].count,
+                "calls": phases[name].count,
             }
         )
         rows += [
@@ -68,7 +66,7 @@ def _phases(averages: Iterable[Any]) -> list[dict[str, Any]]:
                 "phase": f"  {part}",
                 "seconds": seconds[part],
                 "share": seconds[part] / total,
-                "calls": found[part].count,
+                "calls": phases[part].count,
             }
             for part in parts[name]
         ]
@@ -79,7 +77,7 @@ def _phases(averages: Iterable[Any]) -> list[dict[str, Any]]:
                     "phase": f"  {REST[name]}",
                     "seconds": rest,
                     "share": rest / total,
-                    "calls": found[name].count,
+                    "calls": phases[name].count,
                 }
             )
     return rows

@@ -1,4 +1,4 @@
-"""From a measurement's name to its file and its table."""
+"""The measurements by name, their result files and their table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.bench import editing, memit, moments, rome, telemetry
-from editkit.bench.base import Found, Options, machine
+from editkit.bench.base import Comparison, Options, machine
 from editkit.bench.shapes import model_shapes
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.files import write_atomically
 
 if TYPE_CHECKING:
@@ -18,23 +18,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FOLDER = Path("benchmarks/results")
-NOTES = (  # below the table
+# Further numbers, shown below the table.
+NOTES = (
     *("phases_s", "telemetry_share", "batch", "batch_per_edit_s", "batch_gain", "batch_cpu_gain"),
-    *(
-        "edit_1_s",
-        "later_over_first",
-        "later_over_first_cpu",
-        "records",
-        "plain_records",
-        "tokens",
-        "unstopped_s",
-        "flop_ratio",
-    ),
+    *("edit_1_s", "later_over_first", "later_over_first_cpu", "records", "plain_records"),
+    *("tokens", "unstopped_s", "flop_ratio"),
 )
 
 
-def measurements() -> dict[str, Callable[[Options], Found]]:
-    """All of them, by name."""
+def measurements() -> dict[str, Callable[[Options], Comparison]]:
+    """All measurements by name."""
     return {
         "telemetry": telemetry.measure,
         "rome": rome.measure,
@@ -47,18 +40,22 @@ def measurements() -> dict[str, Callable[[Options], Found]]:
 
 
 def run_bench(name: str, shape: str, *, folder: Path = FOLDER, **options: Any) -> dict[str, Any]:
-    """Runs one measurement at one model's shape and writes `<folder>/<name>-<shape>.json`, with
-    what differs from the usual in the file's name: a smaller depth, a device, a dtype. Returns what
-    it wrote.
+    """Runs one measurement at the shape of a model and writes `<folder>/<name>-<shape>.json`. The
+    file's name also states a reduced depth, a device and a dtype that are not the defaults.
 
-    `options` are those of `Options`. Raises ConfigError: no such measurement or shape, or an option
-    out of range.
+    Args:
+        options: the fields of `Options`.
+
+    Returns:
+        the content of the file.
+
+    Raises:
+        ConfigError: there is no such measurement or shape, or an option is out of range.
     """
     problems = []
     if name not in measurements():
-        problems.append(
-            f"bench: no such benchmark - given {name!r} - allowed: {', '.join(measurements())}"
-        )
+        expected = f"one of {', '.join(measurements())}"
+        problems.append(message("bench", "unknown measurement", got=name, expected=expected))
     try:
         chosen = Options(model=shape, **options)
         _ = chosen.shape
@@ -84,27 +81,27 @@ def run_bench(name: str, shape: str, *, folder: Path = FOLDER, **options: Any) -
 
 
 def table(results: Sequence[dict[str, Any]]) -> Group:
-    """A line for each result, and below what some have beside it."""
+    """A row for each result, and further numbers of some results below."""
     from rich.console import Group
     from rich.table import Table
 
-    found = Table(
+    rows = Table(
         "",
-        "plain s",
-        "ours s",
+        "reference s",
+        "editkit s",
         "ratio",
-        "of CPU",
+        "CPU ratio",
         "difference",
         "peak GB",
         box=None,
         pad_edge=False,
     )
-    for column in found.columns[1:]:
+    for column in rows.columns[1:]:
         column.justify, column.no_wrap = "right", True
     notes: list[Any] = []
     for result in results:
         name = f"{result['name']} {result['model']}"
-        found.add_row(
+        rows.add_row(
             name,
             f"{result['plain_s']:.3g}",
             f"{result['ours_s']:.3g}",
@@ -120,25 +117,25 @@ def table(results: Sequence[dict[str, Any]]) -> Group:
         if profile := result.get("profile"):
             kinds = [kind for kind in ("phase", "operation") if any(kind in row for row in profile)]
             notes += [note for kind in kinds for note in ("", _profile_table(profile, kind))]
-    return Group(found, *notes)
+    return Group(rows, *notes)
 
 
 def _profile_table(profile: Sequence[dict[str, Any]], kind: str) -> Table:
-    """The phases of a step, or the costliest operations."""
+    """The phases of a step, or the longest operations."""
     from rich.table import Table
 
-    found = Table(kind, "s", "share", "calls", box=None, pad_edge=False)
-    for column in found.columns[1:]:
+    table = Table(kind, "s", "share", "calls", box=None, pad_edge=False)
+    for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for row in profile:
         if kind in row:
-            found.add_row(
+            table.add_row(
                 row[kind], f"{row['seconds']:.3f}", f"{row['share']:.1%}", str(row["calls"])
             )
-    return found
+    return table
 
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return " + ".join(f"{key} {_short(each)}" for key, each in value.items())
+        return " + ".join(f"{key} {_short(item)}" for key, item in value.items())
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,4 @@
-"""The shapes of models: what a benchmark builds with random weights, and which of its layers an
-edit writes.
-"""
+"""Shapes of models for networks with random weights, and the layers that are edited in them."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.model.architecture import (
     Architecture,
     architecture_of,
@@ -19,11 +17,11 @@ from editkit.model.architecture import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A network's sizes, and the layers that published configurations edit."""
+    """The sizes of a network and the layers that published configurations edit."""
 
-    facts: Mapping[str, Any]  # the model's config.json, as far as sizes go
+    facts: Mapping[str, Any]  # the sizes in the model's config.json
     rome_layer: int
-    memit_layers: tuple[int, ...]  # five, where the depth allows
+    memit_layers: tuple[int, ...]  # five if the depth allows it
 
     @property
     def architecture(self) -> Architecture:
@@ -57,15 +55,15 @@ class Shape:
         }
 
     def of_depth(self, num_layers: int | None) -> Shape:
-        """The same with fewer layers; the edited ones keep their numbers as far as one layer is
-        left above them.
+        """The shape with fewer layers. The edited layers keep their numbers if one layer remains
+        above them.
         """
         if num_layers is None or num_layers == self.num_layers:
             return self
         if not 2 <= num_layers <= self.num_layers:
-            raise ConfigError(
-                f"--layers: this model has {self.num_layers} layers - given {num_layers} - allowed: 2 to {self.num_layers}"
-            )
+            problem = f"this model has {self.num_layers} layers"
+            expected = f"2 to {self.num_layers}"
+            raise ConfigError(message("--layers", problem, got=num_layers, expected=expected))
         memit = tuple(layer for layer in self.memit_layers if layer < num_layers - 1)
         if len(memit) < len(self.memit_layers):
             memit = tuple(range(max(0, num_layers - 1 - len(self.memit_layers)), num_layers - 1))
@@ -78,7 +76,7 @@ class Shape:
 
 
 def model_shapes() -> dict[str, Shape]:
-    """All shapes by name; `nano` is for tests."""
+    """All shapes by name. `nano` is for tests."""
     known = known_facts()
     tiny = facts_without_download("tiny-gpt2", "asset:tiny-gpt2")
     assert tiny is not None
@@ -94,18 +92,18 @@ def model_shapes() -> dict[str, Shape]:
         name: tiny[name]
         for name in ("model_type", "n_embd", "n_layer", "n_head", "vocab_size", "n_positions")
     }
-    found = {
+    small = {
         "nano": Shape(facts=nano, rome_layer=1, memit_layers=(0, 1)),
         "tiny-gpt2": Shape(facts=sizes, rome_layer=2, memit_layers=(0, 1, 2)),
     }
-    return found | {
+    return small | {
         name: Shape(facts=facts, rome_layer=_edited(name)[0], memit_layers=_edited(name)[1])
         for name, facts in known.items()
     }
 
 
 def _edited(name: str) -> tuple[int, tuple[int, ...]]:
-    """ROME's layer and MEMIT's; where nothing is published, a place in the lower third."""
+    """The layers of ROME and MEMIT. Without a published choice, layers in the lower third."""
     published = {
         "gpt2-medium": (8, (4, 5, 6, 7, 8)),
         "gpt2-xl": (17, (13, 14, 15, 16, 17)),

@@ -1,11 +1,10 @@
-"""Made-up models, requests, texts and second moments: a benchmark needs sizes, not sense.
-Everything follows from fixed seeds.
+"""Synthetic models, requests, texts and second moments with fixed seeds. Only their sizes matter.
 
-A word is a token, so that sequence lengths are what they are said to be, and about those of
-CounterFact's first 600 records under GPT-2's tokenizer: prompts of 8.5 tokens on average, 3.4 of
-them behind the subject, targets of 1.0, paraphrases of 19.1, neighbours of 8.2. As there, records
-share what they ask of their relation's other subjects: of 1,000 records' 13,000 prompts 10,100
-differ, and what the contexts of these begin with in common leaves 74 % of their tokens to be run.
+A word is one token. Sequence lengths are close to those of CounterFact's first 600 records under
+GPT-2's tokenizer: on average 8.5 tokens per prompt with 3.4 of them after the subject, 1.0 per
+target, 19.1 per paraphrase and 8.2 per neighbour. As in CounterFact, records of a relation share
+neighbour prompts: 10,100 of the 13,000 prompts of 1,000 records are distinct. Shared prefixes leave
+74 % of their tokens to compute.
 
 Shape letters: I d_in, R rank.
 """
@@ -31,17 +30,14 @@ if TYPE_CHECKING:
 END, SPECIAL = "<|endoftext|>", ("<|endoftext|>", ".", " is", " a")
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 NUM_PARAPHRASES, NUM_NEIGHBOURS = 2, 10  # of a CounterFact record
-NUM_RELATIONS, NUM_SUBJECTS = (
-    34,
-    90,
-)  # relations of CounterFact; subjects of a relation that neighbours ask about
-SUBJECT_AT = (5, 5, 4, 0)  # how many words precede the subject in a relation's wordings
+NUM_RELATIONS, NUM_SUBJECTS = 34, 90  # CounterFact's relations; subjects of a relation's neighbours
+SUBJECT_AT = (5, 5, 4, 0)  # words before the subject in the wordings of a relation
 SEED = 0
 
 
 def model_of(shape: Shape, name: str, *, device: str, dtype: str) -> EditableModel:
-    """A network with random weights, made where it will run, and a tokenizer with a token for each
-    row of its vocabulary.
+    """A network with random weights, created on its device, and a tokenizer with a token for each
+    row of the vocabulary.
     """
     from transformers import AutoConfig
 
@@ -54,17 +50,17 @@ def model_of(shape: Shape, name: str, *, device: str, dtype: str) -> EditableMod
 
 
 def words(count: int) -> list[str]:
-    """Different words of two syllables and more."""
-    found = (
+    """Distinct words of at least two syllables."""
+    combinations = (
         "".join(parts)
         for length in itertools.count(2)
         for parts in itertools.product(SYLLABLES, repeat=length)
     )
-    return list(itertools.islice(found, count))
+    return list(itertools.islice(combinations, count))
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token a word, its leading blank included, as GPT-2's tokenizer has it for frequent
+    """A tokenizer with one token per word including its leading blank, like GPT-2's for frequent
     words.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -88,7 +84,7 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def requests_for(shape: Shape, count: int) -> tuple[EditRequest, ...]:
-    """Requests in CounterFact's size, with 2 paraphrases, 10 neighbours and two targets; every
+    """Requests of CounterFact's size, with 2 paraphrases, 10 neighbours and two targets. Every
     tenth new target has two tokens.
     """
     chance = random.Random(SEED)
@@ -110,10 +106,10 @@ def requests_for(shape: Shape, count: int) -> tuple[EditRequest, ...]:
         before, after = chance.choice(wordings)
         return f"{before} {chance.choice(subjects)} {after}".strip()
 
-    found = []
+    requests = []
     for index in range(count):
         subject, old, new = phrase(3), phrase(1), phrase(2 if index % 10 == 9 else 1)
-        found.append(
+        requests.append(
             EditRequest(
                 id=f"bench/{index}",
                 prompt=f"{phrase(3)} {{}} {phrase(3 + index % 2)}",
@@ -128,11 +124,11 @@ def requests_for(shape: Shape, count: int) -> tuple[EditRequest, ...]:
                 ),
             )
         )
-    return tuple(found)
+    return tuple(requests)
 
 
 def texts_for(shape: Shape, *, documents: int, longest: int) -> tuple[str, ...]:
-    """Documents of very different lengths, up to `longest` tokens."""
+    """Documents of varied lengths, up to `longest` tokens."""
     chance = random.Random(SEED)
     known = words(shape.vocabulary - len(SPECIAL))
     return tuple(
@@ -142,8 +138,8 @@ def texts_for(shape: Shape, *, documents: int, longest: int) -> tuple[str, ...]:
 
 
 def moments_for(model: EditableModel, modules: Sequence[str]) -> Moments:
-    """Second moments with a quarter of the dimensions in use and little in the others; the same for
-    all modules, in float64.
+    """Second moments in float64 with large eigenvalues in a quarter of the dimensions. All modules
+    have the same.
     """
     size = model.weight(modules[0]).shape[1]
     generator = torch.Generator().manual_seed(SEED)
@@ -154,5 +150,5 @@ def moments_for(model: EditableModel, modules: Sequence[str]) -> Moments:
     matrix_II.diagonal().add_(0.01)
     moments = Moments({module: SecondMoment(module, matrix_II, 10 * size) for module in modules})
     for module in modules:
-        moments.factorise(module)  # once a run, so not an edit's time
+        moments.factorise(module)  # once per run, so it is not part of an edit's time
     return moments

@@ -1,5 +1,5 @@
-"""The benchmarks compare like with like: both ways give the same results, and what is written is
-whole. No test looks at a time.
+"""The benchmarks compare equal work: both implementations give the same results, and the result
+files are complete. No test checks a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from editkit.bench import measurements, run_bench, shapes
-from editkit.bench.base import Options, Race, relative_difference
+from editkit.bench.base import Options, PairedTiming, relative_difference
 from editkit.bench.shapes import model_shapes
 from editkit.bench.synthetic import (
     NUM_NEIGHBOURS,
@@ -107,9 +107,14 @@ def test_measurements_of_different_things_do_not_share_a_file(changes: dict[str,
 
 
 def test_every_mistake_in_the_options_is_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)'speed'.*rome.*'gpt5'.*gpt2-xl.*'int8'.*repeats"):
+    with pytest.raises(
+        ConfigError,
+        match=r"(?s)bench: unknown measurement \(got 'speed'; expected one of telemetry, rome,.*--shape: .*'gpt5'.*gpt2-xl.*--dtype: .*'int8'.*--repeats",
+    ):
         run_bench("speed", "gpt5", repeats=0, dtype="int8", folder=tmp_path)
-    with pytest.raises(ConfigError, match=r"--layers.*3 layers.*given 9"):
+    with pytest.raises(
+        ConfigError, match=r"--layers: this model has 3 layers \(got 9; expected 2 to 3\)"
+    ):
         run_bench("rome", "nano", layers=9, folder=tmp_path)
 
 
@@ -139,10 +144,10 @@ def test_the_same_options_give_the_same_weights_and_requests() -> None:
 
 
 def test_what_does_not_belong_to_a_run_is_taken_off_both_clocks() -> None:
-    race = Race(device="cpu")
-    race.run("ours", lambda: torch.ones(200, 200) @ torch.ones(200, 200))
-    (before,) = race.costs["ours"]
-    race.discount("ours", before.seconds / 4)
-    (after,) = race.costs["ours"]
+    timing = PairedTiming(device="cpu")
+    timing.run("ours", lambda: torch.ones(200, 200) @ torch.ones(200, 200))
+    (before,) = timing.costs["ours"]
+    timing.discount("ours", before.seconds / 4)
+    (after,) = timing.costs["ours"]
     assert after.seconds == pytest.approx(0.75 * before.seconds)
     assert after.cpu_seconds == pytest.approx(0.75 * before.cpu_seconds)

@@ -1,10 +1,10 @@
-"""The plain way: what the public reference code does, written down without its detours. No product
-code runs it.
+"""A direct implementation of the published algorithms. Only benchmarks run it.
 
-Every optimisation step is a forward pass of all tokens through all layers with logits over the
-whole vocabulary at every position; requests come one at a time; keys and outputs are read from
-whole passes; a least squares is a dense solve of d_in^3 in float64; each matrix has a pass over the
-corpus of its own; records are scored one at a time.
+It computes what the published code computes. Every optimisation step is a forward pass of all
+tokens through all layers, with logits over the whole vocabulary at every position. Requests are
+processed one at a time, and keys and outputs are read from complete passes. The least-squares
+problem is a dense solve of d_in^3 in float64. Every matrix has its own pass over the corpus.
+Records are scored one at a time.
 
 Shape letters: B sequences, C contexts, T tokens, V vocabulary, O d_out, I d_in, N requests.
 """
@@ -32,25 +32,25 @@ from editkit.types import EditRequest, Probe
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-DOCUMENTS_AT_ONCE = 100  # of the corpus, sorted by length together
+DOCUMENTS_AT_ONCE = 100  # documents of the corpus that are sorted by length together
 
-# requests and contexts -> the update of each matrix, (O, I)
+# Requests and contexts -> the update (O, I) of each matrix.
 Edit = Callable[["tuple[EditRequest, ...]", "tuple[str, ...]"], "Mapping[str, torch.Tensor]"]
 
-# keys (I, N) and residuals (O, N) of a module, float64 -> its update (O, I)
+# Keys (I, N) and residuals (O, N) of a module in float64 -> its update (O, I).
 Solve = Callable[[str, "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PlainTarget:
-    """delta, and what the site gives without it."""
+class ReferenceTarget:
+    """delta, and the output of the site without it."""
 
     delta_O: torch.Tensor
     initial_O: torch.Tensor
 
 
 def logits_of(model: EditableModel, batch: PromptBatch) -> torch.Tensor:
-    """(B, T, V): everything."""
+    """The logits of all positions, (B, T, V)."""
     logits_BTV: torch.Tensor = model.network(**batch.arguments, use_cache=False).logits
     return logits_BTV
 
@@ -62,8 +62,8 @@ def search_target(
     site: str,
     contexts: Sequence[str],
     settings: TargetSettings,
-) -> PlainTarget:
-    """The search of `targets.search`, its loss read off the full logits."""
+) -> ReferenceTarget:
+    """The search of `targets.search`, with its loss computed from the full logits."""
     filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
     encoded = [
         encode_with_target(model.tokenizer, prompt.text, request.target) for prompt in filled
@@ -128,14 +128,14 @@ def search_target(
             with torch.no_grad():
                 delta_O.mul_(settings.clamp * size / length)
     assert initial_O is not None
-    return PlainTarget(delta_O=delta_O.detach(), initial_O=initial_O)
+    return ReferenceTarget(delta_O=delta_O.detach(), initial_O=initial_O)
 
 
 def at_subject(
     model: EditableModel, request: EditRequest, contexts: Sequence[str], *, module: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C, I) and (C, O), float64: what goes into and comes out of a module at the subject's last
-    token, from a whole pass with logits.
+    """The input (C, I) and output (C, O) of a module at the subject's last token in float64, from a
+    complete pass with logits.
     """
     filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
     encoded = [encode(model.tokenizer, [prompt.text])[0] for prompt in filled]
@@ -166,8 +166,8 @@ def rome(
     settings: TargetSettings,
     inverse_II: torch.Tensor,
 ) -> torch.Tensor:
-    """The update of one edit with averaged keys; the covariance was inverted before, once a run, as
-    in the published code.
+    """The update of one edit with averaged keys. `inverse_II` is the inverse of the second moment,
+    computed once per run as in the published code.
     """
     keys_CI, outputs_CO = at_subject(
         model, request, contexts, module=model.family.down_projection(layer)
@@ -191,7 +191,7 @@ def memit(
     settings: TargetSettings,
     solve: Solve,
 ) -> dict[str, torch.Tensor]:
-    """The update of each layer, one layer after another; the weights are put back at the end, as in
+    """The update of each layer, computed layer by layer. The weights are restored at the end, as in
     the published code.
     """
     site = model.family.block(layers[-1])
@@ -230,8 +230,8 @@ def memit(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenseSolve:
-    """MEMIT's R K^T (prior + K K^T)^-1 as a dense solve in float64; with `remembers` D4S's, which
-    keeps the keys.
+    """MEMIT's R K^T (prior + K K^T)^-1 as a dense solve in float64. With `remembers` it is D4S's,
+    which includes the keys of earlier edits.
     """
 
     prior_II: torch.Tensor  # lambda C
@@ -252,8 +252,8 @@ class DenseSolve:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenseAlphaEdit:
-    """R K^T P ((G + K K^T) P + l2 I)^-1 as the published code solves it, in float64 where that
-    takes float32.
+    """R K^T P ((G + K K^T) P + l2 I)^-1 as in the published code, but in float64 instead of
+    float32.
     """
 
     projector_II: torch.Tensor
@@ -282,8 +282,10 @@ def second_moment(
     batch_tokens: int,
     stop: bool = True,
 ) -> torch.Tensor:
-    """E[k k^T] of one matrix, float32 sums, in a pass of its own, which stops there unless told
-    otherwise.
+    """E[k k^T] of one matrix with float32 sums, from its own pass.
+
+    Args:
+        stop: whether the pass stops at the matrix.
     """
     size = model.weight(module).shape[1]
     sum_II = torch.zeros(size, size, device=model.device)
@@ -310,14 +312,14 @@ def second_moment(
 
 
 def log_probabilities(model: EditableModel, probes: Sequence[Probe]) -> list[float]:
-    """The mean log-probability of each answer's tokens, from one batch with logits everywhere, read
-    token by token: a record at once.
+    """The mean log-probability of each answer's tokens, from one batch with logits at all
+    positions. The probes are those of one record.
     """
     encoded = [encode_with_target(model.tokenizer, probe.prompt, probe.answer) for probe in probes]
     batch = pad([sequence.ids[:-1] for sequence in encoded], device=model.device)
     with torch.no_grad():
         logits_BTV = logits_of(model, batch)
-    found = []
+    means = []
     for row, sequence in enumerate(encoded):
         total = 0.0
         for offset, token in enumerate(sequence.target_ids):
@@ -327,5 +329,5 @@ def log_probabilities(model: EditableModel, probes: Sequence[Probe]) -> list[flo
                 .log_softmax(-1)[token]
                 .item()
             )
-        found.append(total / len(sequence.target_ids))
-    return found
+        means.append(total / len(sequence.target_ids))
+    return means
