@@ -152,6 +152,7 @@ def test_a_misspelt_nested_key_is_answered_with_the_nearest_one() -> None:
             "editor.layers.0: invalid value (got True; expected a valid integer).",
         ),
         ("editor.target=3", "editor.target: invalid value (got 3; expected names and values)"),
+        ("editor.target.lr=0", "editor.target.lr: must be positive (got 0.0)."),
         (
             "evaluation.protocols=[probability,guess]",
             "evaluation.protocols.1: invalid value (got 'guess';",
