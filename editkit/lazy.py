@@ -8,6 +8,8 @@ touch an attribute of it while being imported: no decorators, no bases.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,3 +23,8 @@ else:
             return value
 
     torch = _Torch()
+
+
+def missing_packages(names: Iterable[str]) -> list[str]:
+    """The names that cannot be imported, in the given order. Imports nothing."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
