@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from editkit.api.editing import Session as Session
     from editkit.api.editing import edit as edit
     from editkit.api.loading import load as load
     from editkit.api.result import EditResult as EditResult
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from editkit.api.runs import load_run as load_run
     from editkit.api.runs import load_runs as load_runs
     from editkit.api.runs import run as run
+    from editkit.api.session import Session as Session
     from editkit.datasets.base import AbstractDataset as AbstractDataset
     from editkit.editors.base import AbstractEditor as AbstractEditor
     from editkit.editors.base import Plan as Plan
@@ -70,7 +70,7 @@ else:
         "Prune": "restraints.prune",
         "Rect": "restraints.rect",
         "Rome": "editors.rome",
-        "Session": "api.editing",
+        "Session": "api.session",
         "Step": "editors.base",
         "edit": "api.editing",
         "export": "api.runs",

@@ -1,9 +1,9 @@
-"""The model that is edited: the one object that changes, through one method, `apply`.
+"""The model under edit. `EditableModel.apply` is the only operation that changes weights for good.
 
-Outside this file every matrix is (d_out, d_in); that GPT-2's Conv1D stores the transpose is known
-here alone, and by the module's type: a square matrix would not tell. A stored weight is always W_0
-+ total, rounded once, with the total summed in float32. Adding small updates to a bfloat16 weight
-in place loses most of them.
+Outside this file every matrix is (d_out, d_in). Only this file knows that GPT-2's Conv1D stores the
+transpose. The module's type decides, because the shape of a square matrix does not. A stored weight
+is always W_0 + total, rounded once, with the total summed in float32. In-place addition of small
+updates to a bfloat16 weight would lose most of them.
 
 Shape letters: O d_out, I d_in, N any leading shape, B rows, T tokens, D width of the residual
 stream, V vocabulary.
@@ -15,42 +15,39 @@ import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.linalg.lowrank import Update, dense, frobenius
 from editkit.linalg.total import Total
-from editkit.model.families import Family, Outline, check_family
+from editkit.model.families import Family, Outline, check_family, not_a_matrix
 from editkit.model.fingerprint import fingerprint
+from editkit.model.history import Mark
 from editkit.model.tokens import PromptBatch, require_offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-ROWS_AT_ONCE = {
-    "cpu": 128,
-    "cuda": 1024,
-}  # bounds the float64 copies that the rounding error needs; on a CPU they stay in its cache
+# Rows of a slice. It bounds the float64 copies for the rounding error, which stay in a CPU's cache.
+ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(slots=True, eq=False)
 class _Edited:
     """One matrix under edit."""
 
-    base_OI: torch.Tensor  # W_0, in the dtype it came in; on the CPU if it was asked for there
+    base_OI: torch.Tensor  # W_0 in its original dtype, on the requested device
     total: Total
-    sum_OI: (
-        torch.Tensor
-    )  # total.dense(), kept up to date: adding it up anew would cost more with every edit
+    # total.dense(), updated with every edit, because a new sum would cost more with every edit
+    sum_OI: torch.Tensor
     base_frobenius: float  # |W_0|_F
 
 
 class EditableModel:
-    """A causal language model, its tokenizer, and the matrices of it that are being edited.
+    """A causal language model, its tokenizer, and its matrices under edit.
 
-    The network is put into evaluation mode and needs no gradients of its own. Its dropout never
-    runs.
+    The network is in evaluation mode, so dropout is off, and its parameters need no gradients.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class EditableModel:
         name: str,
         family: Family,
     ) -> None:
-        """Raises ConfigError for a slow tokenizer, or a family whose names are not in the
+        """Raises ConfigError for a slow tokenizer, or for a family whose names do not exist in the
         network.
         """
         require_offsets(tokenizer)
@@ -73,107 +70,113 @@ class EditableModel:
         self.fingerprint = fingerprint(network, tokenizer)
         self._edited: dict[str, _Edited] = {}
         self._is_corrected = False
+        self._marks: list[Mark] = []
 
-    # What it is
+    # Properties of the model
 
     @property
     def device(self) -> torch.device:
-        result: torch.device = next(self.network.parameters()).device
-        return result
+        device: torch.device = next(self.network.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored weights."""
-        result: torch.dtype = next(self.network.parameters()).dtype
-        return result
+        """The dtype of the stored weights."""
+        dtype: torch.dtype = next(self.network.parameters()).dtype
+        return dtype
 
     @property
     def max_length(self) -> int:
-        """The number of positions that the network was made for."""
-        result: int = self.network.config.max_position_embeddings
-        return result
+        """The context length: the number of positions of the network."""
+        positions: int = self.network.config.max_position_embeddings
+        return positions
 
     def module(self, name: str) -> torch.nn.Module:
-        """A module by its dotted name. Raises ConfigError, with the nearest names, where there is
-        none.
+        """The module of that dotted name. Raises ConfigError, with the nearest names, for an
+        unknown one.
         """
         try:
-            result: torch.nn.Module = self.network.get_submodule(name)
-            return result
+            module: torch.nn.Module = self.network.get_submodule(name)
+            return module
         except AttributeError:
             near = difflib.get_close_matches(
                 name, [known for known, _ in self.network.named_modules()], n=3
             )
             raise ConfigError(
-                f"{self.name} ({self.num_layers} layers) has no module {name!r}. Nearest: "
-                f"{', '.join(near) or 'none'}."
+                message(
+                    name,
+                    f"{self.name} ({self.num_layers} layers) has no such module",
+                    fix=f"use one of the nearest names: {', '.join(near)}" if near else None,
+                )
             ) from None
 
     def down_projections(self, layers: Sequence[int]) -> tuple[str, ...]:
-        """The MLP down projections of some layers, in the order given. Raises ConfigError for a
-        layer that is not there.
+        """The MLP down projections of the given layers, in the given order. Raises ConfigError for
+        a layer that the model does not have.
         """
         return self._outline.down_projections(layers)
 
     def mlp_matrices(self, layers: Sequence[int]) -> tuple[str, ...]:
-        """All matrices of the MLPs of some layers, in the order in which a pass reaches them.
-        Raises ConfigError as `down_projections`.
+        """All MLP matrices of the given layers, in the order of a forward pass. Raises ConfigError
+        for a layer or module that the model does not have.
         """
         names = self._outline.mlp_matrices(layers)
         for name in names:
-            self.module(name)  # the names of a family of a person's own may be wrong
+            self.module(name)  # the names of a user's own family may be wrong
         return names
 
     @property
     def _outline(self) -> Outline:
         return Outline(name=self.name, family=self.family, num_layers=self.num_layers)
 
-    # What it computes
+    # Forward passes
 
     def final_hidden(self, batch: PromptBatch) -> torch.Tensor:
-        """(B, T, D): the hidden states behind the final norm, before the head. Under the caller's
-        grad mode.
+        """(B, T, D): the hidden states after the final norm, before the head. The caller decides
+        whether gradients are recorded.
         """
-        result: torch.Tensor = self.module(self.family.base)(
+        hidden_BTD: torch.Tensor = self.module(self.family.base)(
             **batch.arguments, use_cache=False
         ).last_hidden_state.to(self.device)
-        return result
+        return hidden_BTD
 
     def hidden_to_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """(N, V) in the model's dtype, from `final_hidden` at the positions that matter: logits of
-        all positions are never formed.
-        """
-        logits_NV = self.network.get_output_embeddings()(hidden_ND).to(hidden_ND.device)
-        cap = getattr(self.network.config, "final_logit_softcapping", None)  # Gemma 2
-        result: torch.Tensor = logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
-        return result
+        """(N, V) logits in the model's dtype.
 
-    # Its weights
+        `hidden_ND` holds the rows of `final_hidden` at the positions that are read, so that logits
+        of all positions are never computed.
+        """
+        head: Any = self.network.get_output_embeddings()
+        logits_NV: torch.Tensor = head(hidden_ND).to(hidden_ND.device)
+        cap = getattr(self.network.config, "final_logit_softcapping", None)  # Gemma 2
+        return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
+
+    # Weights
 
     def weight(self, module: str) -> torch.Tensor:
-        """(O, I): the matrix as it is used, a view of what is stored. Not to be written."""
+        """(O, I): the current matrix, as a view of the stored weights. Callers must not
+        write it.
+        """
         from transformers.pytorch_utils import Conv1D
 
-        found = self.module(module)
-        if isinstance(found, Conv1D):
-            return found.weight.detach().T
-        if isinstance(found, torch.nn.Linear):
-            return found.weight.detach()
-        raise ConfigError(
-            f"{module} is a {type(found).__name__} - only Linear and Conv1D hold a matrix that "
-            "can be edited."
-        )
+        layer = self.module(module)
+        if isinstance(layer, Conv1D):
+            return layer.weight.detach().T
+        if isinstance(layer, torch.nn.Linear):
+            return layer.weight.detach()
+        raise ConfigError(not_a_matrix(module, layer))
 
     def edit(self, modules: Sequence[str], *, base_device: str | None = None) -> None:
-        """Declares which matrices will be edited: keeps their W_0 and a float32 total. Declaring
-        one again changes nothing.
+        """Declares matrices that will be edited, and stores their W_0 and a float32 total.
+
+        A second declaration of the same matrix has no effect.
 
         Args:
-            base_device: where W_0 is kept; None: beside the weights.
+            base_device: the device of W_0; the device of the weights if None.
 
         Raises:
             ConfigError: other modules share a matrix (tied embeddings), or its weights are
-                quantised, or elsewhere until they are needed.
+                quantised or offloaded.
         """
         for name in modules:
             if name not in self._edited:
@@ -196,69 +199,68 @@ class EditableModel:
         return tuple(self._edited)
 
     def base(self, module: str) -> torch.Tensor:
-        """(O, I): W_0, the matrix before all edits. Not to be written."""
+        """(O, I): W_0, the matrix before all edits. Callers must not write it."""
         return self._edited[module].base_OI if module in self._edited else self.weight(module)
 
     def base_frobenius(self, module: str) -> float:
-        """|W_0|_F of a matrix declared by `edit`, in float64."""
+        """The Frobenius norm of W_0 of a declared matrix, in float64."""
         return self._declared(module).base_frobenius
 
     def total(self, module: str) -> Total:
-        """D = W_N - W_0 as the sum of all updates."""
+        """D = W_N - W_0, the sum of all updates of a declared matrix."""
         return self._declared(module).total
 
     def totals(self) -> dict[str, Total]:
-        """The totals of all edited matrices."""
+        """The totals of all declared matrices."""
         return {name: edited.total for name, edited in self._edited.items()}
 
     def apply(self, module: str, update: Update) -> float:
-        """Adds an update (O, I) to a matrix. The only write in the program that lasts.
+        """Adds an update (O, I) to a declared matrix. No other method changes weights for good.
 
-        Returns the rounding error ||stored - (W_0 + total)||_F / ||update||_F: what the dtype of
-        the weights loses, in units of this update; 0 for an update of zeros.
+        Returns the rounding error ||stored - (W_0 + total)||_F / ||update||_F, which measures the
+        loss in the dtype of the weights relative to this update. It is 0 for an update of zeros.
         """
         if self._is_corrected:
             raise RuntimeError(
-                "apply inside `temporarily`: the update would be computed on weights that are "
-                "about to go."
+                "apply inside `temporarily`: the update would belong to temporary weights."
             )
         edited = self._declared(module)
         update = update.to(device=edited.sum_OI.device)
         edited.total = edited.total.plus(update)
         if edited.total.matrix is None:
-            edited.sum_OI += dense(update).to(
-                torch.float32
-                # the addition that Total.dense makes, in its order: a restored model has the same
-                # bits
-            )
+            # The same addition in the same order as in Total.dense, so that a restored model has
+            # the same bits.
+            edited.sum_OI += dense(update).to(torch.float32)
         else:
-            edited.sum_OI = edited.total.matrix  # never written in place from here on
+            edited.sum_OI = edited.total.matrix  # not written in place from here on
         error = self._store(module, edited.sum_OI)
         size = frobenius(update)
         return error / size if size else 0.0
 
     def restore(self, totals: Mapping[str, Total]) -> None:
-        """Sets the totals to those of an earlier run: the weights get the same bits that they had
-        there.
-        """
+        """Sets the totals to saved ones. The weights get the same bits as in the saved run."""
         for name, total in totals.items():
             edited = self._declared(name)
             if tuple(total.shape) != tuple(edited.base_OI.shape):
                 raise ConfigError(
-                    f"the saved total of {name} is {tuple(total.shape)}, the matrix is "
-                    f"{tuple(edited.base_OI.shape)}: another model."
+                    message(
+                        name,
+                        "the saved total belongs to another model",
+                        got=tuple(total.shape),
+                        expected=f"shape {tuple(edited.base_OI.shape)}",
+                    )
                 )
             edited.total = _moved(total, edited.sum_OI.device)
             sum_OI = edited.total.dense() if edited.total.matrix is None else edited.total.matrix
-            edited.sum_OI = sum_OI.to(
-                self.weight(name).device
-            )  # an empty total does not know its device
+            # An empty total does not know its device.
+            edited.sum_OI = sum_OI.to(self.weight(name).device)
             self._store(name, edited.sum_OI)
 
     @contextlib.contextmanager
     def temporarily(self, corrections: Mapping[str, Update]) -> Iterator[None]:
-        """Inside, each named matrix is W_0 + (total + correction); afterwards it has its former
-        bits again, also after an error.
+        """Sets each named matrix to W_0 + (total + correction) inside the block.
+
+        The former bits are restored at the end of the block, also after an error.
         """
         if self._is_corrected:
             raise RuntimeError("`temporarily` does not nest.")
@@ -274,22 +276,52 @@ class EditableModel:
                 self._store(name, edited.sum_OI)
             self._is_corrected = False
 
+    def mark(self) -> Mark:
+        """Remembers the present totals: the next `undo` returns to them."""
+        self._marks.append(Mark.of(self.totals()))
+        return self._marks[-1]
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """The edits that `undo` can take back, oldest first."""
+        return tuple(self._marks)
+
+    def undo(self) -> None:
+        """Takes the last edit back: the weights have the bits from before it.
+
+        Raises:
+            ConfigError: there is no edit to take back.
+        """
+        if not self._marks:
+            raise ConfigError(message("undo", f"{self.name} has no edit to take back"))
+        self._return_to(self._marks[-1])
+        self._marks.pop()
+
+    def reset(self) -> None:
+        """Takes all edits back: every matrix is W_0."""
+        self._return_to(Mark({}))
+        self._marks.clear()
+
     def nonfinite_module(self) -> str | None:
-        """The first edited matrix that holds a nan or an infinity."""
+        """The first declared matrix with a nan or an infinity; None if all are finite."""
         return next(
             (name for name in self._edited if not bool(torch.isfinite(self.weight(name)).all())),
             None,
         )
 
     def to(self, device: torch.device | str) -> None:
-        """Moves the network, and what is kept of the edited matrices."""
+        """Moves the network and the stored data of the declared matrices."""
         self.network.to(device)
         for edited in self._edited.values():
-            edited.base_OI = edited.base_OI.to(device)  # W_0 too, wherever it was
+            edited.base_OI = edited.base_OI.to(device)
             edited.total = _moved(edited.total, device)
             edited.sum_OI = (
                 edited.sum_OI.to(device) if edited.total.matrix is None else edited.total.matrix
             )
+
+    def _return_to(self, mark: Mark) -> None:
+        zero = {name: Total(total.shape) for name, total in self.totals().items()}
+        self.restore(zero | dict(mark.totals))
 
     def _declared(self, module: str) -> _Edited:
         if module not in self._edited:
@@ -300,13 +332,12 @@ class EditableModel:
         return self._edited[module]
 
     def _store(self, module: str, total_OI: torch.Tensor) -> float:
-        """Writes round(W_0 + total), in slices of rows; returns the Frobenius norm of what the
-        rounding took away.
+        """Writes round(W_0 + total) in slices of rows. Returns the Frobenius norm of the rounding
+        error.
         """
         weight_OI, base_OI = self.weight(module), self._edited[module].base_OI
-        squares = torch.zeros(
-            (), dtype=torch.float64, device=weight_OI.device
-        )  # looked at once: each look waits for a GPU
+        # Read once at the end, because each read waits for a GPU.
+        squares = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
         rows = ROWS_AT_ONCE.get(weight_OI.device.type, 1024)
         with torch.no_grad():
             for weight, base, total in zip(
@@ -315,18 +346,26 @@ class EditableModel:
                 base = base.to(total.device, non_blocking=True)
                 weight.copy_(base.float() + total)
                 squares += (weight.double() - (base.double() + total.double())).square().sum()
-        result: float = float(squares) ** 0.5
-        return result
+        norm: float = float(squares) ** 0.5
+        return norm
 
     def _require_editable(self, module: str, weight_OI: torch.Tensor) -> None:
         if weight_OI.device.type == "meta":
             raise ConfigError(
-                f"{module} lies elsewhere until it is needed (offloaded) - an edit has to be "
-                "written: give it a device."
+                message(
+                    module,
+                    "the weights are offloaded, and offloaded weights cannot be edited",
+                    fix="place the module on a device with enough memory",
+                )
             )
         if not weight_OI.is_floating_point():
             raise ConfigError(
-                f"{module} holds {weight_OI.dtype} values - quantised weights cannot be edited."
+                message(
+                    module,
+                    "quantised weights cannot be edited",
+                    got=str(weight_OI.dtype),
+                    expected="a floating-point dtype",
+                )
             )
         storage = weight_OI.untyped_storage().data_ptr()
         sharing = [
@@ -336,8 +375,12 @@ class EditableModel:
         ]
         if sharing:
             raise ConfigError(
-                f"{module} shares its weights with {', '.join(sharing)}: an edit would change "
-                "those too."
+                message(
+                    module,
+                    f"the matrix shares its weights with {', '.join(sharing)}, which an edit would "
+                    "change as well",
+                    fix="edit another matrix",
+                )
             )
 
 

@@ -1,0 +1,321 @@
+"""`editkit.Session`: one editor on one model, one call per batch of edits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editkit.api.composing import kept_generators
+from editkit.api.method import RestraintChoice, choose_method
+from editkit.api.requests import batch_of, request_of
+from editkit.api.result import EditResult
+from editkit.editors.base import AbstractEditor, Step
+from editkit.errors import ConfigError, OptionError, keys_under, message
+from editkit.evaluation.scoring.teacher_forcing import score
+from editkit.lazy import torch
+from editkit.linalg.spectral import Spectrum, extreme_singular_values
+from editkit.linalg.telemetry import module_record
+from editkit.linalg.total import Total
+from editkit.resources.stopwatch import Stopwatch
+from editkit.runner.checkpoint import generator_states, restore_generators
+from editkit.runner.context_length import require_room
+from editkit.runner.measure import corrections
+from editkit.runner.step import apply_batch
+from editkit.stats.build import build as build_moments
+from editkit.stats.store import Moments
+from editkit.types import EditRequest, Probe, TensorState
+
+if TYPE_CHECKING:
+    from editkit.linalg.lowrank import Update
+    from editkit.model.editable import EditableModel
+    from editkit.model.history import Mark
+    from editkit.stats.corpus import StatsConfig
+
+TOKENS_PER_BATCH = 4096  # for the probabilities of the targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """Everything besides the weights that the next edit depends on."""
+
+    mark: Mark | None  # of the edit that led here; None: no edit of the session yet
+    editor: TensorState
+    solve: TensorState
+    spectra: Mapping[str, Spectrum]
+    generators: TensorState
+
+
+class Session:
+    """One editor with its restraints on one model, for several edits in sequence.
+
+    The session keeps what a sequence needs: contexts, second moments, and the history of D4S and
+    AlphaEdit. Edits continue on the weights as they are. After `model.undo()` the session continues
+    from the state before the edit.
+
+    Args:
+        model: from `editkit.load`.
+        editor: a name of `conf/editor` ("rome", "memit", "ft", ...) or an editor object.
+        recipe: the model whose numbers the editor uses ("gpt2-xl"); by default the model's own
+            name. `editkit ls recipe` lists them.
+        restraint: a name of `conf/restraint`, a restraint object, or several of them.
+        options: further options by dotted key: `{"target.lr": 0.5, "layers": [5]}`. Options of a
+            restraint begin with its name: `{"restraint.prune.alpha": 1.5}`.
+        second_moments: the text whose keys the editor preserves: a text file, a folder of .txt
+            files, "hub" (Wikipedia), "world" (of the bundled models, and their default) or a
+            StatsConfig. Results are cached in `~/.cache/editkit`.
+        seed: of everything that is drawn.
+
+    Raises:
+        ConfigError: an argument is invalid, or second moments are needed and have no source.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        editor: str | AbstractEditor[Any] = "rome",
+        *,
+        recipe: str | None = None,
+        restraint: RestraintChoice | None = None,
+        options: Mapping[str, object] | None = None,
+        second_moments: str | Path | StatsConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        method = choose_method(
+            model.name,
+            editor=editor,
+            recipe=recipe,
+            restraint=restraint,
+            options=options,
+            second_moments=second_moments,
+        )
+        self.model, self.editor, self.restraints = model, method.editor, method.restraints
+        if lacking := self.editor.lacks():
+            raise ConfigError([f"editor.{problem}" for problem in lacking])
+        if self.editor.needs_moments and method.stats is None:
+            raise ConfigError(
+                message(
+                    "second_moments",
+                    f"{type(self.editor).__name__} needs second moments of keys",
+                    got=None,
+                    expected="a text file, a folder of .txt files or 'hub'",
+                    fix='pass second_moments="path/to/text"; '
+                    'ROME also works without, with options={"covariance": None}',
+                )
+            )
+        with kept_generators(), _unedited(model):
+            with keys_under("editor"):
+                self.modules = self.editor.modules(model)
+                self._contexts = self.editor.contexts(model, torch.Generator().manual_seed(seed))
+            model.edit(self.modules)
+            spectra = {
+                module: extreme_singular_values(model.weight(module)) for module in self.modules
+            }
+            self._base_sigma_max = {name: value.sigma_max for name, value in spectra.items()}
+            for name, total in self.restraints.totals.items():
+                if problems := total.check(self._base_sigma_max):
+                    raise OptionError(problems).under(f"restraint.{name}")
+            self._moments = Moments()
+            if method.stats is not None:
+                wanted = self.editor.moment_modules(model)
+                self._moments = build_moments(model, wanted, method.stats)
+            self._moments = self._moments.solved_in(method.solve_dtype)
+            torch.manual_seed(seed)
+            with keys_under("editor"):
+                editor_state = self.editor.init(model, self._moments)
+            solve_state: TensorState = {}
+            if self.restraints.solve is not None:
+                with keys_under(f"restraint.{self.restraints.solve_name}"):
+                    solve_state = self.restraints.solve.init(model, self._moments)
+            start = _State(
+                mark=None,
+                editor=editor_state,
+                solve=solve_state,
+                spectra=spectra,
+                generators=generator_states(),
+            )
+        self._history = [start]
+
+    @property
+    def num_edits(self) -> int:
+        """The number of batches of this session that are in the model."""
+        self._current()
+        return len(self._history) - 1
+
+    def edit(
+        self,
+        requests: EditRequest | Sequence[EditRequest] | None = None,
+        *,
+        prompt: str | None = None,
+        subject: str | None = None,
+        target: str | None = None,
+    ) -> EditResult:
+        """Edits one batch of requests in, or one fact given by prompt, subject and target.
+
+        An edit whose numbers are not finite is taken back; `EditResult.nonfinite` names them.
+
+        Args:
+            prompt: with "{}" in the place of the subject: "The capital of {} is".
+            target: bare text without a leading blank.
+
+        Raises:
+            ConfigError: a request is invalid, longer than the model's context length, or one of
+                too many.
+        """
+        model, state = self.model, self._current()
+        if requests is None:
+            requests = request_of(prompt=prompt, subject=subject, target=target)
+        elif any(text is not None for text in (prompt, subject, target)):
+            problem = "requests were given, and prompt, subject or target too"
+            raise ConfigError(message("requests", problem, fix="leave one of the two out"))
+        batch = batch_of(requests, self.editor)
+        require_room(model, batch, self._contexts, [()] * len(batch))
+        before = _probabilities(model, batch)
+        step = Step(
+            model=model,
+            requests=batch,
+            contexts=self._contexts,
+            state=state.editor,
+            moments=self._moments,
+            objective=self.restraints.objective,
+        )
+        clock, mark = Stopwatch(model.device), model.mark()
+        try:
+            with kept_generators():
+                restore_generators(state.generators)
+                applied = apply_batch(
+                    step,
+                    self.editor,
+                    self.restraints,
+                    base_sigma_max=self._base_sigma_max,
+                    solve_state=state.solve,
+                    clock=clock,
+                )
+                nonfinite = applied.nonfinite
+                if nonfinite is None and (module := model.nonfinite_module()):
+                    nonfinite = f"weight of {module}"
+                if nonfinite is None:
+                    editor_state, solve_state = self.editor.observe(step), state.solve
+                    if self.restraints.solve is not None:
+                        for problem in applied.problems:
+                            solve_state = self.restraints.solve.observe(
+                                problem, solve_state, self._moments
+                            )
+                    with clock.phase("restrain"):
+                        self._restrain(len(self._history))
+                    generators = generator_states()
+        except BaseException:
+            model.undo()  # a part of the batch may be written
+            raise
+        if nonfinite is not None:
+            model.undo()
+            return EditResult(
+                requests=batch,
+                probability_before=before,
+                probability_after=before,
+                seconds=clock.seconds,
+                nonfinite=nonfinite,
+            )
+        with clock.phase("telemetry"):
+            spectra = {
+                module: extreme_singular_values(model.weight(module), spectrum)
+                for module, spectrum in state.spectra.items()
+            }
+            telemetry = self._telemetry(spectra, applied.updates)
+        self._history.append(
+            _State(
+                mark=mark,
+                editor=editor_state,
+                solve=solve_state,
+                spectra=spectra,
+                generators=generators,
+            )
+        )
+        return EditResult(
+            requests=batch,
+            updates={module: update for module, (update, _) in applied.updates.items()},
+            telemetry=telemetry,
+            probability_before=before,
+            probability_after=_probabilities(model, batch),
+            seconds=clock.seconds,
+        )
+
+    @contextlib.contextmanager
+    def restrained(self, name: str | None = None) -> Iterator[None]:
+        """Inside, the model is the restrained view of a restraint on the total, as a run measures
+        it (PRUNE): W_0 + F(D). Afterwards it is as before.
+
+        Args:
+            name: which restraint; not needed if there is one.
+
+        Raises:
+            ConfigError: the session has no such restraint.
+        """
+        totals = self.restraints.totals
+        if name is None and len(totals) == 1:
+            name = next(iter(totals))
+        if name is None or name not in totals:
+            expected = (
+                f"one of {', '.join(totals)}" if totals else "a session with such a restraint"
+            )
+            problem = "no such restraint on the total"
+            raise ConfigError(message("restrained", problem, got=name, expected=expected))
+        correction = corrections(totals[name], self._totals(), self._base_sigma_max)
+        with self.model.temporarily(correction):
+            yield
+
+    def _current(self) -> _State:
+        """The state after the last edit that was not undone."""
+        marks = set(self.model.marks)
+        while self._history[-1].mark is not None and self._history[-1].mark not in marks:
+            self._history.pop()
+        return self._history[-1]
+
+    def _totals(self) -> dict[str, Total]:
+        return {module: self.model.total(module) for module in self.modules}
+
+    def _restrain(self, number: int) -> None:
+        """Writes the restrained totals into the model after step `number`, where that is due."""
+        for restraint in self.restraints.totals.values():
+            every = restraint.every or 0
+            if restraint.apply_at == "every" and every and number % every == 0:
+                added = corrections(restraint, self._totals(), self._base_sigma_max)
+                for module, correction in added.items():
+                    self.model.apply(module, correction)
+
+    def _telemetry(
+        self, spectra: Mapping[str, Spectrum], updates: Mapping[str, tuple[Update, float]]
+    ) -> dict[str, dict[str, float]]:
+        telemetry = {}
+        for module, spectrum in spectra.items():
+            update, rounding_error = updates.get(module, (None, 0.0))
+            telemetry[module] = module_record(
+                self.model.weight(module),
+                spectrum,
+                update,
+                self.model.total(module),
+                rounding_error=rounding_error,
+            )
+        return telemetry
+
+
+@contextlib.contextmanager
+def _unedited(model: EditableModel) -> Iterator[None]:
+    """Inside, all weights are W_0; afterwards the edits are back."""
+    totals = model.totals()
+    if all(total.is_zero for total in totals.values()):
+        yield
+        return
+    model.restore({name: Total(total.shape) for name, total in totals.items()})
+    try:
+        yield
+    finally:
+        model.restore(totals)
+
+
+def _probabilities(model: EditableModel, requests: Sequence[EditRequest]) -> tuple[float, ...]:
+    probes = [Probe(prompt=request.full_prompt, answer=request.target) for request in requests]
+    scores = score(model, probes, tokens_per_batch=TOKENS_PER_BATCH)
+    return tuple(scores[probe].probability for probe in probes)
