@@ -199,9 +199,9 @@ class Session:
                 if nonfinite is None:
                     editor_state, solve_state = self.editor.observe(step), state.solve
                     if self.restraints.solve is not None:
-                        for problem in applied.problems:
+                        for solved in applied.problems:
                             solve_state = self.restraints.solve.observe(
-                                problem, solve_state, self._moments
+                                solved, solve_state, self._moments
                             )
                     with clock.phase("restrain"):
                         self._restrain(len(self._history))
