@@ -134,7 +134,7 @@ class Measurement:
 class EvalRecord:
     """A measurement of one view at one step: a line of `evals.jsonl`, which is flat."""
 
-    step: int
+    step: int  # the number of batches so far
     view: str  # "unrestrained", or the name of a restraint on the total
     measurement: Measurement
     # The number of edits (of the block) from which the measured ones were sampled, if it was a
