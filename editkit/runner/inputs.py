@@ -1,5 +1,6 @@
-"""What a run reads besides its configuration. One that goes on must find the same again: its
-records would be of two runs otherwise.
+"""The inputs of a run besides its configuration: dataset, model, second moments, evaluation data.
+
+A resumed run must find the same inputs. Its records would otherwise come from two different runs.
 """
 
 from __future__ import annotations
@@ -7,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 
-MODEL, DATASET = (
-    "model",
-    "dataset",
-)  # names of inputs; one of second moments is `second_moment(module)`
+# names of inputs; that of second moments is `second_moment(module)`
+MODEL, DATASET = "model", "dataset"
 DIGITS = 12
-REMEDY = "start anew with resume=never, which removes the earlier results"
+ANEW = "start anew with resume=never, which removes the earlier results"
 
 
 def of_dataset(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """A dataset's inputs, from what it says of itself in the provenance: its file, and others that
-    its requests are made from.
+    """The inputs of a dataset, from its entry in the provenance: its file, and others that its
+    requests are made from.
     """
     others = {
         f"{DATASET}.{name}": str(value) for name, value in (provenance.get("variant") or {}).items()
@@ -28,34 +27,45 @@ def of_dataset(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 def second_moment(module: str) -> str:
+    """The name of the input for a module's second moments."""
     return f"stats of {module}"
 
 
 def require_same(
-    began_with: Mapping[str, str] | None, found: Mapping[str, str], *, source: str
+    began_with: Mapping[str, str] | None, now: Mapping[str, str], *, source: str
 ) -> None:
-    """Raises ConfigError for inputs that are others now, or of which the run's files do not say
-    what they were.
+    """Compares inputs with those that a run began with.
 
     Args:
-        began_with: digests by input, as the run's files have them; None where there is no earlier
-        run. found: those of now, perhaps not of all inputs. source: where these come from, for the
-        message.
+        began_with: digests by input from the run's files; None for a new run.
+        now: digests of the present inputs, not necessarily of all of them.
+        source: where these inputs come from, for the message.
+
+    Raises:
+        ConfigError: an input has changed, or the run's files do not tell what it was.
     """
     if began_with is None:
         return
     problems = []
-    for name, digest in found.items():
+    for name, digest in now.items():
         if name not in began_with:
             problems.append(
-                f"{name}: the checkpoint does not say whether the run began with {source} as it is now - it was written by an earlier "
-                f"version of editkit. Finish the run with that version, or {REMEDY}."
+                message(
+                    name,
+                    f"the checkpoint does not record whether the run began with {source} as it is "
+                    "now, because an earlier version of editkit wrote it",
+                    fix=f"finish the run with that version, or {ANEW}",
+                )
             )
         elif began_with[name] != digest:
-            before, now = began_with[name][:DIGITS], digest[:DIGITS]
             problems.append(
-                f"{name}: {source} is not what the run began with (digest {before}... then, {now}... now). "
-                f"Put the former back, or {REMEDY}."
+                message(
+                    name,
+                    f"{source} is not what the run began with",
+                    got=digest[:DIGITS],
+                    expected=f"a digest that begins with {began_with[name][:DIGITS]!r}",
+                    fix=f"restore the former one, or {ANEW}",
+                )
             )
     if problems:
         raise ConfigError(problems)

@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: versions, digests, device, time and memory."""
+"""The provenance of a run's numbers: versions, digests, device, time and memory."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from editkit.datasets.base import LoadedDataset
 from editkit.files import read_object, write_atomically
 from editkit.lazy import torch
 from editkit.runner.inputs import of_dataset
 
 if TYPE_CHECKING:
-    from editkit.config.experiment import Experiment
-    from editkit.runner.plan import Trajectory
+    from editkit.model.editable import EditableModel
 
 PROVENANCE = "provenance.json"
-ENVIRONMENT = (
-    "git",
-    "packages",
-    "python",
-    "platform",
-    "device",
-    "threads",
-)  # what may change the last bits
+# the keys whose values may change the last bits
+ENVIRONMENT = ("git", "packages", "python", "platform", "device", "threads")
 PACKAGES = ("editkit", "torch", "transformers", "tokenizers", "numpy", "safetensors", "hydra-core")
 
 
+def describe(model: EditableModel, data: LoadedDataset) -> dict[str, Any]:
+    """The facts that runs and trainings share: program, machine, model and dataset."""
+    return environment(model.device) | {
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "dataset": data.provenance(),
+    }
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """The program and the machine; the host's name is left out on purpose, runs are shared."""
+    """The program and the machine. The host's name is left out on purpose: runs are shared."""
     return {
         "git": git_commit(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -49,8 +56,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of editkit's source, with "+changes" where the work tree differs; None outside a
-    checkout.
+    """The commit of editkit's source, with "+changes" if the work tree differs from it; None
+    outside a checkout.
     """
     folder = Path(__file__).parent
 
@@ -73,82 +80,59 @@ def git_commit() -> str | None:
     return f"{commit}+changes" if commit and changes else commit
 
 
-def peak_memory_bytes(device: torch.device) -> dict[str, int]:
-    """The most that this process has held so far."""
+def peak_memory_bytes(device: torch.device, peaks: Mapping[str, int]) -> dict[str, int]:
+    """The most memory that this process has held so far, on the host and on a GPU.
+
+    Args:
+        peaks: the peak of each phase. Noting a phase restarts the process's own count.
+    """
     peak = {
         "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024)
     }
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
+    key = "device" if device.type == "cuda" else "host"
+    peak[key] = max([peak[key], *peaks.values()])
     return peak
 
 
-def describe(experiment: Experiment, job: Trajectory) -> dict[str, Any]:
-    """The provenance as far as it is known before the first edit."""
-    return environment(job.model.device) | {
-        "model": {
-            "name": job.model.name,
-            "fingerprint": job.model.fingerprint,
-            "dtype": str(job.model.dtype).removeprefix("torch."),
-        },
-        "dataset": experiment.data.provenance(),
-        "requests": [request.id for request in job.requests],
-        "evaluated": job.evaluated(),
-        "statistics": job.moments.digests,
-        "editor": dict(experiment.editor.provenance()),
-        "seed": experiment.seed,
-    }
-
-
 def save_provenance(
-    folder: Path, provenance: dict[str, Any], *, seconds: float, job: Trajectory, num_lost: int
+    folder: Path,
+    provenance: Mapping[str, Any],
+    *,
+    seconds: float,
+    num_lost: int,
+    measured: Mapping[str, Any],
 ) -> None:
-    """Writes what was known before the first edit, and what this session took, added to earlier
-    ones.
+    """Writes provenance.json: `provenance`, the time of all sessions with the number of steps that
+    had to be repeated, then `measured`.
     """
     before = read_provenance(folder)
-    peaks = job.peaks.bytes
-    whole, key = (
-        peak_memory_bytes(job.model.device),
-        "device" if job.model.device.type == "cuda" else "host",
-    )
-    whole[key] = max(
-        whole[key], *peaks.values()
-    )  # noting phases begins the process's own count anew
-    # A run that was cut off may have gone on elsewhere: of earlier sessions stands here what the
-    # next one had another of.
-    changed = {
-        key: before[key] for key in ENVIRONMENT if key in before and before[key] != provenance[key]
-    }
-    measured = {
-        "earlier_sessions": [*before.get("earlier_sessions", []), *([changed] if changed else [])],
-        **added_up(before, seconds=seconds, num_lost=num_lost),
-        "peak_memory_bytes": whole,
-        "peak_memory_bytes_by_phase": peaks,  # of the last session
-    }
-    write_atomically(folder / PROVENANCE, json.dumps(provenance | measured, indent=1).encode())
-
-
-def added_up(before: dict[str, Any], *, seconds: float, num_lost: int) -> dict[str, Any]:
-    """Wall time, sessions and steps that were made again, over the parts of a run or training that
-    was cut off.
-    """
-    return {
+    sums = {
         "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
         "sessions": before.get("sessions", 0) + 1,
         "steps_made_again": before.get("steps_made_again", 0) + num_lost,
     }
+    content = {**provenance, **sums, **measured}
+    write_atomically(folder / PROVENANCE, json.dumps(content, indent=1).encode())
+
+
+def earlier_sessions(folder: Path, now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The environments of earlier sessions, each reduced to the values that differed from the
+    session after it. `now` is the environment of this session.
+    """
+    before = read_provenance(folder)
+    changed = {key: before[key] for key in ENVIRONMENT if key in before and before[key] != now[key]}
+    return [*before.get("earlier_sessions", []), *([changed] if changed else [])]
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What earlier sessions of a run wrote of themselves; empty where that is not there or cannot
-    be read.
-    """
+    """The provenance that earlier sessions wrote; empty if it is missing or cannot be read."""
     return read_object(folder / PROVENANCE)
 
 
 def recorded_dataset(folder: Path) -> dict[str, str] | None:
-    """What a run's dataset was, as inputs; None where its provenance does not say."""
+    """The dataset of earlier sessions as inputs; None if their provenance does not name it."""
     dataset = read_provenance(folder).get("dataset")
     return of_dataset(dataset) if isinstance(dataset, dict) and "digest" in dataset else None

@@ -9,10 +9,10 @@ from typing import Literal
 
 from editkit.errors import ConfigError
 from editkit.records.writer import STEPS
+from editkit.runner.base import DONE, FAILED
 from editkit.runner.checkpoint import read_pointer
 from editkit.runner.lock import describe_holder, is_locked
 from editkit.runner.provenance import PROVENANCE
-from editkit.runner.session import DONE, FAILED
 
 # done: all edits are made. running: a living process holds the lock. failed: the run ended with an
 # error, or collapsed. interrupted: it was stopped or killed, and resumes from its checkpoint.

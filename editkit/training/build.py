@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from editkit.config.build import folder_name, memory_demand
 from editkit.config.checks import check_combination
@@ -15,26 +15,23 @@ from editkit.config.parts import Parts
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.editors.base import AbstractEditor
 from editkit.editors.mend import Mend
+from editkit.errors import message
 from editkit.hypernet.examples import Split, split
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
 from editkit.resources.footprint import Demand
 from editkit.resources.runtime import Runtime
 
+# the keys of the configuration that config.yaml keeps
 KEPT = (
-    "model",
-    "editor",
-    "dataset",
-    "tracker",
-    "runtime",
-    "recipe",
+    *("model", "editor", "dataset", "tracker", "runtime", "recipe"),
     *Settings.__dataclass_fields__,
-)  # of the configuration
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What `editkit.training.session.train` does."""
+    """A checked training: everything that it needs before a model is loaded."""
 
     model: ModelConfig
     editor: Mend
@@ -48,9 +45,17 @@ class Training:
     config: Mapping[str, Any]  # resolved, plain values
     demand: Demand  # the parts that memory depends on
 
+    @property
+    def resume(self) -> Literal["auto", "never"]:
+        return self.settings.resume
+
+    @property
+    def when_locked(self) -> Literal["leave", "wait"]:
+        return self.settings.when_locked
+
 
 def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> Training:
-    """The training that a configuration describes; its suite, restraints and edits play no part.
+    """The training that a configuration describes. Its suite, restraints and edits are ignored.
     Raises ConfigError with all problems.
     """
     parts = Parts(config, choices)
@@ -66,12 +71,18 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
     )
     if editor is not None and not isinstance(editor, Mend):
         parts.problems.add(
-            f"editor={parts.name_of('editor')} has nothing to train; editor=mend has."
+            message(
+                "editor",
+                "this editor has nothing to train",
+                got=parts.name_of("editor"),
+                expected="an editor with a hypernetwork",
+                fix="choose editor=mend",
+            )
         )
     if settings is not None:
         check_combination(parts, settings, editor, None)
-        # How many edits a run makes is no matter here.
-        data = parts.load(dataset, _with_edits(settings, 1))
+        # The number of edits of a run does not matter here.
+        data = parts.load(dataset, replace(settings, edits=1, milestones=None))
     else:
         data = None
     parts.finish()
@@ -110,9 +121,3 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
         config=kept,
         demand=memory_demand(config, choices=choices),
     )
-
-
-def _with_edits(settings: Settings, edits: int) -> Settings:
-    from dataclasses import replace
-
-    return replace(settings, edits=edits, milestones=None)

@@ -207,7 +207,7 @@ def remove_config(run: Path, to: Path) -> None:
             r"--view: the run has no view 'rect'\. Views: unrestrained, prune\.",
         ),
         (change_base, None, r"model\.id: .* is not the model that was edited"),
-        (remove_base, None, r"model\.id: there is no folder"),
+        (remove_base, None, r"model\.id: the folder does not exist"),
         (remove_checkpoint, None, r"state: no checkpoint, the run has not saved its state yet\."),
         (damage_checkpoint, None, "does not match its checksum"),
         (

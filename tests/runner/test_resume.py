@@ -19,7 +19,7 @@ from editkit.config.compose import compose
 from editkit.errors import ConfigError
 from editkit.records.writer import EVALS, STEPS, RecordFiles
 from editkit.runner.checkpoint import load_state
-from editkit.runner.session import execute
+from editkit.runner.session import RunSession
 from editkit.runner.signals import Received
 from editkit.types import StepRecord
 
@@ -148,12 +148,12 @@ def test_a_signal_while_second_moments_are_computed_keeps_what_is_done_of_them(
     )
     experiment = build(composed.config, choices=composed.choices)
     experiment.folder.mkdir(parents=True)
-    assert execute(experiment, Received(signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert RunSession(experiment).execute(Received(signal.SIGTERM)) == 128 + signal.SIGTERM
     assert (
         not (experiment.folder / STEPS).exists()
         and not (experiment.folder / "FAILED.json").exists()
     )
-    assert execute(experiment, Received()) == 0
+    assert RunSession(experiment).execute(Received()) == 0
 
 
 def test_record_files_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

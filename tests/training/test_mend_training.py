@@ -22,9 +22,9 @@ from editkit.hypernet.network import STEP_SIZES, name_of
 from editkit.hypernet.store import load_hypernetwork
 from editkit.model.load import ModelConfig
 from editkit.model.tokens import encode_with_target
+from editkit.runner.checkpoint import read_checkpoint, write_checkpoint
 from editkit.training.build import build_training
-from editkit.training.session import train
-from editkit.training.state import load_learning, save_learning
+from editkit.training.session import checkpoint_of, learning_state, train
 from editkit.types import EvalRecord, StepRecord, as_json
 from tests.support.helpers import KINDS, Kind, tiny_model
 from tests.support.hypernets import facts, learning, options, random_network
@@ -199,11 +199,11 @@ def test_the_same_seed_gives_the_same_bits_also_from_any_checkpoint(
     assert isinstance(last, LearningState) and last.step == 5
     for index, event in enumerate(whole):
         if isinstance(event, LearningState) and event.step in (0, 1, 3):
-            save_learning(event, tmp_path, {})
+            write_checkpoint(checkpoint_of(event, {}, inputs={}), tmp_path)
+            saved = read_checkpoint(tmp_path)
+            assert saved is not None
             rest: list[Any] = list(
-                learning(tiny_model("llama"), sequence=sequence, steps=5).run(
-                    load_learning(tmp_path)
-                )
+                learning(tiny_model("llama"), sequence=sequence, steps=5).run(learning_state(saved))
             )
             assert plain(rest) == plain(whole[index + 1 :])
             assert same(rest[-1], last)
@@ -436,5 +436,7 @@ def test_a_training_that_diverges_keeps_its_checkpoint_and_says_where(tmp_path: 
 def test_an_editor_without_training_says_so() -> None:
     from editkit.config.compose import compose
 
-    with pytest.raises(ConfigError, match="editor=rome has nothing to train; editor=mend has"):
+    with pytest.raises(
+        ConfigError, match=r"nothing to train \(got 'rome'; .*\. Fix: choose editor=mend\."
+    ):
         build_training(compose(["editor=rome"]).config, choices={"editor": "rome"})

@@ -386,7 +386,7 @@ def test_push_keeps_the_id_that_a_sweeps_agent_chose(tmp_path: Path) -> None:
 
 
 def test_push_leaves_a_run_alone_that_is_being_written(tmp_path: Path) -> None:
-    from editkit.runner.session import locked
+    from editkit.runner.lock import locked
 
     run = cell(tmp_path)
     with locked(run):
