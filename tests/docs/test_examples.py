@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,25 @@ def test_a_page_runs_from_an_empty_folder(page: Path, tmp_path: Path, cache: Pat
 
 def test_the_first_python_example_runs(tmp_path: Path, cache: Path) -> None:
     execute(ROOT / "README.md", tmp_path, cache)
+
+
+OUTPUTS = [each for page in PAGES for each in blocks(page) if each.note.startswith("output: ")]
+
+
+@pytest.mark.parametrize("block", OUTPUTS, ids=lambda block: block.note)
+def test_a_shown_output_is_what_the_command_prints(block: Block, tmp_path: Path) -> None:
+    for other in blocks(block.page):
+        if other.file:
+            (tmp_path / other.file).write_text(other.text)
+    words = shlex.split(block.note.removeprefix("output: editkit "))
+    done = subprocess.run(
+        [sys.executable, "-m", "editkit", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert block.text.split() == (done.stdout + done.stderr).split()
 
 
 def execute(page: Path, folder: Path, cache: Path) -> None:
