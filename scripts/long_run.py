@@ -168,7 +168,7 @@ def main() -> int:
     same_records = [row["modules"] for row in redone] == [row["modules"] for row in rows[near:]]
 
     def median(part: list[dict[str, Any]], name: str) -> float:
-        return statistics.median(row[name] for row in part)
+        return float(statistics.median(row[name] for row in part))
 
     third = len(rows) // 3
     parts = {"first": rows[:ENDS], "third": rows[third : third + ENDS], "last": rows[-ENDS:]}

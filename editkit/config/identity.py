@@ -1,7 +1,7 @@
-"""Which configurations are the same experiment: the hash in the name of a run's folder.
+"""The identity of an experiment: the configuration hash in the name of a run's folder.
 
-The hash covers what can change a result. A configured class counts by its stable name, so that a
-run keeps its folder when the file of a class moves.
+The hash covers every option that can change a result. A configured class enters with its stable
+name, so that a run keeps its folder when the file of a class moves.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# What cannot change a result: where, how often and on which device it is computed, what watches
-# it, its name. The seed has its own folder.
+# Options that cannot change a result: names, folders, checkpoints, devices, trackers. The seed has
+# its own folder.
 UNHASHED = (
     *("name", "experiment_name", "seed", "paths", "checkpoint", "resume", "retry_failed"),
     *("when_locked", "tracker", "runtime", "recipe"),
     *("stats.folder", "stats.save_every_s", "evaluation.thresholds"),
     *("model.device_map", "editor.train"),
 )
-# Options added later, with the default that reproduces earlier behaviour: with that value a run
+# Options added later, with the default that reproduces earlier behaviour. A run with that default
 # keeps its folder.
 LATER: dict[tuple[str, str], Any] = {
     ("model", "weights"): "pretrained",
@@ -36,7 +36,7 @@ TARGET = "_target_"
 
 
 def current_path(path: str) -> str:
-    """Where the class of that dotted name is now."""
+    """The current path of the class at a dotted path."""
     return FORMER_PATHS.get(path, path)
 
 
@@ -47,7 +47,7 @@ def stable_name(path: str) -> str:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits for what can change a result; 1 and 1.0 are the same."""
+    """Eight hexadecimal digits of the options that can change a result. 1 and 1.0 are the same."""
     later = tuple(
         f"{group}.{key}"
         for (group, key), former in LATER.items()
@@ -69,12 +69,12 @@ def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]
 
 
 def canonical(value: Any) -> Any:
-    """The value as the hash sees it: classes by their stable names, 1.0 as 1."""
+    """The value that enters the hash: stable names for classes, 1 for 1.0."""
     if isinstance(value, Mapping):
         return {
-            name: stable_name(each) if name == TARGET and isinstance(each, str) else canonical(each)
-            for name, each in value.items()
+            name: stable_name(item) if name == TARGET and isinstance(item, str) else canonical(item)
+            for name, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [canonical(each) for each in value]
+        return [canonical(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -48,7 +48,7 @@ def editkit(
         logger.handlers[:] = before
 
 
-def test_ls_lists_every_option_of_every_group_on_a_line_with_what_it_is(editkit: Call) -> None:
+def test_ls_lists_every_option_of_every_group_with_its_description(editkit: Call) -> None:
     code, out, _ = editkit("ls")
     assert code == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
@@ -148,7 +148,7 @@ def test_an_unknown_flag_is_exit_code_2(editkit: Call) -> None:
     assert editkit("validate", "--nonsense")[0] == 2
 
 
-def test_in_a_multirun_every_job_is_tried_and_the_exit_code_tells_of_the_failures(
+def test_in_a_multirun_every_job_is_checked_and_the_exit_code_reports_failures(
     editkit: Call, tmp_path: Path
 ) -> None:
     code, _, err = editkit("run", "--multirun", "edits=0,-1", "tracker=none")
@@ -166,7 +166,7 @@ def test_a_misspelt_key_in_a_multirun_is_named_before_any_job_starts(editkit: Ca
     assert "Fix: did you mean editor.keys?" in err
 
 
-def test_an_option_and_its_class_of_ones_own_are_found_from_the_current_folder(
+def test_a_users_option_and_class_are_loaded_from_the_current_folder(
     editkit: Call, tmp_path: Path
 ) -> None:
     (tmp_path / "conf/editor").mkdir(parents=True)
@@ -211,10 +211,10 @@ def test_every_command_has_a_help_text_in_sentences(
 ) -> None:
     code, out, _ = editkit(*command, "--help")
     assert code == 0 and f"editkit {' '.join(command)}" in out
-    found = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(cli.app)
     for name in command:
-        found = found.commands[name]  # type: ignore[attr-defined]
-    about = (found.help or "").strip()
+        group = group.commands[name]
+    about = (group.help or "").strip()
     assert about[0].isupper() and about.endswith("."), about
 
 
@@ -234,15 +234,12 @@ def test_python_dash_m_editkit_is_the_command(tmp_path: Path) -> None:
 def test_the_wheel_brings_configurations_and_models_and_works_from_an_empty_folder(
     tmp_path: Path,
 ) -> None:
-    def python(*arguments: str, **options: object) -> str:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=300,
-            **options,
-        ).stdout  # type: ignore[call-overload]
+    def python(*arguments: str, **options: Any) -> str:
+        command = [sys.executable, *arguments]
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=300, **options
+        )
+        return done.stdout
 
     python(
         "-m",

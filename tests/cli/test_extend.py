@@ -29,11 +29,11 @@ PAIRS = (
 def example(language: str, name: str) -> str:
     """The page's code block whose first line names this file."""
     blocks = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    (found,) = [block for block in blocks if block.startswith(f"# {name}")]
-    return found
+    (code,) = [block for block in blocks if block.startswith(f"# {name}")]
+    return str(code)
 
 
-def test_an_editor_a_restraint_a_dataset_and_a_task_of_ones_own_run_from_an_empty_folder(
+def test_a_users_editor_restraint_dataset_and_task_run_from_an_empty_folder(
     tmp_path: Path,
 ) -> None:
     for yaml_name, module_name in FILES.values():
@@ -53,9 +53,9 @@ def test_an_editor_a_restraint_a_dataset_and_a_task_of_ones_own_run_from_an_empt
     assert figures["update_frobenius"] > 0
     evaluations = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
     tasks = {
-        (each["view"], each["task"]): each["value"]
-        for each in evaluations
-        if each.get("suite") == "capitals"
+        (record["view"], record["task"]): record["value"]
+        for record in evaluations
+        if record.get("suite") == "capitals"
     }
     assert {"unrestrained", "prune"} == {view for view, _ in tasks} and all(
         0 < value < 1 for value in tasks.values()

@@ -93,7 +93,7 @@ def test_building_leaves_the_configuration_as_it_was() -> None:
     assert config == before
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     def change(config: dict[str, Any]) -> None:
         config["editor"] |= {"cov_wieght": 1, "keys": "best"}
         config["editr"] = "rome"
@@ -219,7 +219,7 @@ def test_each_fault_of_a_restraint_is_a_problem_of_its_own_under_the_key_that_it
         assert [line for line in lines if line.startswith(f"  - restraint.{key}: ")], key
 
 
-def test_an_option_that_is_wrong_hides_nothing_of_what_the_editor_cannot_do() -> None:
+def test_an_invalid_option_of_the_editor_does_not_hide_its_limits() -> None:
     def change(config: dict[str, Any]) -> None:
         config["restraint"] = {"mine": fake_restraint("SolveRestraint")}
         config["model"]["device_map"] = "auto"
@@ -279,7 +279,7 @@ def fake_restraint(kind: str) -> dict[str, str]:
     return {"_target_": f"tests.support.build_parts.{kind}"}
 
 
-def test_a_restraint_at_a_place_that_the_editor_lacks_is_refused_with_what_is_possible() -> None:
+def test_a_restraint_at_an_unsupported_place_is_refused_with_the_supported_places() -> None:
     text = problems_of(
         change=lambda config: config.update(restraint={"memory": fake_restraint("SolveRestraint")})
     )
@@ -327,7 +327,7 @@ def test_a_restraint_outside_a_mapping_of_names_is_refused() -> None:
         "runtime.device=cuda",
     ],
 )
-def test_what_cannot_change_a_result_leaves_the_hash_alone(override: str) -> None:
+def test_options_that_cannot_change_a_result_are_not_hashed(override: str) -> None:
     assert config_hash(built(override).config) == config_hash(built().config)
 
 
@@ -341,11 +341,11 @@ def test_what_cannot_change_a_result_leaves_the_hash_alone(override: str) -> Non
         "suite.limit=3",
     ],
 )
-def test_what_can_change_a_result_changes_the_hash(override: str) -> None:
+def test_options_that_can_change_a_result_are_hashed(override: str) -> None:
     assert config_hash(built(override).config) != config_hash(built().config)
 
 
-def test_the_hash_does_not_tell_1_from_1_point_0() -> None:
+def test_the_hash_is_the_same_for_1_and_1_point_0() -> None:
     assert config_hash({"editor": {"lr": 1}}) == config_hash({"editor": {"lr": 1.0}})
 
 

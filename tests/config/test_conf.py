@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from editkit.config.build import build
@@ -38,13 +39,13 @@ def name(path: Path) -> str:
 def test_every_option_is_taken_by_its_class(option: Option) -> None:
     node = compose([label(option)]).config.get(option.group, {})
     nodes = (
-        {f"restraint.{key}": each for key, each in node.items()}
+        {f"restraint.{key}": item for key, item in node.items()}
         if option.group == "restraint"
         else {option.group: node}
     )
     problems = Problems()
-    for key, each in nodes.items():
-        construct(each, key, PARTS[option.group], problems)
+    for key, item in nodes.items():
+        construct(item, key, PARTS[option.group], problems)
     assert not problems.messages
 
 
@@ -65,19 +66,19 @@ def recipes() -> list[object]:
         return "\ndefaults:" in (conf_folder() / "recipe" / f"{option.name}.yaml").read_text()
 
     return [
-        pytest.param(each, marks=[pytest.mark.slow] if points(each) else [], id=label(each))
-        for each in of("recipe")
+        pytest.param(recipe, marks=[pytest.mark.slow] if points(recipe) else [], id=label(recipe))
+        for recipe in of("recipe")
     ]
 
 
 @pytest.mark.parametrize("option", recipes())
-def test_every_recipe_makes_its_pair_complete_and_is_found_by_itself_where_it_bears_the_models_name(
+def test_every_recipe_completes_its_pair_and_is_chosen_automatically_for_its_model(
     option: Option,
 ) -> None:
     editor, name = option.name.split("/")
-    models = {each.name for each in of("model")}
+    models = {model.name for model in of("model")}
     model = max(
-        (each for each in models if name == each or name.startswith(f"{each}-")), key=len
+        (model for model in models if name == model or name.startswith(f"{model}-")), key=len
     )  # llama3-8b-x: a variant for llama3-8b
     composed = compose(
         [
@@ -95,13 +96,12 @@ def test_every_recipe_makes_its_pair_complete_and_is_found_by_itself_where_it_be
 
 
 @pytest.mark.parametrize("option", of("restraint_recipe"), ids=label)
-def test_every_restraint_recipe_is_found_by_itself_and_yields_to_the_command_line(
+def test_every_restraint_recipe_is_chosen_automatically_and_overridden_by_the_command_line(
     option: Option,
 ) -> None:
     restraint, model = option.name.split("/")
-    values = OmegaConf.load(conf_folder() / "restraint_recipe" / f"{option.name}.yaml")[
-        "restraint"
-    ][restraint]
+    path = conf_folder() / "restraint_recipe" / f"{option.name}.yaml"
+    values = yaml.safe_load(path.read_text())["restraint"][restraint]
     chosen = [f"model={model}", "editor=memit", f"restraint=[rect,{restraint}]"]
     assert {name: compose(chosen).config["restraint"][restraint][name] for name in values} == values
     name, former = next(iter(values.items()))
@@ -115,7 +115,7 @@ def test_every_restraint_recipe_is_found_by_itself_and_yields_to_the_command_lin
 
 def test_alphaedit_means_the_same_by_either_name() -> None:
     names = (["editor=alphaedit"], ["editor=memit", "restraint=alphaedit"])
-    by_editor, by_restraint = (compose(["model=tiny-llama", *each]).config for each in names)
+    by_editor, by_restraint = (compose(["model=tiny-llama", *chosen]).config for chosen in names)
     assert by_editor["restraint"] == by_restraint["restraint"]
     assert by_editor["restraint"]["alphaedit"]["l2"] == 1
 
@@ -130,7 +130,7 @@ def test_every_overlay_builds(option: Option) -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=label)
-def test_every_option_says_in_its_first_comment_what_it_is(option: Option) -> None:
+def test_the_first_comment_of_every_option_describes_it(option: Option) -> None:
     assert len(option.about) > 10
     assert "\t" not in option.about
 

@@ -35,18 +35,15 @@ NOT_IN_EDITKIT = {"pmet", "grace"}  # editors of the papers' tables
 
 
 def values(preset: str, scale: str) -> dict[str, Any]:
-    return yaml.safe_load(
-        (
-            conf_folder() / ("experiment" if scale == "paper" else "scaled/tiny") / f"{preset}.yaml"
-        ).read_text()
-    )
+    folder = conf_folder() / ("experiment" if scale == "paper" else "scaled/tiny")
+    return dict(yaml.safe_load((folder / f"{preset}.yaml").read_text()))
 
 
 def grid(preset: str, scale: str) -> dict[str, list[str]]:
     """The values of each key that the preset sweeps over, at this scale."""
     params: dict[str, Any] = {}
-    for each in ("paper", "tiny")[: 1 + (scale == "tiny")]:
-        params |= values(preset, each).get("hydra", {}).get("sweeper", {}).get("params", {})
+    for size in ("paper", "tiny")[: 1 + (scale == "tiny")]:
+        params |= values(preset, size).get("hydra", {}).get("sweeper", {}).get("params", {})
     return {name: str(given).split(",") for name, given in params.items()}
 
 
@@ -119,8 +116,8 @@ def test_mend_is_refused_before_a_sweep_starts_until_it_has_a_hypernetwork_and_t
     tmp_path: Path,
 ) -> None:
     def place(*overrides: str) -> Path:
-        found = compose([*overrides, "editor=mend", f"paths.outputs={tmp_path}"])
-        return locate(found.config, choices=found.choices).folder
+        chosen = compose([*overrides, "editor=mend", f"paths.outputs={tmp_path}"])
+        return locate(chosen.config, choices=chosen.choices).folder
 
     with pytest.raises(
         ConfigError,
@@ -181,7 +178,7 @@ def test_the_papers_data_holds_enough_requests(
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_every_papers_folder_says_what_was_done_and_which_command_makes_each_figure(
+def test_the_folder_of_every_paper_names_the_command_for_each_figure(
     paper: str,
 ) -> None:
     assert EXPERIMENTS is not None
@@ -199,18 +196,16 @@ def test_every_preset_belongs_to_a_papers_folder() -> None:
 
 
 def published(preset: str) -> list[Published]:
-    return [each for each in load_published() if each.preset == preset]
+    return [row for row in load_published() if row.preset == preset]
 
 
 def test_published_numbers_are_those_of_presets_and_their_columns_name_real_things() -> None:
     editors = {path.stem for path in (conf_folder() / "editor").glob("*.yaml")} | NOT_IN_EDITKIT
     restraints = {path.stem for path in (conf_folder() / "restraint").glob("*.yaml")}
     models = {path.stem for path in (conf_folder() / "model").glob("*.yaml")} | {""}
-    for each in load_published():
-        assert each.preset in PRESETS
-        assert each.editor in editors and each.restraint in restraints and each.model in models, (
-            each
-        )
+    for row in load_published():
+        assert row.preset in PRESETS
+        assert row.editor in editors and row.restraint in restraints and row.model in models, row
     assert len(published("d4s/table2_gptj")) == len(published("d4s/table2_llama2")) == 6 * 3 * 4
 
 
@@ -228,19 +223,21 @@ def test_published_numbers_are_those_of_presets_and_their_columns_name_real_thin
 def test_a_sample_of_the_published_numbers(
     preset: str, row: str, edits: int | None, metric: str, model: str, value: float
 ) -> None:
-    found = [
-        each
-        for each in published(preset)
-        if (each.row, each.edits, each.metric, each.model) == (row, edits, metric, model)
+    numbers = [
+        number
+        for number in published(preset)
+        if (number.row, number.edits, number.metric, number.model) == (row, edits, metric, model)
     ]
-    assert [each.value for each in found] == [value]
+    assert [number.value for number in numbers] == [value]
 
 
 def test_averages_of_d4s_table_2_are_the_means_of_their_three_columns_as_printed() -> None:
     rows: dict[tuple[Any, ...], dict[str, float]] = {}
-    for each in load_published():
-        if each.table == "Table 2":
-            rows.setdefault((each.model, each.row, each.edits), {})[each.metric] = each.value
+    for number in load_published():
+        if number.table == "Table 2":
+            rows.setdefault((number.model, number.row, number.edits), {})[number.metric] = (
+                number.value
+            )
     # 95.98, 91.17 and 70.17 make 85.77, not the 88.77 that the table has.
     off = [
         key

@@ -52,7 +52,7 @@ def test_lists_become_tuples_integers_floats_and_mappings_nested_values() -> Non
     )
 
 
-def test_what_the_class_itself_refuses_is_a_problem_at_its_key() -> None:
+def test_an_error_of_the_class_itself_is_a_problem_at_its_key() -> None:
     assert constructed(ratio=-1)[1].messages == ["outer: ratio is negative"]
 
 

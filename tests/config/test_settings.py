@@ -89,7 +89,7 @@ def test_the_full_evaluation_asks_for_everything(tmp_path: Path) -> None:
     assert build(experiment.config).evaluation == experiment.evaluation
 
 
-def test_protocols_can_be_left_out_and_what_cannot_be_is_named() -> None:
+def test_protocols_can_be_left_out_and_invalid_options_are_named() -> None:
     assert built("evaluation.protocols=[]").evaluators.keys() == {"suite"}
     with pytest.raises(ConfigError) as raised:
         built(
@@ -108,6 +108,6 @@ def test_protocols_can_be_left_out_and_what_cannot_be_is_named() -> None:
     assert built("evaluation.generate.judge=null").evaluation.generate.judge is None
 
 
-def test_thresholds_are_no_part_of_what_makes_a_result() -> None:
+def test_thresholds_do_not_change_the_folder_of_a_run() -> None:
     assert built().folder == built("evaluation.thresholds.task=0.9").folder
     assert built().folder != built("evaluation.block_size=5").folder

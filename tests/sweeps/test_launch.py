@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,10 +85,10 @@ def runs(folder: Path) -> list[Path]:
     return sorted(folder.glob("outputs/default/*/seed*"))
 
 
-def values(folder: Path, view: str) -> list[dict]:
+def values(folder: Path, view: str) -> list[dict[str, Any]]:
     """The measurements of a view, without its name."""
-    found = (json.loads(line) for line in (folder / EVALS).read_text().splitlines())
-    return [{**each, "view": None} for each in found if each["view"] == view]
+    records = (json.loads(line) for line in (folder / EVALS).read_text().splitlines())
+    return [{**record, "view": None} for record in records if record["view"] == view]
 
 
 def finished_at(folder: Path) -> dict[Path, int]:
@@ -129,7 +130,7 @@ def test_views_share_a_run_bit_for_bit_and_done_cells_are_not_computed_again(
 
 
 @pytest.mark.slow
-def test_a_failed_cell_stops_no_other_and_is_tried_again_only_when_told(tmp_path: Path) -> None:
+def test_a_failed_cell_stops_no_other_and_is_retried_only_on_request(tmp_path: Path) -> None:
     (tmp_path / "conf/suite").mkdir(parents=True)
     (tmp_path / "conf/suite/falls.yaml").write_text("# Falls\n_target_: falls.Falls\nwhen: 2\n")
     (tmp_path / "falls.py").write_text(
@@ -189,7 +190,9 @@ def test_a_view_that_its_matrices_forbid_does_not_take_its_trajectory_with_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "local_gpus"])
-def test_a_stopped_sweep_saves_and_the_same_command_goes_on(launcher: str, tmp_path: Path) -> None:
+def test_a_stopped_sweep_saves_and_the_same_command_resumes_it(
+    launcher: str, tmp_path: Path
+) -> None:
     chosen = [
         f"hydra/launcher={launcher}",
         *(["hydra.launcher.gpus=2"] if launcher == "local_gpus" else []),
@@ -210,10 +213,10 @@ def test_a_stopped_sweep_saves_and_the_same_command_goes_on(launcher: str, tmp_p
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, output.decode()
     stopped = [read_status(path) for path in runs(tmp_path)]
-    assert all(each.state in ("interrupted", "missing") for each in stopped), (
+    assert all(status.state in ("interrupted", "missing") for status in stopped), (
         "nothing is left running"
     )
-    assert all(each.step == each.saved_step for each in stopped if each.step)
+    assert all(status.step == status.saved_step for status in stopped if status.step)
     assert "resumes after step" in output.decode()
     done = subprocess.run(
         command(*arguments, "retry_failed=true"),
@@ -231,17 +234,21 @@ def test_one_process_a_gpu_each_with_the_device_of_its_slot(tmp_path: Path) -> N
     assert "3 jobs on 2 slots" in done.stdout
     (folder,) = tmp_path.glob("outputs/multirun/*")
     outcomes = [json.loads((folder / "jobs" / f"{job}.json").read_text()) for job in range(3)]
-    assert [each["device"] for each in outcomes[:2]] == ["0", "1"], "a slot each for the first two"
+    assert [outcome["device"] for outcome in outcomes[:2]] == ["0", "1"], (
+        "a slot outcome for the first two"
+    )
     assert outcomes[2]["device"] in ("0", "1"), "and the third takes the one that is free first"
     assert [
         json.loads((path / "provenance.json").read_text())["visible_devices"]
         for path in runs(tmp_path)
-    ] == [each["device"] for each in outcomes]
-    assert len({each["pid"] for each in outcomes}) == 3
+    ] == [outcome["device"] for outcome in outcomes]
+    assert len({outcome["pid"] for outcome in outcomes}) == 3
 
 
 @pytest.mark.slow
-def test_a_cell_that_another_process_has_is_left_to_it_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_cell_that_another_process_runs_is_skipped_and_the_others_continue(
+    tmp_path: Path,
+) -> None:
     assert sweep(tmp_path, "seed=1").returncode == 0
     (first,) = runs(tmp_path)
     (first / "DONE").unlink()
@@ -253,7 +260,7 @@ def test_a_cell_that_another_process_has_is_left_to_it_and_the_others_go_on(tmp_
 
 
 @pytest.mark.slow
-def test_a_value_of_what_is_swept_reaches_the_cells_that_have_it_and_no_other_stops_them(
+def test_a_value_of_a_swept_component_reaches_the_cells_that_have_its_key(
     tmp_path: Path,
 ) -> None:
     more = (

@@ -17,7 +17,7 @@ from editkit.sweeps.local_gpus import default_threads, devices_of, last_error
 # --- the slots of local_gpus
 
 
-def test_slots_are_the_visible_gpus_or_as_many_as_were_asked_for() -> None:
+def test_slots_are_the_visible_gpus_or_the_requested_number() -> None:
     assert devices_of(None, "cuda", {"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2", "5"]
     assert devices_of(1, "cuda", {"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2"]
     assert devices_of([1, 3], "cuda", {}) == ["1", "3"]
@@ -61,7 +61,7 @@ def test_the_cores_are_shared_by_the_slots() -> None:
     assert default_threads(1) == cores and default_threads(10 * cores) == 1
 
 
-def test_a_jobs_last_words_are_its_mistake_or_its_last_line(tmp_path: Path) -> None:
+def test_the_error_of_a_job_is_its_config_error_or_its_last_line(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("a table\nConfigError: 2 problems\n  - one\n  - two\n")
     assert last_error(tmp_path / "log") == "ConfigError: 2 problems - one - two"
     (tmp_path / "log").write_text("Traceback\n  File\nValueError: no\n\n")
@@ -96,7 +96,7 @@ def test_a_preset_of_slurm_becomes_the_options_of_sbatch(
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = hydra.compose(ROOT, overrides=overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
-    options = {name: each for name, each in config.hydra.launcher.items() if name != "_target_"}
+    options = {name: value for name, value in config.hydra.launcher.items() if name != "_target_"}
     options["submitit_folder"] = str(tmp_path / "logs" / "%j")
     text = (
         SlurmLauncher(**options)._executor()._executor._make_submission_file_text("COMMAND", "id")
@@ -113,7 +113,7 @@ def test_a_preset_of_slurm_becomes_the_options_of_sbatch(
         if preset == "slurm_gpu"
         else ["--signal=USR2@120", "--mem=16GB"]
     )
-    assert not [each for each in wanted if each not in text], text
+    assert not [option for option in wanted if option not in text], text
 
 
 def test_without_slurm_the_launcher_says_so(
@@ -133,7 +133,7 @@ def test_without_slurm_the_launcher_says_so(
 # --- overrides of components
 
 
-def test_only_values_of_components_and_only_in_a_multirun_are_left_to_the_cells() -> None:
+def test_only_values_of_components_in_a_multirun_are_deferred_to_the_cells() -> None:
     asked = [
         "restraint=rect,prune",
         "restraint.prune.alpha=1.6",

@@ -42,17 +42,21 @@ def composed(*overrides: str) -> Composed:
 
 def place_of(overrides: Sequence[str]) -> Place:
     """Composing takes long, so it is done once for all folders."""
-    found = composed(*(each for each in overrides if not each.startswith("paths.")))
-    outputs = [each.partition("=")[2] for each in overrides if each.startswith("paths.outputs=")]
-    config = found.config | ({"paths": {"outputs": outputs[0]}} if outputs else {})
-    return locate(config, choices=found.choices)
+    chosen = composed(*(override for override in overrides if not override.startswith("paths.")))
+    outputs = [
+        override.partition("=")[2]
+        for override in overrides
+        if override.startswith("paths.outputs=")
+    ]
+    config = chosen.config | ({"paths": {"outputs": outputs[0]}} if outputs else {})
+    return locate(config, choices=chosen.choices)
 
 
 def cells(*grid: Sequence[str], outputs: Path) -> list[ValidCell]:
-    found = [(*each, f"paths.outputs={outputs}") for each in grid]
+    overridden = [(*overrides, f"paths.outputs={outputs}") for overrides in grid]
     return [
-        ValidCell(number=number, overrides=each, place=place_of(each))
-        for number, each in enumerate(found)
+        ValidCell(number=number, overrides=overrides, place=place_of(overrides))
+        for number, overrides in enumerate(overridden)
     ]
 
 
@@ -91,7 +95,7 @@ def test_a_restraint_on_the_total_and_none_share_the_run_of_the_former(tmp_path:
     assert summary.shared_views(plan) == "unrestrained + prune (1 run)"
 
 
-def test_what_acts_on_the_edits_is_a_run_of_its_own(tmp_path: Path) -> None:
+def test_a_restraint_on_the_edits_needs_its_own_run(tmp_path: Path) -> None:
     grid = [
         *(NONE, PRUNE, ("restraint=rect",), ("restraint=[rect,prune]",)),
         *(("restraint=prune", "seed=1"), ("restraint=prune", "restraint.prune.apply_at=end")),
@@ -137,15 +141,15 @@ def test_cells_of_several_views_name_them_all(tmp_path: Path) -> None:
     assert [cell.views for cell in plan.cells] == [("prune", "prune_linear"), ("prune",)]
 
 
-def test_views_can_be_taken_apart_again(tmp_path: Path) -> None:
+def test_a_shared_run_can_be_split(tmp_path: Path) -> None:
     candidates = cells(NONE, ("restraint=rect",), PRUNE, outputs=tmp_path)
     merged = plan_of(candidates)
-    apart = split(merged, merged.cells[0].run or 0, {each.number: each for each in candidates})
-    assert len(merged.runs) == 2 and len(apart.runs) == 3
-    assert [apart.runs[cell.run or 0].folder for cell in apart.cells] == [
-        each.place.folder for each in candidates
+    separate = split(merged, merged.cells[0].run or 0, {cell.number: cell for cell in candidates})
+    assert len(merged.runs) == 2 and len(separate.runs) == 3
+    assert [separate.runs[cell.run or 0].folder for cell in separate.cells] == [
+        cell.place.folder for cell in candidates
     ]
-    assert apart.cells[1] == merged.cells[1]
+    assert separate.cells[1] == merged.cells[1]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +172,8 @@ def test_views_can_be_taken_apart_again(tmp_path: Path) -> None:
 )
 def test_a_plain_value_survives_hydras_command_line(value: object) -> None:
     (override,) = OverridesParser.create().parse_overrides([f"+key={literal(value)}"])
-    found = override.value()
-    assert json.loads(json.dumps(found, default=str)) == value
+    parsed = override.value()
+    assert json.loads(json.dumps(parsed, default=str)) == value
 
 
 # --- what is left to do
@@ -191,15 +195,15 @@ def test_done_cells_are_skipped_interrupted_ones_resume_and_failed_ones_wait_for
     assert launched(plan, restart=True) == [0, 1, 2, 3]
 
 
-def test_a_view_that_was_run_by_itself_before_is_not_run_again(tmp_path: Path) -> None:
+def test_a_view_that_was_run_alone_before_is_not_run_again(tmp_path: Path) -> None:
     candidates = cells(PRUNE, ("restraint=prune", "restraint.prune.alpha=1.5"), outputs=tmp_path)
     finish(candidates[0].place.folder)
     plan = plan_of(candidates)
-    assert [run.folder for run in plan.runs] == [each.place.folder for each in candidates]
+    assert [run.folder for run in plan.runs] == [cell.place.folder for cell in candidates]
     assert launched(plan) == [1]
 
 
-def test_views_that_an_earlier_sweep_made_together_are_found_again(tmp_path: Path) -> None:
+def test_views_that_an_earlier_sweep_measured_together_are_reused(tmp_path: Path) -> None:
     two = cells(PRUNE, LINEAR, outputs=tmp_path)
     before = plan_of(two)
     finish(before.runs[0].folder)
@@ -247,7 +251,7 @@ def test_a_plan_that_cannot_be_read_is_an_error_that_names_the_file(
         load_plan(tmp_path)
 
 
-def test_a_job_that_ended_without_a_word_is_noted_but_what_it_said_stands(tmp_path: Path) -> None:
+def test_a_job_that_died_is_recorded_and_a_recorded_end_is_kept(tmp_path: Path) -> None:
     save_outcome(tmp_path, 0, {"code": None, "pid": 7})
     record_death(tmp_path, 0, "killed?")
     assert load_outcome(tmp_path, 0) == {"code": 1, "pid": 7, "error": "killed?"}
@@ -282,7 +286,7 @@ def test_views_of_a_run_that_died_once_and_then_could_not_be_are_still_tried_apa
     sweeper = CellSweeper(max_batch_size=None, params=None)
     sweeper.launcher = Launcher()
     plan, stopped = sweeper._launch(
-        plan_of(candidates), [0], tmp_path, {each.number: each for each in candidates}
+        plan_of(candidates), [0], tmp_path, {cell.number: cell for cell in candidates}
     )
     assert (launches, stopped) == ([1, 1, 2, 1], 0)
     ends = [load_outcome(tmp_path, run.jobs[-1]) or {} for run in plan.runs]
@@ -311,7 +315,7 @@ def test_the_exit_code_is_that_of_the_first_cell_that_failed_and_3_if_others_hav
     assert statuses[2].state == "failed" and statuses[2].error == "restraint.prune.alpha"
 
 
-def test_the_closing_words_name_every_failed_cell_and_count_what_was_made_again(
+def test_the_closing_lines_name_every_failed_cell_and_count_repeated_steps(
     tmp_path: Path,
 ) -> None:
     plan = plan_of(cells(*([f"seed={seed}", "edits=4"] for seed in range(3)), outputs=tmp_path))
@@ -359,5 +363,5 @@ def test_every_grid_by_name_is_a_multirun_whose_cells_have_a_place(
     )
     assert len(grid) > 1
     for overrides in (grid[0], grid[-1]):
-        found = compose([*overrides, f"paths.outputs={tmp_path}"])
-        assert locate(found.config, choices=found.choices).folder.is_relative_to(tmp_path)
+        chosen = compose([*overrides, f"paths.outputs={tmp_path}"])
+        assert locate(chosen.config, choices=chosen.choices).folder.is_relative_to(tmp_path)
