@@ -20,8 +20,8 @@ from editkit.datasets.groups import asked_in_one_batch
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError, OptionError, message
 from editkit.evaluation.base import AbstractEvaluator
-from editkit.evaluation.editing import SHIPPED, EditingEvaluator, unknown_protocols
-from editkit.evaluation.protocols.base import AbstractProtocol
+from editkit.evaluation.editing import EditingEvaluator
+from editkit.evaluation.protocols.base import SHIPPED, AbstractProtocol, unknown_protocols
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
 from editkit.resources.runtime import Runtime

@@ -18,31 +18,40 @@ The answers of the unedited model are frozen at step 0, and its scores with them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from editkit.errors import OptionError, message
 from editkit.evaluation.base import AbstractEditEvaluator, AbstractEvaluator, Moment, Samples
 from editkit.evaluation.fluency import Fluency
+from editkit.evaluation.kept_scores import (
+    BEFORE,
+    IDS,
+    NOTED,
+    ROWS,
+    metrics_in,
+    noted_scores,
+    score_key,
+    scores_before,
+)
 from editkit.evaluation.perplexity import Perplexity
 from editkit.evaluation.protocols.argmax import Argmax
+from editkit.evaluation.protocols.ask import ask_all
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
-    Decoding,
     Questions,
     Said,
     Verdicts,
-    frozen_owner,
+    frozen_conflicts,
     in_context,
+    unknown_protocols,
 )
 from editkit.evaluation.protocols.distribution import Distribution
 from editkit.evaluation.protocols.generate import Generate
 from editkit.evaluation.protocols.probability import Probability
 from editkit.evaluation.protocols.token import Token
 from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
-from editkit.evaluation.scoring.greedy import continue_greedily
-from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.evaluation.statistics import subsets as breakdown
 from editkit.evaluation.statistics.tally import (
     Aggregation,
@@ -51,7 +60,6 @@ from editkit.evaluation.statistics.tally import (
     Statistics,
     Tally,
     as_rows,
-    from_rows,
 )
 from editkit.evaluation.thresholds import Thresholds
 from editkit.lazy import torch
@@ -60,9 +68,6 @@ from editkit.types import EditRequest, Measurement, Probe
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
-
-SHIPPED = ("probability", "argmax", "token", "generate", "distribution")
-BEFORE, NOTED, ROWS, IDS = "before", "noted", "rows", "ids"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +112,7 @@ class EditingEvaluator(AbstractEditEvaluator):
             for key, (value, limit) in least.items()
             if value < limit
         ]
-        owners: dict[str, type] = {}
-        for protocol in self._known():
-            for name in protocol.frozen:
-                owner = frozen_owner(protocol, name)
-                if owners.setdefault(name, owner) is not owner:
-                    problem = f"{owner.__name__} and {owners[name].__name__} both freeze {name!r}"
-                    problems.append(message("protocols", problem, fix="rename one of them"))
+        problems += frozen_conflicts(self._known())
         if problems:
             raise OptionError(problems)
 
@@ -139,7 +138,7 @@ class EditingEvaluator(AbstractEditEvaluator):
         # Everything is asked, as later on: the same batches give the same bits, so that without an
         # edit locality is exactly 1.
         asked = self._questions(requests)
-        said = self._ask(model, asked, None)
+        said = self._answers(model, asked, None)
         frozen = [
             {
                 name: each
@@ -156,7 +155,7 @@ class EditingEvaluator(AbstractEditEvaluator):
         judged, _ = self._assess(asked, said, frozen)
         return (
             found
-            | {_key(BEFORE, metric): as_rows(each) for metric, each in judged.items()}
+            | {score_key(BEFORE, metric): as_rows(each) for metric, each in judged.items()}
             | {IDS: to_bytes([one.id for one in requests])}
         )
 
@@ -216,8 +215,8 @@ class EditingEvaluator(AbstractEditEvaluator):
         """
         judged, samples = self._judge(model, requests, baseline)
         past = {
-            metric: baseline[_key(f"{NOTED}/{moment.view}", metric)]
-            for metric in _metrics(baseline, f"{NOTED}/{moment.view}")
+            metric: baseline[score_key(f"{NOTED}/{moment.view}", metric)]
+            for metric in metrics_in(baseline, f"{NOTED}/{moment.view}")
         }
         num_past = moment.positions[0] - 1
         found = dict(baseline)
@@ -225,7 +224,7 @@ class EditingEvaluator(AbstractEditEvaluator):
             former_R3 = past.get(metric, as_rows([Tally()] * num_past))
             new_R3 = as_rows(judged.get(metric, [Tally()] * len(requests)))
             assert len(former_R3) == num_past, "a batch was not noted"
-            found[_key(f"{NOTED}/{moment.view}", metric)] = torch.cat([former_R3, new_R3])
+            found[score_key(f"{NOTED}/{moment.view}", metric)] = torch.cat([former_R3, new_R3])
         for each in samples if moment.is_alone else ():
             for request in requests:
                 rows = [row for row in each.rows if row["request"] == request.id]
@@ -257,29 +256,15 @@ class EditingEvaluator(AbstractEditEvaluator):
                 found.append(Samples(name=name, rows=rows))
         return found
 
-    # What was asked before
+    # What was measured before
 
     def _before(
         self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
     ) -> Judged:
-        rows = {identifier: row for row, identifier in enumerate(from_bytes(baseline[IDS]))}
-        chosen = [rows[request.id] for request in requests]
-        return self._ordered(
-            {
-                metric: from_rows(baseline[_key(BEFORE, metric)][chosen])
-                for metric in _metrics(baseline, BEFORE)
-            }
-        )
+        return self._ordered(scores_before(requests, baseline))
 
     def _noted(self, baseline: Mapping[str, torch.Tensor], moment: Moment) -> Judged:
-        chosen = [position - 1 for position in moment.positions]
-        where = f"{NOTED}/{moment.view}"
-        return self._ordered(
-            {
-                metric: from_rows(baseline[_key(where, metric)][chosen])
-                for metric in _metrics(baseline, where)
-            }
-        )
+        return self._ordered(noted_scores(baseline, moment))
 
     def _samples_before(
         self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
@@ -299,7 +284,7 @@ class EditingEvaluator(AbstractEditEvaluator):
         baseline: Mapping[str, torch.Tensor],
     ) -> tuple[Judged, Sequence[Samples]]:
         asked, frozen = self._questions(requests), self._frozen(requests, baseline)
-        return self._assess(asked, self._ask(model, asked, frozen), frozen)
+        return self._assess(asked, self._answers(model, asked, frozen), frozen)
 
     def _assess(
         self,
@@ -315,57 +300,14 @@ class EditingEvaluator(AbstractEditEvaluator):
             {metric: found for each in verdicts.values() for metric, found in each.judged.items()}
         ), _samples(verdicts)
 
-    def _ask(
+    def _answers(
         self,
         model: EditableModel,
         asked: Sequence[Questions],
         frozen: Sequence[Mapping[str, torch.Tensor]] | None,
     ) -> dict[str, Said]:
-        """The model's answers by protocol.
-
-        One pass scores the probes of all protocols. It also yields the distributions of the first
-        protocol that needs some; each further one has a pass of its own, as it may need others at
-        the same probes. Prompts that are decoded alike are continued together.
-        """
-        chosen = self._chosen()
-        looks = {
-            protocol.name: look
-            for protocol in chosen
-            if (look := protocol.closer_look(asked, frozen)) is not None
-        }
-        first = next(iter(looks), None)
-        probes = [probe for each in asked for probe in self._probes(each)]
         budget = self.tokens_per_batch
-        scores = score(
-            model, probes, tokens_per_batch=budget, asks=None if first is None else looks[first]
-        )
-        further = {
-            name: scores | score(model, list(look.probes), tokens_per_batch=budget, asks=look)
-            for name, look in looks.items()
-            if name != first
-        }
-        texts: dict[Decoding, dict[str, str]] = {}
-        for decoding in dict.fromkeys(each.decoding for each in chosen if each.decoding):
-            prompts = [
-                prompt
-                for each in asked
-                for protocol in chosen
-                if protocol.decoding == decoding
-                for prompt in protocol.prompts(each)
-            ]
-            texts[decoding] = continue_greedily(
-                model,
-                prompts,
-                max_new_tokens=decoding.max_new_tokens,
-                until=decoding.until,
-                tokens_per_batch=budget,
-            )
-        return {
-            each.name: Said(
-                further.get(each.name, scores), texts[each.decoding] if each.decoding else {}
-            )
-            for each in chosen
-        }
+        return ask_all(model, self._chosen(), asked, frozen, tokens_per_batch=budget)
 
     def probes(self, requests: Sequence[EditRequest]) -> Iterator[Iterator[Probe]]:
         """All that is scored of each request, possibly more than once."""
@@ -449,17 +391,6 @@ class EditingEvaluator(AbstractEditEvaluator):
             )
 
 
-def unknown_protocols(names: Sequence[object], own: Iterable[AbstractProtocol] = ()) -> list[str]:
-    """Problems of the names that no protocol has, as of an OptionError."""
-    known = [*SHIPPED, *(protocol.name for protocol in own)]
-    expected = f"one of {', '.join(known)}"
-    return [
-        message(f"protocols.{place}", "invalid value", got=name, expected=expected)
-        for place, name in enumerate(names)
-        if name not in known
-    ]
-
-
 def probes_of(request: EditRequest, protocols: Sequence[str]) -> Iterator[Probe]:
     """All that must be scored for a request, possibly more than once."""
     (found,) = EditingEvaluator(protocols=tuple(protocols), tokens_per_batch=1).probes([request])
@@ -476,19 +407,3 @@ def _samples(verdicts: Mapping[str, Verdicts]) -> tuple[Samples, ...]:
 
 def _samples_name(protocol: str) -> str:
     return f"editing-{protocol}"
-
-
-def _key(where: str, metric: Metric) -> str:
-    return f"{where}/{metric.protocol}/{metric.name}/{metric.task or ''}"
-
-
-def _metrics(baseline: Mapping[str, torch.Tensor], where: str) -> list[Metric]:
-    """The metrics that the baseline has scores of; a request's own tensors are found under other
-    names.
-    """
-    names = [
-        key.removeprefix(f"{where}/").split("/", 2)
-        for key in baseline
-        if key.startswith(f"{where}/")
-    ]
-    return [Metric(protocol, name, task or None) for protocol, name, task in names]

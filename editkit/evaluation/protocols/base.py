@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from editkit.errors import message
 from editkit.evaluation.scoring.teacher_forcing import Asks, Score
 from editkit.evaluation.statistics.tally import Metric, Outcome, Tally, tally
 from editkit.model.tokens import PLACE
@@ -21,6 +22,7 @@ from editkit.types import EditRequest, Probe
 if TYPE_CHECKING:
     from editkit.lazy import torch
 
+SHIPPED = ("probability", "argmax", "token", "generate", "distribution")
 OUT_OF_DISTRIBUTION = "out_of_distribution"
 NEIGHBOURS = "neighbours"
 Frozen = Mapping[str, "torch.Tensor"]  # what a request's baseline holds, by name
@@ -159,10 +161,29 @@ class AbstractProtocol(abc.ABC):
         return None
 
 
-def frozen_owner(protocol: AbstractProtocol, name: str) -> type:
-    """The class that declares the frozen name."""
-    kinds = type(protocol).__mro__
-    return next(kind for kind in reversed(kinds) if name in vars(kind).get("frozen", ()))
+def unknown_protocols(names: Sequence[object], own: Iterable[AbstractProtocol] = ()) -> list[str]:
+    """Problems of the names that no protocol has, as of an OptionError."""
+    known = [*SHIPPED, *(protocol.name for protocol in own)]
+    expected = f"one of {', '.join(known)}"
+    return [
+        message(f"protocols.{place}", "invalid value", got=name, expected=expected)
+        for place, name in enumerate(names)
+        if name not in known
+    ]
+
+
+def frozen_conflicts(protocols: Iterable[AbstractProtocol]) -> list[str]:
+    """Problems of frozen names that two classes declare, as of an OptionError."""
+    owners: dict[str, type] = {}
+    problems = []
+    for protocol in protocols:
+        for name in protocol.frozen:
+            kinds = reversed(type(protocol).__mro__)
+            owner = next(kind for kind in kinds if name in vars(kind).get("frozen", ()))
+            if owners.setdefault(name, owner) is not owner:
+                problem = f"{owner.__name__} and {owners[name].__name__} both freeze {name!r}"
+                problems.append(message("protocols", problem, fix="rename one of them"))
+    return problems
 
 
 def in_context(request: EditRequest, context: str) -> EditRequest:
