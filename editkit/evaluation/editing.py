@@ -37,12 +37,11 @@ from editkit.evaluation.kept_scores import (
 )
 from editkit.evaluation.perplexity import Perplexity
 from editkit.evaluation.protocols.argmax import Argmax
-from editkit.evaluation.protocols.ask import ask_all
+from editkit.evaluation.protocols.ask import ask_all, samples_name, samples_of
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
     Questions,
     Said,
-    Verdicts,
     frozen_conflicts,
     in_context,
     unknown_protocols,
@@ -248,7 +247,7 @@ class EditingEvaluator(AbstractEditEvaluator):
         found: list[Measurement | Samples] = [
             each for part in parts for each in self._measurements(part, timing=timing)
         ]
-        for name in map(_samples_name, self.protocols):
+        for name in map(samples_name, self.protocols):
             keys = (f"{ROWS}/{moment.view}/{name}/{request.id}" for request in requests)
             if rows := tuple(
                 row for key in keys if key in baseline for row in from_bytes(baseline[key])
@@ -273,7 +272,7 @@ class EditingEvaluator(AbstractEditEvaluator):
         verdicts = {
             protocol.name: protocol.assess_before(asked, frozen) for protocol in self._chosen()
         }
-        return _samples({name: each for name, each in verdicts.items() if each is not None})
+        return samples_of({name: each for name, each in verdicts.items() if each is not None})
 
     # Asking and judging
 
@@ -298,7 +297,7 @@ class EditingEvaluator(AbstractEditEvaluator):
         }
         return self._ordered(
             {metric: found for each in verdicts.values() for metric, found in each.judged.items()}
-        ), _samples(verdicts)
+        ), samples_of(verdicts)
 
     def _answers(
         self,
@@ -395,15 +394,3 @@ def probes_of(request: EditRequest, protocols: Sequence[str]) -> Iterator[Probe]
     """All that must be scored for a request, possibly more than once."""
     (found,) = EditingEvaluator(protocols=tuple(protocols), tokens_per_batch=1).probes([request])
     yield from found
-
-
-def _samples(verdicts: Mapping[str, Verdicts]) -> tuple[Samples, ...]:
-    return tuple(
-        Samples(name=_samples_name(name), rows=each.rows)
-        for name, each in verdicts.items()
-        if each.rows
-    )
-
-
-def _samples_name(protocol: str) -> str:
-    return f"editing-{protocol}"

@@ -1,7 +1,7 @@
 """From records to the summary of a run: a row per view and milestone, a column per metric.
 
 A column holds numbers of one protocol, one timing and one version of a task; records that differ
-there are refused, not averaged or overwritten (DESIGN section 6). Pure: records in, values out.
+there are refused, not averaged or overwritten. Pure: records in, values out.
 """
 
 from __future__ import annotations

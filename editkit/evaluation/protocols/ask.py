@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from editkit.evaluation.base import Samples
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
     Decoding,
     Frozen,
     Questions,
     Said,
+    Verdicts,
 )
 from editkit.evaluation.scoring.greedy import continue_greedily
 from editkit.evaluation.scoring.teacher_forcing import score
@@ -74,3 +76,15 @@ def ask_all(
         )
         for each in chosen
     }
+
+
+def samples_of(verdicts: Mapping[str, Verdicts]) -> tuple[Samples, ...]:
+    return tuple(
+        Samples(name=samples_name(name), rows=each.rows)
+        for name, each in verdicts.items()
+        if each.rows
+    )
+
+
+def samples_name(protocol: str) -> str:
+    return f"editing-{protocol}"
