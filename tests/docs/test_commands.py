@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tests.support.paths import ROOT
 # Commands that no test can check, each with the reason.
 UNCHECKED = {
     "source .venv/bin/activate": "a shell's own command",
+    "pip install .": "the package installs; tests/cli/test_cli.py unpacks its wheel",
+    "pip install '.[tasks,report]'": "test_an_extra_that_a_page_names_exists",
     "pip install -e '.[wandb]'": "test_an_extra_that_a_page_names_exists",
     "lm_eval run --model hf --model_args pretrained=edited --include_path editkit/evaluation/tasks"
     " --tasks paper_rte": "another program; tests/evaluation/test_tasks.py compares with it",
@@ -74,6 +77,7 @@ def own_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_targets(words: Sequence[str]) -> None:
+    words = [word for word in words if not re.match(r"[A-Z]+=", word)]
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert not set(words) - set(targets)
 
@@ -155,10 +159,13 @@ def test_no_reason_is_left_over() -> None:
 
 
 def test_an_extra_that_a_page_names_exists() -> None:
-    project = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"])
     for _, command in commands():
-        for extra in re.findall(r"\.\[(\w+)\]", command):
-            assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), extra
+        for named in re.findall(r"\.\[([\w,]+)\]", command):
+            assert not set(named.split(",")) - extras
+    page = (ROOT / "docs/install.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)) == extras
 
 
 def test_a_configuration_file_that_a_page_shows_builds(

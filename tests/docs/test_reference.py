@@ -129,5 +129,16 @@ def test_every_issue_form_has_what_github_needs() -> None:
         assert all("label" in item["attributes"] for item in content["body"])
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_a_link_of_a_page_that_the_site_does_not_check_leads_somewhere(name: str) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()):
+        path, _, heading = link.partition("#")
+        if "://" not in path:
+            text = (ROOT / path).read_text()
+            headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}
+            assert not heading or heading in anchors
+
+
 def test_the_readme_fits_on_a_page() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 130
