@@ -1,8 +1,8 @@
-"""From a model and a source of texts to its second moments: what is stored is read, what is missing
-is collected and stored.
+"""The second moments of a model's keys: stored ones are read, missing ones are collected and
+stored.
 
-Several processes may be started for the same statistics: each takes its share of the parts, and
-whoever ends last puts them together.
+Several processes may work on the same statistics. Each takes its share of the parts, and the last
+one merges them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.stats.collect import BLOCK, PARTS, Collector
 from editkit.stats.corpus import StatsConfig, digest, fewest, texts
 from editkit.stats.estimate import estimate
@@ -25,14 +25,14 @@ from editkit.stats.store import MomentKey, Moments, mapped_into, read, write
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-Place = Literal["device", "cpu", "disk"]  # where second moments lie once they are read
+Place = Literal["device", "cpu", "disk"]  # the storage of second moments after reading
 
-UNFINISHED = "unfinished"  # folder of the sums that are not complete
+UNFINISHED = "unfinished"  # folder of incomplete sums
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Statistics:
-    """What a configuration asks for: which documents, which files."""
+    """The documents and files of the statistics that a configuration requires."""
 
     model: EditableModel
     config: StatsConfig
@@ -51,8 +51,8 @@ class Statistics:
         return [module for module in self.keys if not self.path(module).exists()]
 
     def read(self, place: Place = "device") -> Moments:
-        """All of them: on the model's device, on the CPU, or mapped from files. Raises ConfigError
-        for a damaged file.
+        """All second moments, on the model's device, on the CPU, or mapped from files. Raises
+        ConfigError for a damaged file.
         """
         device = self.model.device if place == "device" else "cpu"
         keep = mapped_into(self.folder) if place == "disk" else None
@@ -77,45 +77,47 @@ def build(
     announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Moments:
-    """The second moments of `modules`: those stored are read and checked, the missing ones are
-    collected in one pass and stored.
+    """The second moments of `modules`.
 
-    `announce` is told in a sentence what will be computed and what memory it takes, `progress` the
-    number of documents done, and of how many. Raises ConfigError for a corrupt file, or a source
-    that cannot be read.
+    Stored ones are read and checked. Missing ones are collected in one pass and stored.
+
+    Args:
+        announce: gets a sentence about the planned computation and its memory.
+        progress: gets the number of processed documents and the total number.
+
+    Raises:
+        ConfigError: a file is corrupt, or the source of texts cannot be read.
     """
     if not modules:
         return Moments()
-    wanted = statistics(model, modules, config)
-    fill_store(wanted, announce=announce, progress=progress)
-    return wanted.read(place)
+    required = statistics(model, modules, config)
+    fill_store(required, announce=announce, progress=progress)
+    return required.read(place)
 
 
 def statistics(model: EditableModel, modules: Sequence[str], config: StatsConfig) -> Statistics:
-    """Reads the texts, and names what is to be stored. Raises ConfigError where there is no
-    source.
-    """
+    """Reads the texts and determines the files. Raises ConfigError for `stats=none`."""
     if config.source == "none":
         raise ConfigError(
-            f"stats=none, but the editor needs the second moments of {', '.join(modules)} - "
-            "choose stats=world|text|hub."
+            message(
+                "stats",
+                f"the editor needs the second moments of {', '.join(modules)}",
+                got="none",
+                expected="world, text or hub",
+            )
         )
     context_length = min(config.context_length, model.max_length)
     documents = tuple(texts(config))
     if config.preset == "minimal":
 
-        def count_tokens(some: Sequence[str]) -> list[int]:
-            return [
-                len(ids)
-                for ids in model.tokenizer(list(some), truncation=True, max_length=context_length)[
-                    "input_ids"
-                ]
-            ]
+        def count_tokens(batch: Sequence[str]) -> list[int]:
+            encoded = model.tokenizer(list(batch), truncation=True, max_length=context_length)
+            return [len(ids) for ids in encoded["input_ids"]]
 
         size = max(model.weight(module).shape[1] for module in modules)
-        wanted = config.vectors_per_dimension * size
+        num_tokens = config.vectors_per_dimension * size
         documents = tuple(
-            fewest(documents, num_tokens=wanted, count_tokens=count_tokens, seed=config.seed)
+            fewest(documents, num_tokens=num_tokens, count_tokens=count_tokens, seed=config.seed)
         )
     return Statistics(
         model=model,
@@ -149,47 +151,50 @@ def moment_keys(
 
 
 def fill_store(
-    wanted: Statistics,
+    required: Statistics,
     *,
     shard: Shard = ALONE,
     announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> bool:
-    """Computes what is missing, or this process's share of it; whether everything is stored
-    afterwards.
+    """Computes the missing second moments, or this process's share of them. Interrupted work
+    resumes.
 
-    Work that was cut off is gone on with. Raises ConfigError where the texts hold no token, and for
-    damaged unfinished sums.
+    Returns whether all second moments are stored afterwards.
+
+    Raises:
+        ConfigError: the texts have no tokens, or unfinished sums are damaged.
     """
     announce, progress = announce or _ignore, progress or _ignore
-    if not (missing := wanted.missing()):
+    if not (missing := required.missing()):
         return True
-    model, config = wanted.model, wanted.config
-    # Differs from published code, which computes missing statistics on whatever the model has
-    # become.
+    model, config = required.model, required.config
+    # The published code computes missing statistics on the model in its current, edited state.
     assert not any(model.total(module).rank for module in model.edited_modules), (
-        "second moments are taken on the unedited model"
+        "second moments belong to the unedited model"
     )
-    announce(str(estimate(model, missing, config, num_documents=wanted.num_documents)))
+    announce(str(estimate(model, missing, config, num_documents=required.num_documents)))
     parts = Parts(
-        folder=wanted.folder / UNFINISHED / _digest([wanted.keys[module] for module in missing]),
-        num_documents=wanted.num_documents,
+        folder=required.folder
+        / UNFINISHED
+        / _digest([required.keys[module] for module in missing]),
+        num_documents=required.num_documents,
     )
     collector = Collector(
         model,
         missing,
-        context_length=wanted.keys[missing[0]].context_length,
+        context_length=required.keys[missing[0]].context_length,
         batch_tokens=config.batch_tokens,
         products=config.products,
     )
 
     def is_stored() -> bool:
-        return not wanted.missing()
+        return not required.missing()
 
     compute(
         parts,
         collector,
-        wanted.documents,
+        required.documents,
         shard=shard,
         save_every_s=config.save_every_s,
         is_stored=is_stored,
@@ -198,19 +203,19 @@ def fill_store(
     )
     if not is_stored() and parts.missing():
         return False
-    del collector  # its keys
+    del collector  # frees its buffers of keys
     with locked(parts.folder / "merge.lock", may_wait=True):
         if not is_stored():
             for module, moment_sum in parts.merged(missing):
-                write(wanted.folder, wanted.keys[module], moment_sum)
+                write(required.folder, required.keys[module], moment_sum)
         shutil.rmtree(parts.folder, ignore_errors=True)
-    if (left := parts.folder.parent).exists() and not any(left.iterdir()):
-        left.rmdir()
+    if (unfinished := parts.folder.parent).exists() and not any(unfinished.iterdir()):
+        unfinished.rmdir()
     return True
 
 
 def _digest(keys: Sequence[MomentKey]) -> str:
-    """Names a folder of unfinished sums by everything that decides what its files hold."""
+    """The name of a folder of unfinished sums: a digest of everything that determines its files."""
     cut = f"{PARTS} parts, blocks of {BLOCK}"
     return hashlib.sha256("\n".join([cut, *(key.as_json() for key in keys)]).encode()).hexdigest()[
         :20
@@ -218,4 +223,4 @@ def _digest(keys: Sequence[MomentKey]) -> str:
 
 
 def _ignore(*_: object) -> None:
-    """Nobody watches."""
+    """Ignores all announcements and progress."""

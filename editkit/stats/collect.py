@@ -1,20 +1,20 @@
-"""Second moments of the keys of several matrices, in one pass over the texts, which stops above the
-last of them.
+"""Second moments of the keys of several matrices (covariance statistics), from one pass over the
+texts. A pass stops above the last matrix.
 
-Products are taken in float32 or bfloat16 and summed in float64: the published code sums 1e7 and
-more outer products in float32. The matrix is the C of Meng et al. 2022 (arXiv 2202.05262), Eq. 2.
-Every token counts, a tokenizer's own BOS included, as its key takes part in editing prompts too;
-padding does not. A document is a sequence of its own and counts with its first `context_length`
-tokens, as in the published code: documents are neither cut into several sequences nor joined to
-fill one.
+The second moment is the C of Meng et al. 2022 (arXiv 2202.05262), Eq. 2. Products are computed in
+float32 or bfloat16 and summed in float64; the published code sums 1e7 and more outer products in
+float32. All tokens count except padding. A tokenizer's own BOS counts as well, because its key also
+occurs in edit prompts. As in the published code, a document is a sequence of its own and is
+truncated to its first `context_length` tokens. Documents are neither split into several sequences
+nor packed.
 
-The texts are cut into blocks of `BLOCK` documents, and the blocks are dealt out to `PARTS` parts. A
-part's sum grows block by block, the total part by part, always in this order: whoever computes
-which part, and wherever the work was interrupted, the bits are the same (on the same kind of
-machine with as many threads: a product's own rounding is the library's).
+The texts are divided into blocks of `BLOCK` documents, and the blocks are distributed over `PARTS`
+parts. A part sums its blocks in order, and the total sums the parts in order. The bits therefore do
+not depend on interruptions or on the process that computes a part. They do depend on the kind of
+machine and the number of threads, because the library rounds a product.
 
-Shape letters: B sequences, T tokens of the longest, M tokens that are no padding, I d_in, R rows of
-a block of the triangle, L columns.
+Shape letters: B sequences, T tokens of the longest sequence, M tokens without padding, I d_in, R
+rows and L columns of a block of the triangle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.capture import capture
 from editkit.model.tokens import pad
@@ -31,29 +31,29 @@ from editkit.model.tokens import pad
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-PARTS = 8  # more processes than that cannot share the work
-# documents that are sorted by length together: enough to waste little padding, few enough to save
-# often
+PARTS = 8  # the largest number of processes that can share the work
+# Documents that are sorted by length together. A larger block has less padding, a smaller one saves
+# its sums more often.
 BLOCK = 256
-# keys that wait for one product: adding it in float64 costs as much as multiplying 400 of them
+# Keys per product. Adding a product in float64 costs as much as multiplying 400 keys.
 PRODUCT_TOKENS = 8192
-SMALL_BATCH = 512  # tokens of a pass that uses a processor well
-MOST_PADDING = 1 / 16  # of a pass that is not small
-ROW_BLOCKS, LEAST_ROWS = (
-    16,
-    256,
-)  # of the triangle: 53 % of the products are taken, in pieces large enough to be quick
+SMALL_BATCH = 512  # from this number of tokens on, a pass uses a processor well
+MOST_PADDING = 1 / 16  # largest share of padding in a pass that is not small
+# Of the triangle: 53 % of the products are computed, in blocks that are large enough to be fast.
+ROW_BLOCKS, LEAST_ROWS = (16, 256)
 
 Products = Literal["float32", "bfloat16"]
 
 
 class TriangleSum:
-    """sum over tokens of k k^T in float64, of which only the blocks on and below the diagonal are
-    computed and kept.
+    """The sum over tokens of k k^T in float64. Only the blocks on and below the diagonal are
+    computed and stored.
     """
 
     def __init__(self, blocks: Sequence[torch.Tensor]) -> None:
-        self.blocks = tuple(blocks)  # (R, L) each, L being the column behind the diagonal
+        self.blocks = tuple(
+            blocks
+        )  # (R, L) each, where L is the number of columns up to the diagonal
 
     @staticmethod
     def zeros(size: int, device: torch.device | str = "cpu") -> TriangleSum:
@@ -72,7 +72,8 @@ class TriangleSum:
 
     def add_products(self, keys_MI: torch.Tensor, products: Products) -> None:
         """Adds keys^T keys."""
-        # Only there is a bfloat16 product summed and given in float32, and not before torch 2.8.
+        # Only on CUDA, and since torch 2.8, is a bfloat16 product accumulated and returned in
+        # float32.
         is_mixed = (
             products == "bfloat16"
             and keys_MI.device.type == "cuda"
@@ -97,7 +98,7 @@ class TriangleSum:
             mine_RL.add_(others_RL)
 
     def dense(self) -> torch.Tensor:
-        """(I, I), symmetric to the bit."""
+        """The sum as a bitwise symmetric matrix, (I, I)."""
         size = self.blocks[-1].shape[1]
         dense_II = self.blocks[0].new_empty((size, size))
         for block_RL in self.blocks:
@@ -112,7 +113,7 @@ class TriangleSum:
 
 @dataclass(frozen=True, eq=False)
 class MomentSum:
-    """sum over tokens of k k^T, (I, I) float64, and over how many tokens."""
+    """The sum over tokens of k k^T, (I, I) float64, and the number of tokens."""
 
     sum_II: torch.Tensor
     num_tokens: int
@@ -120,7 +121,7 @@ class MomentSum:
 
 @dataclass(slots=True, eq=False)
 class PartSum:
-    """The sums of one part, as far as they are."""
+    """The sums of the first blocks of one part."""
 
     sums: Mapping[str, TriangleSum]  # by module
     num_blocks: int = 0
@@ -128,7 +129,7 @@ class PartSum:
 
 
 class Collector:
-    """Runs texts through a model and adds up the keys that reach some of its matrices."""
+    """Runs texts through a model and sums the products of the keys of some matrices."""
 
     def __init__(
         self,
@@ -139,7 +140,9 @@ class Collector:
         batch_tokens: int,
         products: Products = "float32",
     ) -> None:
-        """`batch_tokens` bounds a pass, padding included; it changes no result beyond rounding."""
+        """`batch_tokens` bounds the tokens of a pass, including padding. It changes results only by
+        rounding.
+        """
         self.model, self.modules = model, tuple(modules)
         self._context_length, self._batch_tokens, self._products = (
             context_length,
@@ -152,7 +155,8 @@ class Collector:
             for module in self.modules
         }
 
-    def nothing(self) -> PartSum:
+    def empty(self) -> PartSum:
+        """The sums of no block."""
         return PartSum(
             {
                 module: TriangleSum.zeros(self._size(module), self.model.device)
@@ -161,7 +165,7 @@ class Collector:
         )
 
     def add_block(self, total: PartSum, texts: Sequence[str]) -> None:
-        """Adds the keys of a block's texts. The result depends on them and on `total` alone."""
+        """Adds the keys of a block's texts. The result depends only on them and on `total`."""
         held = 0
         with torch.no_grad():
             for batch in self._batches(texts):
@@ -181,15 +185,15 @@ class Collector:
         total.num_blocks += 1
 
     def _multiply(self, total: PartSum, held: int) -> int:
-        """Moves the waiting keys into the sums; how many wait then."""
+        """Adds the products of the first `held` keys. Returns the number of remaining keys, 0."""
         for module, sum_of in total.sums.items():
             sum_of.add_products(self._keys_MI[module][:held], self._products)
         total.num_tokens += held
         return 0
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[list[int]]]:
-        """Token ids in batches of similar length, each at most `batch_tokens` wide times high (or
-        one text).
+        """Token ids in batches of similar length. A batch has at most `batch_tokens` tokens
+        including padding, or a single text.
         """
         encoded = self.model.tokenizer(
             list(texts), truncation=True, max_length=self._context_length
@@ -214,12 +218,12 @@ class Collector:
 
 
 def keys_at_once(context_length: int, batch_tokens: int) -> int:
-    """How many keys of a module are held at a time."""
+    """The number of keys of a module that are held at a time."""
     return max(PRODUCT_TOKENS, batch_tokens, context_length)
 
 
 def blocks_of(part: int, num_documents: int) -> list[range]:
-    """Which documents a part's blocks hold; nothing but their number decides it."""
+    """The documents of each block of a part, which depend only on the number of documents."""
     borders = range(0, num_documents, BLOCK)
     return [range(start, min(start + BLOCK, num_documents)) for start in borders[part::PARTS]]
 
@@ -234,34 +238,43 @@ def collect(
     products: Products = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, MomentSum]:
-    """Sums of k k^T at the inputs of `modules`, in this process and in memory; `stats.parts` does
-    the same with interruptions.
+    """Sums of k k^T at the inputs of `modules`, by module, computed in memory by this process.
 
-    `progress` is told how many documents are done, and of how many. Raises ConfigError where the
-    texts hold no token.
+    `stats.parts` computes the same sums with interruptions.
+
+    Args:
+        progress: gets the number of processed documents and the total number.
+
+    Raises:
+        ConfigError: the texts have no tokens.
     """
     collector = Collector(
         model, modules, context_length=context_length, batch_tokens=batch_tokens, products=products
     )
-    total, done = collector.nothing(), 0
+    total, done = collector.empty(), 0
     for part in range(PARTS):
         blocks = blocks_of(part, len(texts))
-        found = collector.nothing() if blocks and part > 0 else total
+        part_sum = collector.empty() if blocks and part > 0 else total
         for block in blocks:
-            collector.add_block(found, [texts[index] for index in block])
+            collector.add_block(part_sum, [texts[index] for index in block])
             done += len(block)
             if progress is not None:
                 progress(done, len(texts))
-        if found is not total:
+        if part_sum is not total:
             for module in modules:
-                total.sums[module].add(found.sums[module])
-            total.num_tokens += found.num_tokens
+                total.sums[module].add(part_sum.sums[module])
+            total.num_tokens += part_sum.num_tokens
     require_tokens(total.num_tokens)
     return {module: MomentSum(total.sums[module].dense(), total.num_tokens) for module in modules}
 
 
 def require_tokens(num_tokens: int) -> None:
+    """Raises ConfigError for texts without tokens."""
     if not num_tokens:
         raise ConfigError(
-            "stats: the texts hold no token - raise stats.num_documents or choose another source."
+            message(
+                "stats",
+                "the texts have no tokens",
+                fix="raise stats.num_documents, or choose another source",
+            )
         )

@@ -1,10 +1,10 @@
-"""How good a minimal second moment is: against the full one, matrix by matrix, and in what an edit
-would write with each.
+"""The error of a minimal second moment relative to the full one: of the matrix, and of the updates
+that editors compute from it.
 
-For a key k and whatever residual r, ROME writes r a^T with a = C^-1 k / (k^T C^-1 k) (Meng et al.
-2022, arXiv 2202.05262, Eq. 2), and MEMIT R X with X = K^T (lambda C + K K^T)^-1 (Meng et al. 2023,
-arXiv 2210.07229, Eq. 14). So the relative difference of two updates that differ in C alone is that
-of a, whatever r is; for a batch it is taken of X, as if the residuals were orthonormal.
+For a key k and a residual r, ROME's update is r a^T with a = C^-1 k / (k^T C^-1 k) (Meng et al.
+2022, arXiv 2202.05262, Eq. 2). MEMIT's update is R X with X = K^T (lambda C + K K^T)^-1 (Meng et
+al. 2023, arXiv 2210.07229, Eq. 14). If two updates differ only in C, their relative difference is
+that of a for every r. For a batch it is that of X, as if the residuals were orthonormal.
 
 Shape letters: I d_in, N keys.
 """
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Of one module, each relative to the full preset. `memit` where a covariance weight is given:
-    one key at a time, then all at once.
+    """The differences at one module, relative to the full preset.
+
+    The MEMIT values are None without a covariance weight. The mean and the maximum are over single
+    keys, `memit_batch` is for all keys together.
     """
 
     module: str
@@ -53,17 +55,17 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """One of the two sides."""
+    """The statistics of one preset."""
 
     documents: int
     corpus: str  # digest
-    seconds: float | None  # that collecting took; None: it was stored
+    seconds: float | None  # duration of collecting; None if the statistics were stored
     digests: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What `editkit stats compare` writes."""
+    """The content of the report that `editkit stats compare` writes."""
 
     model: str
     fingerprint: str
@@ -86,17 +88,20 @@ def compare_presets(
     announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Builds what is missing of both presets and compares them at the requests' keys. `weight` is
-    MEMIT's lambda.
+    """Builds the missing statistics of both presets and compares them at the requests' keys.
 
-    Raises ConfigError as `stats.build.build` does, and where a second moment cannot be inverted.
+    Args:
+        weight: MEMIT's lambda; None leaves MEMIT out.
+
+    Raises:
+        ConfigError: see `stats.build.build`; or a second moment cannot be inverted.
     """
 
     def built(preset: Any) -> tuple[Statistics, Moments, float | None]:
-        wanted = statistics(model, modules, replace(config, preset=preset))
-        start, is_stored = time.perf_counter(), not wanted.missing()
-        fill_store(wanted, announce=announce, progress=progress)
-        return wanted, wanted.read(), None if is_stored else time.perf_counter() - start
+        required = statistics(model, modules, replace(config, preset=preset))
+        start, is_stored = time.perf_counter(), not required.missing()
+        fill_store(required, announce=announce, progress=progress)
+        return required, required.read(), None if is_stored else time.perf_counter() - start
 
     (full, full_moments, full_s), (few, few_moments, few_s) = built("full"), built("minimal")
     keys = sample_keys(model, modules, requests)
@@ -119,7 +124,7 @@ def compare_presets(
 def compare(
     full: Moments, minimal: Moments, module: str, keys_IN: torch.Tensor, *, weight: float | None
 ) -> Difference:
-    """The differences at one module, for edits at these keys."""
+    """The differences at one module for edits with these keys."""
     full_II, minimal_II = full.second_moment(module), minimal.second_moment(module)
     rome = column_differences(
         rome_directions(full, module, keys_IN), rome_directions(minimal, module, keys_IN)
@@ -158,7 +163,7 @@ def compare(
 
 
 def rome_directions(moments: Moments, module: str, keys_IN: torch.Tensor) -> torch.Tensor:
-    """(I, N): a of every key."""
+    """The vector a of every key, (I, N)."""
     solved_IN = moments.inverse_times(module, keys_IN)
     return solved_IN / (keys_IN * solved_IN).sum(dim=0)
 
@@ -166,41 +171,40 @@ def rome_directions(moments: Moments, module: str, keys_IN: torch.Tensor) -> tor
 def memit_directions(
     moments: Moments, module: str, keys_IN: torch.Tensor, *, weight: float
 ) -> torch.Tensor:
-    """(I, N): X^T of the keys as one batch, by Woodbury."""
+    """X^T of the keys as one batch, (I, N), by the Woodbury identity."""
     solved_IN = moments.inverse_times(module, keys_IN) / weight
     core_NN = (
         torch.eye(keys_IN.shape[1], dtype=keys_IN.dtype, device=keys_IN.device)
         + keys_IN.T @ solved_IN
     )
-    result: torch.Tensor = torch.linalg.solve(core_NN, solved_IN, left=False)
-    return result
+    directions_IN: torch.Tensor = torch.linalg.solve(core_NN, solved_IN, left=False)
+    return directions_IN
 
 
 def column_differences(full_IN: torch.Tensor, minimal_IN: torch.Tensor) -> torch.Tensor:
-    """(N,): |minimal - full| / |full| of every column."""
-    result: torch.Tensor = torch.linalg.vector_norm(
-        minimal_IN - full_IN, dim=0
-    ) / torch.linalg.vector_norm(full_IN, dim=0)
-    return result
+    """|minimal - full| / |full| of every column, (N,)."""
+    norms_N: torch.Tensor = torch.linalg.vector_norm(full_IN, dim=0)
+    errors_N: torch.Tensor = torch.linalg.vector_norm(minimal_IN - full_IN, dim=0)
+    return errors_N / norms_N
 
 
 def relative(full: torch.Tensor, minimal: torch.Tensor) -> float:
-    """|minimal - full| / |full|, Frobenius."""
+    """|minimal - full| / |full| in the Frobenius norm."""
     return float(torch.linalg.vector_norm(minimal - full) / torch.linalg.vector_norm(full))
 
 
 def sample_keys(
     model: EditableModel, modules: Sequence[str], requests: Sequence[EditRequest]
 ) -> dict[str, torch.Tensor]:
-    """(I, N) float64 by module: the keys at the subject's last token of the requests' own prompts,
+    """By module, the keys at the subject's last token of the requests' prompts, (I, N) float64,
     from one pass.
     """
     filled = [fill(request.prompt, request.subject) for request in requests]
     encoded = encode(model.tokenizer, [prompt.text for prompt in filled])
-    # Nothing behind the subject can reach it: the network is causal.
+    # Tokens after the subject cannot influence it, because the network is causal.
     texts = [
-        each.ids[: subject_position(each, prompt) + 1]
-        for each, prompt in zip(encoded, filled, strict=True)
+        sequence.ids[: subject_position(sequence, prompt) + 1]
+        for sequence, prompt in zip(encoded, filled, strict=True)
     ]
     batch = pad(texts, device=model.device)
     with torch.no_grad(), capture(model, inputs=modules) as captured:
@@ -215,54 +219,55 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def table(report: Report) -> Table:
-    """A line for each module."""
+    """The report as a table with a row for each module."""
     from rich.table import Table
 
     full, few = (
-        f"{each.documents} documents{_took(each.seconds)}" for each in (report.full, report.minimal)
+        f"{preset.documents} documents{_duration(preset.seconds)}"
+        for preset in (report.full, report.minimal)
     )
     title = (
         f"{report.model}, stats={report.stats}: minimal ({few}) against full ({full}), relative "
         f"differences at {report.keys} keys"
     )
-    columns = ["module", "vectors", "minimal", "a dimension", "C", "ROME update", "worst"]
+    columns = ["module", "vectors", "minimal", "per dimension", "C", "ROME update", "worst"]
     has_memit = report.covariance_weight is not None
-    found = Table(
+    rows = Table(
         *columns,
         *(["MEMIT update", "worst", "batch"] if has_memit else []),
         box=None,
         pad_edge=False,
         title=title,
     )
-    found.title_justify = "left"
-    for column in found.columns[1:]:
+    rows.title_justify = "left"
+    for column in rows.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    for each in report.modules:
+    for difference in report.modules:
         differences = [
-            each.matrix,
-            each.rome_mean,
-            each.rome_max,
-            each.memit_mean,
-            each.memit_max,
-            each.memit_batch,
+            difference.matrix,
+            difference.rome_mean,
+            difference.rome_max,
+            difference.memit_mean,
+            difference.memit_max,
+            difference.memit_batch,
         ]
         shown = [f"{value:.1%}" for value in differences if value is not None]
-        found.add_row(
-            each.module,
-            str(each.full_vectors),
-            str(each.minimal_vectors),
-            f"{each.minimal_vectors / each.size:.1f}",
+        rows.add_row(
+            difference.module,
+            str(difference.full_vectors),
+            str(difference.minimal_vectors),
+            f"{difference.minimal_vectors / difference.size:.1f}",
             *shown,
         )
-    return found
+    return rows
 
 
-def _took(seconds: float | None) -> str:
+def _duration(seconds: float | None) -> str:
     return ", stored" if seconds is None else f", {seconds:.0f} s"
 
 
-def _preset(wanted: Statistics, moments: Moments, seconds: float | None) -> Preset:
-    corpus = next(iter(wanted.keys.values())).corpus
+def _preset(required: Statistics, moments: Moments, seconds: float | None) -> Preset:
+    corpus = next(iter(required.keys.values())).corpus
     return Preset(
-        documents=wanted.num_documents, corpus=corpus, seconds=seconds, digests=moments.digests
+        documents=required.num_documents, corpus=corpus, seconds=seconds, digests=moments.digests
     )

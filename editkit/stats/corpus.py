@@ -1,10 +1,9 @@
-"""The texts that second moments are taken over: the bundled world's, a text file's, or a hub
-dataset's.
+"""The texts for second moments: the bundled world's, text files, or a dataset of the hub.
 
-`preset: minimal` takes few of them: ten key vectors for each dimension of a key, after Gupta et al.
-2025 ("FastMEMIT", arXiv 2506.04226), where published statistics hold thousands. An update then
-still differs from the full one's by 40 % or so on the bundled models (for independent Gaussian keys
-it is the root of one over the ten); `editkit stats compare` measures it.
+`preset: minimal` uses few texts: ten key vectors for each dimension of a key, after Gupta et al.
+2025 ("FastMEMIT", arXiv 2506.04226). Published statistics have thousands. On the bundled models, an
+update with the minimal preset differs from that with the full one by about 40 %. For independent
+Gaussian keys the difference is the square root of 1/10. `editkit stats compare` measures it.
 """
 
 from __future__ import annotations
@@ -16,71 +15,80 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, OptionError, message
 from editkit.stats.collect import Products
 
-COUNTED_AT_ONCE = 100  # documents
+COUNTED_AT_ONCE = 100  # documents whose tokens are counted together
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatsConfig:
-    """Where the texts come from, how many, and where the statistics are stored."""
+    """The source and number of the texts, and the folder of the statistics."""
 
     name: str
     source: Literal["world", "text", "hub", "none"]
-    preset: Literal[
-        "full", "minimal"
-    ]  # minimal: of the documents only as many as give `vectors_per_dimension`
+    # minimal: only as many documents as `vectors_per_dimension` requires
+    preset: Literal["full", "minimal"]
     vectors_per_dimension: int  # key vectors for each dimension of a key
     path: str | None = None  # text: a file, or a folder of .txt files; hub: the dataset's id
-    # text: what stands between two documents; None: a file is one document
+    # text: the separator of documents; None: each file is one document
     separator: str | None = "\n"
     subset: str | None = None  # hub: the dataset's configuration
     split: str = "train"  # hub
     column: str = "text"  # hub
     num_documents: int
     seed: int  # of the sample
-    # tokens of a document that count; the model's own number of positions if that is smaller
+    # tokens of a document that count; at most the model's context length
     context_length: int
-    batch_tokens: int  # tokens of a forward pass, padding included
-    # what k k^T is multiplied in (float64 for a float64 network and float32); sums are float64
+    batch_tokens: int  # tokens of a forward pass, including padding
+    # the dtype of the products k k^T (float32 means float64 for a float64 network); sums are
+    # float64
     products: Products
-    save_every_s: float  # seconds between two saved states of unfinished sums
+    save_every_s: float  # seconds between two saves of unfinished sums
     folder: str
 
     def __post_init__(self) -> None:
         positive = ("num_documents", "vectors_per_dimension", "context_length", "batch_tokens")
         problems = [
-            f"stats.{name} must be positive - got {getattr(self, name)}."
+            message(name, "must be positive", got=getattr(self, name))
             for name in positive
             if getattr(self, name) < 1
         ]
         if self.context_length > self.batch_tokens:
             problems.append(
-                "stats.batch_tokens must hold a document of stats.context_length - got "
-                f"stats.context_length={self.context_length}, "
-                f"stats.batch_tokens={self.batch_tokens}."
+                message(
+                    "batch_tokens",
+                    "must not be below context_length",
+                    got=self.batch_tokens,
+                    expected=f"at least {self.context_length}",
+                )
             )
         if self.save_every_s < 0:
-            problems.append(f"stats.save_every_s must not be negative - got {self.save_every_s}.")
+            problems.append(message("save_every_s", "must not be negative", got=self.save_every_s))
         if self.separator == "":
             problems.append(
-                "stats.separator must not be empty - null makes each file one document."
+                message(
+                    "separator",
+                    "must not be empty",
+                    fix="set it to null, which makes each file one document",
+                )
             )
         if self.source in ("text", "hub") and not self.path:
-            what = (
+            expected = (
                 "a text file or a folder of .txt files"
                 if self.source == "text"
                 else "a dataset's id on the hub"
             )
-            problems.append(f"stats.path is missing - stats={self.source} wants {what} there.")
+            problems.append(
+                message("path", f"is missing with source={self.source}", expected=expected)
+            )
         if problems:
-            raise ConfigError(problems)
+            raise OptionError(problems)
 
 
 def texts(config: StatsConfig) -> Iterator[str]:
-    """The sampled documents, the same ones in the same order each time. Raises ConfigError where
-    the source cannot be read.
+    """The sampled documents, always the same ones in the same order. Raises ConfigError if the
+    source cannot be read.
     """
     if config.source == "world":
         from editkit.datasets.world import corpus, generate_world
@@ -95,7 +103,7 @@ def texts(config: StatsConfig) -> Iterator[str]:
 
 
 def digest(documents: Iterable[str]) -> str:
-    """Digest of the documents' content and order; their borders count."""
+    """A digest of the documents' content, order and borders."""
     total = hashlib.sha256()
     for document in documents:
         encoded = document.encode()
@@ -111,37 +119,40 @@ def fewest(
     count_tokens: Callable[[Sequence[str]], Sequence[int]],
     seed: int,
 ) -> list[str]:
-    """As few of the documents, drawn at random and left in their order, as hold `num_tokens`
-    tokens; all, where these hold fewer.
+    """The smallest random sample of the documents that has `num_tokens` tokens, in the documents'
+    order; all documents if they have fewer tokens.
     """
     drawn = random.Random(seed).sample(range(len(documents)), len(documents))
-    found = 0
+    num_drawn = 0
     for start in range(0, len(drawn), COUNTED_AT_ONCE):
         counts = count_tokens(
             [documents[index] for index in drawn[start : start + COUNTED_AT_ONCE]]
         )
         for number, count in enumerate(counts, start + 1):
-            found += count
-            if found >= num_tokens:
+            num_drawn += count
+            if num_drawn >= num_tokens:
                 return [documents[index] for index in sorted(drawn[:number])]
     return list(documents)
 
 
 def _documents(path: Path, separator: str | None) -> list[str]:
-    """With "\\n" every line that is not blank is a document, as for the `text` loader of Hugging
-    Face datasets.
+    """The documents of the files. With the separator "\\n", every line that is not blank is a
+    document, as in the `text` loader of Hugging Face datasets.
     """
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     try:
         whole = [file.read_text(encoding="utf-8") for file in files]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"stats.path cannot be read - {path} ({error}) - a UTF-8 text file or a folder of "
-            ".txt files."
+            message(
+                "stats.path",
+                f"cannot be read: {error}",
+                got=str(path),
+                expected="a UTF-8 text file, or a folder of .txt files",
+            )
         ) from None
-    separator = (
-        separator.replace("\\n", "\n") if separator else None
-    )  # Hydra takes a backslash on the command line as it is
+    # Hydra does not interpret a backslash on the command line.
+    separator = separator.replace("\\n", "\n") if separator else None
     if separator == "\n":
         pieces = [line for text in whole for line in text.splitlines()]
     else:
@@ -150,16 +161,20 @@ def _documents(path: Path, separator: str | None) -> list[str]:
             for text in whole
             for piece in ([text] if separator is None else text.split(separator))
         ]
-    if not (found := [piece for piece in pieces if piece.strip()]):
+    if not (documents := [piece for piece in pieces if piece.strip()]):
         raise ConfigError(
-            f"stats.path holds no text - {path} - a UTF-8 text file, or a folder of .txt files, "
-            "with documents in it."
+            message(
+                "stats.path",
+                "has no documents",
+                got=str(path),
+                expected="a UTF-8 text file, or a folder of .txt files, with documents",
+            )
         )
-    return found
+    return documents
 
 
 def _sample(documents: Sequence[str], config: StatsConfig) -> Iterator[str]:
-    """`num_documents` of them, or all if there are fewer, in their own order."""
+    """A sample of `num_documents` documents, or all if there are fewer, in their order."""
     chosen: Sequence[int] = range(len(documents))
     if config.num_documents < len(documents):
         chosen = sorted(random.Random(config.seed).sample(chosen, config.num_documents))
@@ -171,20 +186,33 @@ def _hub(config: StatsConfig) -> Iterator[str]:
         import datasets
     except ImportError:
         raise ConfigError(
-            "stats=hub wants the package `datasets` - it is not installed - pip install datasets."
+            message(
+                "stats",
+                "the package `datasets` is not installed",
+                got="hub",
+                fix="pip install datasets",
+            )
         ) from None
     where = f"{config.path}, subset {config.subset}, split {config.split}"
     try:
         dataset = datasets.load_dataset(config.path, config.subset, split=config.split)
-    except Exception as error:  # the hub's client raises many kinds, and for the user they are one
+    except Exception as error:  # the hub's client raises many kinds of errors
         raise ConfigError(
-            f"stats.path cannot be loaded from the hub - {where} ({error}) - or use stats=text "
-            "stats.path=FILE."
+            message(
+                "stats.path",
+                f"cannot be loaded from the hub: {error}",
+                got=where,
+                fix="check the id and the network, or use stats=text stats.path=FILE",
+            )
         ) from None
     if config.column not in dataset.column_names:
         raise ConfigError(
-            f"stats.column is not in {where} - got {config.column} - columns: "
-            f"{', '.join(dataset.column_names)}."
+            message(
+                "stats.column",
+                f"is not a column of {where}",
+                got=config.column,
+                expected=f"one of {', '.join(dataset.column_names)}",
+            )
         )
     sample = dataset.shuffle(seed=config.seed).select(
         range(min(config.num_documents, len(dataset)))

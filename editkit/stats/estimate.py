@@ -1,4 +1,4 @@
-"""What collecting second moments will take, said before it starts."""
+"""The memory and disk space for collecting second moments, estimated before the start."""
 
 from __future__ import annotations
 
@@ -16,31 +16,28 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 GB = 1e9
-PASS_BUFFERS = (
-    8,
-    4,
-    # tensors of the residual stream's width, and of the MLP's, that a pass holds at its peak;
-    # measured, GPT-2
-)
+# Tensors of the residual width and of the MLP's inner width at the peak of a pass, measured with
+# GPT-2.
+PASS_BUFFERS = (8, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Bytes on the model's device but for `disk_bytes`, which holds the unfinished sums too."""
+    """Bytes on the model's device; `disk_bytes` on disk, including unfinished sums."""
 
     num_modules: int
     size: int  # of the largest matrix
     num_documents: int
-    weights_bytes: int  # taken already
+    weights_bytes: int  # already allocated
     sums_bytes: int
     keys_bytes: int
     pass_bytes: int
     disk_bytes: int
-    free_bytes: int | None  # on the device; None: not known
+    free_bytes: int | None  # on the device; None if unknown
 
     @property
     def more_bytes(self) -> int:
-        """What comes on top of the weights."""
+        """The bytes in addition to the weights."""
         return self.sums_bytes + self.keys_bytes + self.pass_bytes
 
     def __str__(self) -> str:
@@ -60,16 +57,16 @@ class Estimate:
         if self.free_bytes is not None and self.more_bytes > self.free_bytes:
             free = f"{self.free_bytes / GB:.2g} GB"
             text += (
-                f" - only {free} are free beside the weights: lower stats.batch_tokens, or edit "
+                f". Only {free} are free in addition to the weights. Fix: lower "
+                "stats.batch_tokens, or edit fewer layers"
             )
-            text += "fewer layers"
         return text
 
 
 def estimate(
     model: EditableModel, modules: Sequence[str], config: StatsConfig, *, num_documents: int
 ) -> Estimate:
-    """Sums and keys to the byte; a pass roughly."""
+    """The estimate. Sums and keys are exact, a pass is approximate."""
     network = model.network.config
     sizes = [model.weight(module).shape[1] for module in modules]
     context = min(config.context_length, model.max_length)
@@ -94,7 +91,7 @@ def estimate(
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had there; None where the system does not tell."""
+    """The free bytes of a device; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":

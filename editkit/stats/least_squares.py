@@ -1,10 +1,10 @@
-"""The least squares behind a batch of edits, by Woodbury in the number of edits.
+"""The least-squares problem of a batch of edits, solved by the Woodbury identity in the number of
+edits.
 
-`solve.dtype` says in what the I x I matrices are kept and used: the Cholesky factors of second
-moments, and what D4S and AlphaEdit remember. At I = 14336 (LLaMA-3-8B's down_proj) such a matrix
-takes 1.6 GB in float64 and 0.8 GB in float32. The second moments themselves and their factorisation
-are float64 always, and so is whatever has N columns. What float32 costs in digits: see
-tests/stats/test_solve_dtype.py.
+`solve.dtype` is the dtype of the I x I matrices: the Cholesky factors of second moments, and the
+memories of D4S and AlphaEdit. At I = 14336 (LLaMA-3-8B's down_proj) such a matrix takes 1.6 GB in
+float64 and 0.8 GB in float32. Second moments, their factorisation and all matrices with N columns
+are always float64. tests/stats/test_solve_dtype.py measures the accuracy with float32.
 
 Shape letters: O d_out, I d_in, N edits.
 """
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LeastSquares:
-    """min_D ||D K - R||^2 + weight * tr(D C D^T): what an editor asks the solve for, at one
-    module.
-    """
+    """The problem min_D ||D K - R||^2 + weight * tr(D C D^T) of one module."""
 
     module: str
     keys_IN: torch.Tensor
@@ -36,12 +34,11 @@ class LeastSquares:
 
 
 def least_squares(problem: LeastSquares, moments: Moments) -> LowRank:
-    """argmin_D ||D K - R||^2 + weight * tr(D C D^T) = R K^T (weight * C + K K^T)^-1, returned in
-    float32.
+    """The solution D = R K^T (weight * C + K K^T)^-1 in float32.
 
-    Meng et al. 2023 (MEMIT, arXiv 2210.07229), Eq. 14, in the form R (I + K^T A K)^-1 K^T A with A
-    = (weight * C)^-1: C is factorised once a run, a solve costs two triangular solves for N columns
-    and an N x N system instead of I^3.
+    It is Eq. 14 of Meng et al. 2023 (MEMIT, arXiv 2210.07229) in the form
+    R (I + K^T A K)^-1 K^T A with A = (weight * C)^-1. C is factorised once per run. A solve costs
+    two triangular solves for N columns and an N x N system, instead of I^3.
     """
     return (
         Memory()
@@ -51,7 +48,7 @@ def least_squares(problem: LeastSquares, moments: Moments) -> LowRank:
 
 
 def weighted(problem: LeastSquares, moments: Moments) -> Prior:
-    """weight * C as a prior: with C = L L^T, T = L^-1 / sqrt(weight)."""
+    """weight * C as a prior. With C = L L^T, its T is L^-1 / sqrt(weight)."""
     module, root = problem.module, math.sqrt(problem.weight)
     return Prior(
         whiten=lambda keys_IN: moments.whiten(module, keys_IN) / root,

@@ -1,10 +1,10 @@
-"""Sums that survive an interruption, and that several processes can share: a file for each part,
-until all parts are there.
+"""Sums that survive an interruption and that several processes can share: a file for each part
+until all parts are complete.
 
-The files lie in a folder of their own below the store's, named after everything that the sums
-depend on. A file is replaced whole after a block, so a killed process loses what it did since the
-last one. Which process does which part is no matter of the result (see `stats.collect`), nor is the
-number of processes: work that was begun by four can be ended by one.
+The files are in a separate folder below the store's, whose name is a digest of everything that the
+sums depend on. A file is replaced as a whole after a block, so a killed process loses its work
+since the last save. The result depends neither on the assignment of parts to processes nor on the
+number of processes (see `stats.collect`). One process can finish the work that four have started.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.files import take_lock, written_atomically
 from editkit.lazy import torch
 from editkit.stats.collect import (
@@ -31,30 +31,31 @@ from editkit.stats.collect import (
 )
 from editkit.stats.shards import Shard
 
-SAVING_SHARE = 0.05  # of the time at most
+SAVING_SHARE = 0.05  # the largest share of the time that saving may take
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The unfinished sums of some modules over some documents, in a folder of their own."""
+    """The unfinished sums of some modules over some documents, in a separate folder."""
 
     folder: Path
     num_documents: int
 
     @property
-    def wanted(self) -> list[int]:
-        """The parts that hold documents."""
+    def nonempty(self) -> list[int]:
+        """The parts that have documents."""
         return [part for part in range(PARTS) if blocks_of(part, self.num_documents)]
 
     def missing(self) -> list[int]:
+        """The parts whose files do not contain all their blocks."""
         return [
             part
-            for part in self.wanted
+            for part in self.nonempty
             if self.blocks_done(part) < len(blocks_of(part, self.num_documents))
         ]
 
     def blocks_done(self, part: int) -> int:
-        """How many of a part's blocks its file holds."""
+        """The number of blocks in the file of a part."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path(part)
@@ -69,20 +70,21 @@ class Parts:
     def path(self, part: int) -> Path:
         return self.folder / f"part-{part}.safetensors"
 
-    def save(self, part: int, found: PartSum) -> None:
+    def save(self, part: int, part_sum: PartSum) -> None:
+        """Replaces the file of a part."""
         from safetensors.torch import save_file
 
         tensors = {
             _name(module, row): block.cpu()
-            for module, sums in found.sums.items()
+            for module, sums in part_sum.sums.items()
             for row, block in enumerate(sums.blocks)
         }
-        facts = {"num_blocks": str(found.num_blocks), "num_tokens": str(found.num_tokens)}
+        facts = {"num_blocks": str(part_sum.num_blocks), "num_tokens": str(part_sum.num_tokens)}
         checksums = {
             module: _checksum(
                 facts, [tensors[_name(module, row)] for row in range(len(sums.blocks))]
             )
-            for module, sums in found.sums.items()
+            for module, sums in part_sum.sums.items()
         }
         with written_atomically(self.path(part)) as temporary:
             save_file(tensors, temporary, metadata=facts | checksums)
@@ -90,9 +92,7 @@ class Parts:
     def load(
         self, part: int, modules: Sequence[str], *, device: torch.device | str = "cpu"
     ) -> PartSum:
-        """Some modules' sums of a part as they were saved. Raises ConfigError where the file is
-        damaged.
-        """
+        """The saved sums of some modules of a part. Raises ConfigError for a damaged file."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path(part)
@@ -116,18 +116,16 @@ class Parts:
         )
 
     def merged(self, modules: Sequence[str]) -> Iterator[tuple[str, MomentSum]]:
-        """Every module's sum over all parts, in the parts' order; one module in memory at a
-        time.
-        """
+        """The sum of every module over all parts in order, with one module in memory at a time."""
         for module in modules:
             total, num_tokens = None, 0
-            for part in self.wanted:
-                found = self.load(part, [module])
-                num_tokens += found.num_tokens
+            for part in self.nonempty:
+                part_sum = self.load(part, [module])
+                num_tokens += part_sum.num_tokens
                 if total is None:
-                    total = found.sums[module]
+                    total = part_sum.sums[module]
                 else:
-                    total.add(found.sums[module])
+                    total.add(part_sum.sums[module])
             require_tokens(num_tokens)
             assert total is not None
             yield module, MomentSum(total.dense(), num_tokens)
@@ -144,23 +142,24 @@ def compute(
     announce: Callable[[str], None],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Brings this process's parts to their end; those that another process works on are waited for.
+    """Completes the parts of this process, and waits for those that another process works on.
 
-    `is_stored` says whether somebody has finished it all, and removed the parts. `progress` is told
-    how many documents of this process's share are done, and of how many; it may raise to stop the
-    work, which is saved first.
+    Args:
+        is_stored: whether another process has stored the result and removed the parts.
+        progress: gets the number of processed documents and the total number of this process's
+            share. It may raise an exception to stop the work, which is saved first.
     """
-    mine = [part for part in parts.wanted if part % shard.of == shard.rank]
-    of = {part: [len(block) for block in blocks_of(part, len(texts))] for part in mine}
-    done = {part: sum(of[part][: parts.blocks_done(part)]) for part in mine}
-    total = sum(map(sum, of.values()))
+    mine = [part for part in parts.nonempty if part % shard.of == shard.rank]
+    sizes = {part: [len(block) for block in blocks_of(part, len(texts))] for part in mine}
+    done = {part: sum(sizes[part][: parts.blocks_done(part)]) for part in mine}
+    total = sum(map(sum, sizes.values()))
     if any(done.values()):
         announce(
-            f"going on where an earlier process stopped: {sum(done.values())} of {total} "
+            f"resuming the work of an earlier process: {sum(done.values())} of {total} "
             "documents are done"
         )
     progress(sum(done.values()), total)
-    for may_wait in (False, True):  # first what nobody works on
+    for may_wait in (False, True):  # first the parts that no other process works on
         for part in mine:
             if is_stored() or part not in parts.missing():
                 continue
@@ -179,30 +178,30 @@ def compute(
 def _finish(
     parts: Parts, part: int, collector: Collector, texts: Sequence[str], *, save_every_s: float
 ) -> Generator[int]:
-    """Takes a part's remaining blocks; yields how many documents are done, after each. Saves when
-    it is closed early.
+    """Processes the remaining blocks of a part. Yields the number of processed documents after each
+    block. If it is closed early, it saves the part first.
     """
     blocks = blocks_of(part, len(texts))
     done = parts.blocks_done(part)
-    if done == len(blocks):  # another process did it in the meantime
+    if done == len(blocks):  # another process has completed the part in the meantime
         return
-    found = (
+    part_sum = (
         parts.load(part, collector.modules, device=collector.model.device)
         if done
-        else collector.nothing()
+        else collector.empty()
     )
     saved, cost = time.monotonic(), 0.0
-    for block in blocks[found.num_blocks :]:
-        collector.add_block(found, [texts[index] for index in block])
+    for block in blocks[part_sum.num_blocks :]:
+        collector.add_block(part_sum, [texts[index] for index in block])
         waited = time.monotonic() - saved
         is_due = not save_every_s or waited >= max(save_every_s, cost / SAVING_SHARE)
-        if is_due or found.num_blocks == len(blocks):
-            parts.save(part, found)
+        if is_due or part_sum.num_blocks == len(blocks):
+            parts.save(part, part_sum)
             cost, saved = time.monotonic() - saved - waited, time.monotonic()
         try:
-            yield sum(map(len, blocks[: found.num_blocks]))
+            yield sum(map(len, blocks[: part_sum.num_blocks]))
         except GeneratorExit:
-            parts.save(part, found)
+            parts.save(part, part_sum)
             raise
 
 
@@ -228,8 +227,11 @@ def _name(module: str, row: int) -> str:
 
 def _corrupt(path: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"corrupt statistics: the unfinished sums {path} cannot be used ({error}). Delete the "
-        "file: its part is taken anew."
+        message(
+            str(path),
+            f"corrupt statistics, the unfinished sums cannot be used: {error}",
+            fix="delete the file, so that its part is computed again",
+        )
     )
 
 

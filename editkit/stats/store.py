@@ -1,9 +1,9 @@
-"""Second moments of keys on disk: computed once for a model and a corpus, found again by content,
-never trusted unchecked.
+"""Second moments of keys on disk: computed once for a model and a corpus, and verified when they
+are read.
 
-A file's name is a digest of everything that its content depends on (`MomentKey`). The same key lies
-inside the file beside a checksum, so that a damaged, renamed or foreign file is an error and not a
-wrong result.
+A file's name contains a digest of everything that its content depends on (`MomentKey`). The file
+also contains this key and a checksum, so that a damaged, renamed or foreign file gives an error
+instead of a wrong result.
 
 Shape letters: I d_in, N keys.
 """
@@ -19,29 +19,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.files import written_atomically
 from editkit.lazy import torch
 from editkit.linalg.recursive import SolveDtype
 from editkit.stats.collect import MomentSum
 
 SUFFIX = ".safetensors"
-FORMAT = 2  # 1 had no `products`, and its sums were cut differently
-REMEDY = "Delete the file: it is computed again by the next run or `editkit stats build`."
+FORMAT = 2  # format 1 had no `products` and other blocks of sums
+FIX = "delete the file; the next run or `editkit stats build` computes it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MomentKey:
-    """Every input that can change a second moment; the file's name is its digest."""
+    """All inputs that can change a second moment. Their digest is part of the file's name."""
 
-    model: str  # the name, for who reads a listing; `fingerprint` is what identifies it
+    model: str  # the name in listings; `fingerprint` identifies the model
     fingerprint: str  # of the unedited weights
     module: str
     corpus: str  # digest of the texts themselves
     num_documents: int
     context_length: int  # tokens of a document that count
     dtype: str  # of the network
-    products: str  # what k k^T was multiplied in; sums are float64
+    products: str  # the dtype of the products k k^T; sums are float64
     format: int = FORMAT
 
     @property
@@ -54,106 +54,109 @@ class MomentKey:
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """E[k k^T] of the keys of one matrix, uncentred, in float64, and its Cholesky factor."""
+    """The uncentred second moment E[k k^T] of the keys of one matrix, in float64, and its Cholesky
+    factor.
+    """
 
     module: str
     matrix_II: torch.Tensor
     num_tokens: int
     checksum: str = ""  # of the stored file
     dtype: SolveDtype = "float64"  # of the factor
-    # puts the factor where it shall lie; None: beside the matrix
+    # moves the factor to its storage; None: on the matrix's device
     keep: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @cached_property
     def factor_II(self) -> torch.Tensor:
-        """Lower triangular; computed in float64 at the first use (I^3 / 3 operations), kept in
-        `dtype`.
+        """The lower triangular Cholesky factor in `dtype`.
 
-        Raises ConfigError where the matrix is singular.
+        The first use computes it in float64 with I^3 / 3 operations. Raises ConfigError for a
+        singular matrix.
         """
         size = self.matrix_II.shape[0]
         factor_II, failed_at = torch.linalg.cholesky_ex(self.matrix_II)
-        # Of N keys the rank is at most N, but rounding can hide that from the factorisation.
+        # The rank is at most the number of keys, but rounding can hide that from the factorisation.
         if self.num_tokens < size or int(failed_at) != 0:
             raise ConfigError(
-                f"stats: the second moment of {self.module} cannot be inverted - it holds "
-                f"{self.num_tokens} keys of length {size} - "
-                "raise stats.num_documents, or do without it (ROME: editor.covariance=null)."
+                message(
+                    "stats",
+                    f"the second moment of {self.module} cannot be inverted",
+                    got=f"{self.num_tokens} keys of length {size}",
+                    fix="raise stats.num_documents, or edit without second moments (ROME: "
+                    "editor.covariance=null)",
+                )
             )
-        factor_II = factor_II.to(
-            getattr(torch, self.dtype)
-        )  # float32 could not factorise what is ill-conditioned
+        # float32 is not accurate enough to factorise an ill-conditioned matrix.
+        factor_II = factor_II.to(getattr(torch, self.dtype))
         return factor_II if self.keep is None else self.keep(factor_II)
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """The second moments that an editor asked for, by module; empty where it asked for none."""
+    """The second moments that an editor needs, by module; empty if it needs none."""
 
     by_module: Mapping[str, SecondMoment] = field(default_factory=dict)
-    # `solve.dtype`: of the I x I matrices that solves are made from; the second moments stay
-    # float64
+    # `solve.dtype`, the dtype of the I x I matrices in solves; second moments are float64
     dtype: SolveDtype = "float64"
 
     def solved_in(self, dtype: SolveDtype) -> Moments:
-        """The same, for least squares in another dtype."""
+        """The same second moments for least squares in another dtype."""
         return Moments(
             {module: replace(moment, dtype=dtype) for module, moment in self.by_module.items()},
             dtype,
         )
 
     def second_moment(self, module: str) -> torch.Tensor:
-        """E[k k^T], (I, I) float64; not to be modified."""
+        """E[k k^T], (I, I) float64. Callers must not modify it."""
         return self._of(module).matrix_II
 
     def inverse_times(self, module: str, keys_IN: torch.Tensor) -> torch.Tensor:
-        """E[k k^T]^-1 @ keys, float64, on the keys' device: two triangular solves in `dtype`, the
-        factorisation is done once.
+        """E[k k^T]^-1 @ keys in float64 on the keys' device, by two triangular solves in `dtype`.
+
+        The factorisation is computed once.
         """
         return self.unwhiten(module, self.whiten(module, keys_IN))
 
     def whiten(self, module: str, keys_IN: torch.Tensor) -> torch.Tensor:
-        """L^-1 @ keys with E[k k^T] = L L^T, float64, on the keys' device: what common text's keys
-        become white by.
+        """L^-1 @ keys with E[k k^T] = L L^T, in float64 on the keys' device. It whitens the keys of
+        common text.
         """
         factor_II = self._of(module).factor_II
-        # Not `cholesky_solve`: it copies the factor, which for one column takes 25 times as long.
-        result: torch.Tensor = torch.linalg.solve_triangular(
+        # `cholesky_solve` copies the factor, which takes 25 times as long for one column.
+        white_IN: torch.Tensor = torch.linalg.solve_triangular(
             factor_II, keys_IN.to(factor_II), upper=False
         ).to(device=keys_IN.device, dtype=torch.float64)
-        return result
+        return white_IN
 
     def unwhiten(self, module: str, white_IN: torch.Tensor) -> torch.Tensor:
-        """L^-T @ it, as `whiten`."""
+        """L^-T @ white_IN, with L as in `whiten`."""
         factor_II = self._of(module).factor_II
-        result: torch.Tensor = torch.linalg.solve_triangular(
+        product_IN: torch.Tensor = torch.linalg.solve_triangular(
             factor_II.T, white_IN.to(factor_II), upper=True
         ).to(device=white_IN.device, dtype=torch.float64)
-        return result
+        return product_IN
 
     def factorise(self, module: str) -> None:
-        """Does now what `inverse_times` would do at its first use. Raises ConfigError where the
-        matrix is singular.
-        """
+        """Computes the factor before its first use. Raises ConfigError for a singular matrix."""
         _ = self._of(module).factor_II
 
     @property
     def digests(self) -> dict[str, str]:
-        """Checksum of each module's file, for the provenance."""
+        """The checksum of each module's file, for the provenance."""
         return {module: moment.checksum for module, moment in self.by_module.items()}
 
     def _of(self, module: str) -> SecondMoment:
         assert module in self.by_module, (
-            f"no second moment of {module}: the editor's moment_modules did not ask for it"
+            f"no second moment of {module}: the editor's moment_modules do not contain it"
         )
         return self.by_module[module]
 
 
 def mapped_into(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that moves a tensor into a file below the folder, which is mapped into memory and
-    goes with the process.
+    """A function that moves a tensor into a memory-mapped file in the folder.
 
-    The system may drop its pages whenever memory is short, and reads them again when they are used.
+    The file disappears with the process. If memory is short, the system may drop its pages, and it
+    reads them again at their next use.
     """
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -168,7 +171,7 @@ def mapped_into(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def write(folder: Path, key: MomentKey, moment_sum: MomentSum) -> Path:
-    """Stores one second moment under its key."""
+    """Stores one second moment under its key. Returns the file."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -190,9 +193,14 @@ def read(
     device: torch.device | str = "cpu",
     keep: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> SecondMoment:
-    """One stored second moment; `keep` moves matrix and factor to where they shall lie.
+    """One stored second moment.
 
-    Raises ConfigError where the file is damaged, or holds another key than `key`.
+    Args:
+        key: the expected key; not checked if None.
+        keep: moves the matrix and the factor to their storage.
+
+    Raises:
+        ConfigError: the file is damaged, or has another key.
     """
     stored, tensors, checksum = _load(path)
     if key is not None and stored != key:
@@ -200,8 +208,7 @@ def read(
             name for name, value in asdict(key).items() if value != getattr(stored, name)
         )
         raise ConfigError(
-            f"corrupt statistics: {path} holds the second moment of something else ({differing} "
-            f"differ). {REMEDY}"
+            _corrupt(path, f"the file has the second moment of another key ({differing} differ)")
         )
     num_tokens = int(tensors["num_tokens"])
     matrix_II = tensors.pop("sum_II").to(device) / num_tokens
@@ -216,7 +223,7 @@ def read(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredMoment:
-    """A line of `editkit stats ls`; `problem` is None for a sound file."""
+    """A row of `editkit stats ls`; `problem` is None for an intact file."""
 
     path: Path
     num_bytes: int
@@ -226,8 +233,10 @@ class StoredMoment:
 
 
 def verify(folder: str | Path) -> list[StoredMoment]:
-    """Reads every file of the store completely and checks name, key and checksum."""
-    found = []
+    """All files of the store. Every file is read completely, and its name, key and checksum are
+    checked.
+    """
+    stored = []
     for path in sorted(Path(folder).expanduser().glob(f"*{SUFFIX}")):
         num_bytes = path.stat().st_size
         try:
@@ -235,9 +244,9 @@ def verify(folder: str | Path) -> list[StoredMoment]:
             problem = (
                 None
                 if path.name == key.file_name
-                else f"corrupt statistics: {path} is not named after its key. {REMEDY}"
+                else _corrupt(path, "the file name does not belong to its key")
             )
-            found.append(
+            stored.append(
                 StoredMoment(
                     path=path,
                     num_bytes=num_bytes,
@@ -247,38 +256,38 @@ def verify(folder: str | Path) -> list[StoredMoment]:
                 )
             )
         except ConfigError as error:
-            found.append(StoredMoment(path=path, num_bytes=num_bytes, problem=str(error)))
-    return found
+            stored.append(StoredMoment(path=path, num_bytes=num_bytes, problem=str(error)))
+    return stored
 
 
 def list_stored(folder: str | Path) -> list[StoredMoment]:
-    """What the store holds, by the files' headers alone: quick, and blind to damage in the
+    """All files of the store, from their headers only. This is fast, and does not detect damaged
     numbers.
     """
     from safetensors import safe_open
 
-    found = []
+    stored = []
     for path in sorted(Path(folder).expanduser().glob(f"*{SUFFIX}")):
         num_bytes = path.stat().st_size
         try:
             with safe_open(path, framework="pt") as opened:
                 key, num_tokens = _key(opened.metadata()), int(opened.get_tensor("num_tokens"))
-            found.append(
+            stored.append(
                 StoredMoment(path=path, num_bytes=num_bytes, key=key, num_tokens=num_tokens)
             )
-        except Exception as error:  # whatever a damaged header raises, the listing goes on
-            found.append(
+        except Exception as error:  # a damaged header may raise any error; the listing continues
+            stored.append(
                 StoredMoment(
                     path=path,
                     num_bytes=num_bytes,
-                    problem=f"corrupt statistics: {path} cannot be read ({error}). {REMEDY}",
+                    problem=_corrupt(path, f"the file cannot be read: {error}"),
                 )
             )
-    return found
+    return stored
 
 
 def _load(path: Path) -> tuple[MomentKey, dict[str, torch.Tensor], str]:
-    """A file's key, tensors and checksum, verified."""
+    """The verified key, tensors and checksum of a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -287,11 +296,9 @@ def _load(path: Path) -> tuple[MomentKey, dict[str, torch.Tensor], str]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
         key, checksum = _key(metadata), metadata["checksum"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"corrupt statistics: {path} cannot be read ({error}). {REMEDY}"
-        ) from None
+        raise ConfigError(_corrupt(path, f"the file cannot be read: {error}")) from None
     if checksum != _checksum(key, tensors):
-        raise ConfigError(f"corrupt statistics: {path} does not match its checksum. {REMEDY}")
+        raise ConfigError(_corrupt(path, "the file does not match its checksum"))
     return key, tensors, checksum
 
 
@@ -299,14 +306,17 @@ def _key(metadata: Mapping[str, str]) -> MomentKey:
     fields: dict[str, Any] = json.loads(metadata["key"])
     if fields["format"] != FORMAT:
         raise ValueError(
-            f"it has format {fields['format']}, of another version of editkit; this one writes "
-            f"{FORMAT}"
+            f"another version of editkit wrote it in format {fields['format']}, expected {FORMAT}"
         )
     return MomentKey(**fields)
 
 
+def _corrupt(path: Path, problem: str) -> str:
+    return message(str(path), f"corrupt statistics, {problem}", fix=FIX)
+
+
 def _checksum(key: MomentKey, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Digest of the key and of every tensor's name, shape and bytes."""
+    """A digest of the key and of every tensor's name, shape and bytes."""
     total = hashlib.sha256(key.as_json().encode())
     for name in sorted(tensors):
         tensor = tensors[name]

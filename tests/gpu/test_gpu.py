@@ -101,7 +101,7 @@ def test_second_moments_scores_and_spectra_are_those_of_the_cpu(device: str) -> 
         model = model_of(SHAPE, "tiny", device=place, dtype="float32")
         modules = model.down_projections([1, 2])
         collector = Collector(model, modules, context_length=32, batch_tokens=256)
-        total = collector.nothing()
+        total = collector.empty()
         collector.add_block(total, texts)
         moments = [total.sums[module].dense().cpu() for module in modules]
         probes = [probe for request in requests_for(SHAPE, 3) for probe in request.neighbours]

@@ -1,5 +1,5 @@
-"""Second moments: what they are, and that neither batching nor taking half of the products changes
-them.
+"""Second moments equal the dense ones. Batching and the blocks of the triangle do not
+change them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tests.support.helpers import KINDS, SENTENCES, Kind, tiny_model
 def test_sums_are_the_outer_products_of_every_token_without_padding(kind: Kind) -> None:
     model = tiny_model(kind)
     [module] = modules_of(model, 1)
-    found = collect(model, [module], SENTENCES, context_length=32, batch_tokens=200)[module]
-    wanted_II, num_tokens = dense(model, module, SENTENCES)
-    assert found.num_tokens == num_tokens
-    assert found.sum_II.dtype == torch.float64
-    assert float((found.sum_II - wanted_II).norm() / wanted_II.norm()) < 1e-6
+    actual = collect(model, [module], SENTENCES, context_length=32, batch_tokens=200)[module]
+    expected_II, num_tokens = dense(model, module, SENTENCES)
+    assert actual.num_tokens == num_tokens
+    assert actual.sum_II.dtype == torch.float64
+    assert float((actual.sum_II - expected_II).norm() / expected_II.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,28 +67,28 @@ def test_a_pass_is_no_larger_than_allowed_and_stops_above_the_last_module() -> N
 @pytest.mark.parametrize("size", [5, 256, 300, 1000])
 def test_half_of_the_products_make_the_whole_sum(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    total, wanted_II = TriangleSum.zeros(size), torch.zeros(size, size, dtype=torch.float64)
+    total, expected_II = TriangleSum.zeros(size), torch.zeros(size, size, dtype=torch.float64)
     for rows in (3, 40):
         keys_MI = torch.randn(rows, size, generator=generator)
         total.add_products(keys_MI, "float32")
-        wanted_II += keys_MI.double().T @ keys_MI.double()
+        expected_II += keys_MI.double().T @ keys_MI.double()
     dense_II = total.dense()
     assert torch.equal(dense_II, dense_II.T)
-    assert float((dense_II - wanted_II).norm() / wanted_II.norm()) < 1e-6
-    assert total.num_bytes == sum(block.nbytes for block in total.blocks) <= wanted_II.nbytes
+    assert float((dense_II - expected_II).norm() / expected_II.norm()) < 1e-6
+    assert total.num_bytes == sum(block.nbytes for block in total.blocks) <= expected_II.nbytes
 
 
 def test_bfloat16_products_are_those_of_rounded_keys_and_are_summed_in_float64() -> None:
     model = tiny_model("gpt2")
     [module] = modules_of(model, 1)
-    found, exact = (
+    actual, exact = (
         collect(model, [module], MANY, context_length=32, batch_tokens=256, products=products)[
             module
         ].sum_II
         for products in ("bfloat16", "float32")
     )
-    apart = float((found - exact).norm() / exact.norm())
-    assert 1e-6 < apart < 1e-2
+    difference = float((actual - exact).norm() / exact.norm())
+    assert 1e-6 < difference < 1e-2
     keys_MI = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
     total = TriangleSum.zeros(40)
     total.add_products(keys_MI, "bfloat16")
@@ -130,22 +130,22 @@ def test_how_many_keys_wait_for_a_product_changes_rounding_alone(
 ) -> None:
     model = tiny_model("gptj", dtype="float64")
     [module] = modules_of(model, 1)
-    wanted_II, num_tokens = dense(model, module, MANY)
+    expected_II, num_tokens = dense(model, module, MANY)
     monkeypatch.setattr(collecting, "PRODUCT_TOKENS", waiting)
-    found = collect(model, [module], MANY, context_length=32, batch_tokens=40)[module]
-    assert found.num_tokens == num_tokens
-    assert float((found.sum_II - wanted_II).norm() / wanted_II.norm()) < 1e-10
+    actual = collect(model, [module], MANY, context_length=32, batch_tokens=40)[module]
+    assert actual.num_tokens == num_tokens
+    assert float((actual.sum_II - expected_II).norm() / expected_II.norm()) < 1e-10
 
 
 def test_long_documents_count_with_their_beginning() -> None:
     model = tiny_model("llama")
     [module] = modules_of(model, 0)
-    found = collect(model, [module], [" ".join(SENTENCES)], context_length=9, batch_tokens=4)[
+    actual = collect(model, [module], [" ".join(SENTENCES)], context_length=9, batch_tokens=4)[
         module
     ]
-    assert found.num_tokens == 9
+    assert actual.num_tokens == 9
     torch.testing.assert_close(
-        found.sum_II, dense(model, module, [" ".join(SENTENCES)], 9)[0], rtol=1e-5, atol=1e-6
+        actual.sum_II, dense(model, module, [" ".join(SENTENCES)], 9)[0], rtol=1e-5, atol=1e-6
     )
 
 

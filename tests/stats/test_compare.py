@@ -1,6 +1,4 @@
-"""The minimal preset takes enough and no more, and the report on it says what dense algebra
-says.
-"""
+"""The minimal preset takes as few texts as necessary, and its report agrees with dense algebra."""
 
 from __future__ import annotations
 
@@ -33,17 +31,17 @@ def lengths(texts: object) -> list[int]:
     return [len(text) for text in texts]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("wanted", [1, 10, 20, 34])
+@pytest.mark.parametrize("num_tokens", [1, 10, 20, 34])
 def test_as_few_documents_are_drawn_as_hold_the_tokens_and_they_keep_their_order(
-    wanted: int,
+    num_tokens: int,
 ) -> None:
-    found = fewest(DOCUMENTS, num_tokens=wanted, count_tokens=lengths, seed=1)
-    assert sum(map(len, found)) >= wanted
-    assert sum(map(len, found)) - max(map(len, found)) < wanted
-    assert [DOCUMENTS.index(text) for text in found] == sorted(
-        DOCUMENTS.index(text) for text in found
+    actual = fewest(DOCUMENTS, num_tokens=num_tokens, count_tokens=lengths, seed=1)
+    assert sum(map(len, actual)) >= num_tokens
+    assert sum(map(len, actual)) - max(map(len, actual)) < num_tokens
+    assert [DOCUMENTS.index(text) for text in actual] == sorted(
+        DOCUMENTS.index(text) for text in actual
     )
-    assert found == fewest(DOCUMENTS, num_tokens=wanted, count_tokens=lengths, seed=1)
+    assert actual == fewest(DOCUMENTS, num_tokens=num_tokens, count_tokens=lengths, seed=1)
 
 
 def test_the_draw_follows_the_seed_and_a_short_corpus_is_taken_whole() -> None:
@@ -71,10 +69,10 @@ def test_the_differences_are_those_of_dense_updates() -> None:
     size, weight = 12, 7.0
     full, few = random_moment(size, 0), random_moment(size, 1)
     keys_IN = torch.randn(size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    found = compare(Moments({"m": full}), Moments({"m": few}), "m", keys_IN, weight=weight)
+    actual = compare(Moments({"m": full}), Moments({"m": few}), "m", keys_IN, weight=weight)
 
     def apart(make: object, columns_IN: torch.Tensor) -> float:
-        one, other = (make(each.matrix_II, columns_IN) for each in (full, few))  # type: ignore[operator]
+        one, other = (make(moment.matrix_II, columns_IN) for moment in (full, few))  # type: ignore[operator]
         return float((other - one).norm() / one.norm())
 
     residual_O = torch.randn(5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -86,26 +84,26 @@ def test_the_differences_are_those_of_dense_updates() -> None:
     def memit(matrix_II: torch.Tensor, columns_IN: torch.Tensor) -> torch.Tensor:
         return columns_IN.T @ torch.linalg.inv(weight * matrix_II + columns_IN @ columns_IN.T)
 
-    rome_each = [apart(rome, keys_IN[:, [index]]) for index in range(3)]
-    memit_each = [apart(memit, keys_IN[:, [index]]) for index in range(3)]
-    assert found.matrix == pytest.approx(
+    rome_singles = [apart(rome, keys_IN[:, [index]]) for index in range(3)]
+    memit_singles = [apart(memit, keys_IN[:, [index]]) for index in range(3)]
+    assert actual.matrix == pytest.approx(
         float((few.matrix_II - full.matrix_II).norm() / full.matrix_II.norm())
     )
-    assert found.rome_mean == pytest.approx(sum(rome_each) / 3) and found.rome_max == pytest.approx(
-        max(rome_each)
-    )
-    assert found.memit_mean == pytest.approx(
-        sum(memit_each) / 3
-    ) and found.memit_max == pytest.approx(max(memit_each))
-    assert found.memit_batch == pytest.approx(apart(memit, keys_IN))
+    assert actual.rome_mean == pytest.approx(
+        sum(rome_singles) / 3
+    ) and actual.rome_max == pytest.approx(max(rome_singles))
+    assert actual.memit_mean == pytest.approx(
+        sum(memit_singles) / 3
+    ) and actual.memit_max == pytest.approx(max(memit_singles))
+    assert actual.memit_batch == pytest.approx(apart(memit, keys_IN))
 
 
 def test_equal_moments_do_not_differ_and_without_a_weight_there_is_no_memit() -> None:
     moments = Moments({"m": random_moment(12, 0)})
     keys_IN = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    found = compare(moments, moments, "m", keys_IN, weight=None)
-    assert found.matrix == found.rome_mean == found.rome_max == 0
-    assert found.memit_mean is found.memit_max is found.memit_batch is None
+    actual = compare(moments, moments, "m", keys_IN, weight=None)
+    assert actual.matrix == actual.rome_mean == actual.rome_max == 0
+    assert actual.memit_mean is actual.memit_max is actual.memit_batch is None
 
 
 def test_the_keys_are_those_at_the_subjects_last_token() -> None:
@@ -113,15 +111,15 @@ def test_the_keys_are_those_at_the_subjects_last_token() -> None:
 
     model = tiny_model("llama")
     modules = model.down_projections((0, 2))
-    found = sample_keys(model, modules, requests())
+    actual = sample_keys(model, modules, requests())
     for module in modules:
-        wanted_IN = torch.cat(
+        expected_IN = torch.cat(
             [
-                keys_and_outputs(model, each, module=module, contexts=("{}",))[0]
-                for each in requests()
+                keys_and_outputs(model, request, module=module, contexts=("{}",))[0]
+                for request in requests()
             ]
         ).T
-        torch.testing.assert_close(found[module], wanted_IN, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual[module], expected_IN, rtol=1e-5, atol=1e-6)
 
 
 def test_the_report_is_written_shown_and_whole(tmp_path: Path) -> None:
@@ -130,14 +128,14 @@ def test_the_report_is_written_shown_and_whole(tmp_path: Path) -> None:
     chosen = config(tmp_path)
     report = compare_presets(model, modules, chosen, requests=requests(), weight=100.0)
     assert report.full.seconds is not None and report.minimal.seconds is not None
-    assert [each.module for each in report.modules] == list(modules)
-    for each in report.modules:
+    assert [difference.module for difference in report.modules] == list(modules)
+    for difference in report.modules:
         assert (
-            0 < each.matrix < 1
-            and 0 < each.rome_mean <= each.rome_max
-            and each.minimal_vectors < each.full_vectors
+            0 < difference.matrix < 1
+            and 0 < difference.rome_mean <= difference.rome_max
+            and difference.minimal_vectors < difference.full_vectors
         )
-        assert each.memit_batch is not None and each.memit_batch > 0
+        assert difference.memit_batch is not None and difference.memit_batch > 0
     write_report(report, tmp_path / "report.json")
     read = json.loads((tmp_path / "report.json").read_text())
     assert read["modules"][0]["matrix"] == report.modules[0].matrix

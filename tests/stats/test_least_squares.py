@@ -1,4 +1,4 @@
-"""The least squares of the editors against dense float64 computations, written plainly."""
+"""The least squares of the editors equal plain dense computations in float64."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ def problem(num_edits: int, *, seed: int = 2) -> LeastSquares:
     )
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("num_edits", [1, 5, SIZE, 3 * SIZE])
 def test_least_squares_is_the_dense_solution_whatever_the_batch(num_edits: int) -> None:
-    asked = problem(num_edits)
-    keys, residuals = asked.keys_IN, asked.residuals_ON
+    posed = problem(num_edits)
+    keys, residuals = posed.keys_IN, posed.residuals_ON
     dense = residuals @ keys.T @ torch.linalg.inv(WEIGHT * C + keys @ keys.T)
     assert (
-        relative(least_squares(asked, moments_of({"m": C})).dense(), dense) < 1e-6
+        relative(least_squares(posed, moments_of({"m": C})).dense(), dense) < 1e-6
     )  # given in float32
     assert relative(Memory().solve(keys, residuals, prior).dense(), dense) < 1e-12
 
 
 def test_least_squares_minimises_its_objective() -> None:
-    asked = problem(5)
-    update = Memory().solve(asked.keys_IN, asked.residuals_ON, prior).dense().requires_grad_()
-    loss = (update @ asked.keys_IN - asked.residuals_ON).square().sum() + WEIGHT * torch.trace(
+    posed = problem(5)
+    update = Memory().solve(posed.keys_IN, posed.residuals_ON, prior).dense().requires_grad_()
+    loss = (update @ posed.keys_IN - posed.residuals_ON).square().sum() + WEIGHT * torch.trace(
         update @ C @ update.T
     )
     loss.backward()
@@ -89,9 +89,9 @@ def test_without_lambda_the_residuals_are_met_exactly_by_the_update_of_least_whi
         whiten=lambda columns: torch.linalg.solve(lower, columns),
         unwhiten=lambda white: torch.linalg.solve(lower.T, white),
     )
-    found, whitened = Memory().solve(keys, residuals, tiny).dense(), torch.linalg.solve(C, keys)
-    assert relative(found, residuals @ torch.linalg.inv(keys.T @ whitened) @ whitened.T) < 1e-8
-    assert relative(found @ keys, residuals) < 1e-8
+    actual, whitened = Memory().solve(keys, residuals, tiny).dense(), torch.linalg.solve(C, keys)
+    assert relative(actual, residuals @ torch.linalg.inv(keys.T @ whitened) @ whitened.T) < 1e-8
+    assert relative(actual @ keys, residuals) < 1e-8
 
 
 def sequence(num_batches: int, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -121,7 +121,7 @@ def test_a_sequence_of_batches_reaches_what_one_batch_reaches(
         keys_sum += keys @ keys.T
         cross_sum += residuals @ keys.T
         assert relative(edited, cross_sum @ torch.linalg.inv(WEIGHT * C + keys_sum)) < 1e-10
-    all_keys, all_residuals = (torch.cat(each, dim=1) for each in zip(*batches, strict=True))
+    all_keys, all_residuals = (torch.cat(parts, dim=1) for parts in zip(*batches, strict=True))
     assert (
         relative(
             edited,
@@ -233,7 +233,7 @@ def test_alphaedits_three_forms_agree() -> None:
         Memory().plus(earlier, null_space),
         Memory().plus(earlier[:, :2], null_space).plus(earlier[:, 2:], null_space),
     ):
-        found = memory.solve(keys, residuals, null_space).dense()
-        assert relative(found, published) < 1e-12
-        assert relative(found, coordinates) < 1e-12
-        assert relative(found @ projector, found) < 1e-12
+        actual = memory.solve(keys, residuals, null_space).dense()
+        assert relative(actual, published) < 1e-12
+        assert relative(actual, coordinates) < 1e-12
+        assert relative(actual @ projector, actual) < 1e-12

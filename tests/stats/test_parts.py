@@ -1,4 +1,4 @@
-"""The sums have the same bits whoever computes them, and wherever the work is cut off."""
+"""The sums have the same bits for every number of processes and every interruption."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def config(folder: Path, name: str = "stats", **changes: Any) -> StatsConfig:
     return StatsConfig(**values | changes)
 
 
-def wanted_of(folder: Path, name: str = "stats", **changes: Any) -> Statistics:
+def required_of(folder: Path, name: str = "stats", **changes: Any) -> Statistics:
     model = tiny_model("gpt2")
     return statistics(model, model.down_projections((0, 2)), config(folder, name, **changes))
 
@@ -94,80 +94,84 @@ def killing_after(documents: int) -> Any:
 
 def test_the_parts_hold_every_document_once() -> None:
     for count in (0, 1, 10, 11, 79, 80, 81, 256):
-        found = sorted(
+        amounts = sorted(
             index for part in range(PARTS) for block in blocks_of(part, count) for index in block
         )
-        assert found == list(range(count))
+        assert amounts == list(range(count))
 
 
 def test_the_stored_sums_are_those_of_one_process_in_memory(tmp_path: Path) -> None:
-    wanted = wanted_of(tmp_path)
-    assert fill_store(wanted)
-    in_memory = collect(wanted.model, list(wanted.keys), MANY, context_length=32, batch_tokens=256)
-    for module, moment in wanted.read().by_module.items():
+    required = required_of(tmp_path)
+    assert fill_store(required)
+    in_memory = collect(
+        required.model, list(required.keys), MANY, context_length=32, batch_tokens=256
+    )
+    for module, moment in required.read().by_module.items():
         assert torch.equal(
             moment.matrix_II, in_memory[module].sum_II / in_memory[module].num_tokens
         )
         assert moment.num_tokens == in_memory[module].num_tokens
-    assert len(list((tmp_path / "stats").iterdir())) == 2, "nothing unfinished is left"
+    assert len(list((tmp_path / "stats").iterdir())) == 2, "no unfinished sums remain"
 
 
 @pytest.mark.parametrize("save_every_s", [0.0, 1000.0])
-def test_a_stopped_computation_saves_goes_on_and_ends_with_the_same_bits(
+def test_a_stopped_computation_resumes_and_ends_with_the_same_bits(
     tmp_path: Path, save_every_s: float
 ) -> None:
-    assert fill_store(wanted_of(tmp_path, "whole"))
-    wanted = wanted_of(tmp_path, "cut", save_every_s=save_every_s)
+    assert fill_store(required_of(tmp_path, "whole"))
+    required = required_of(tmp_path, "cut", save_every_s=save_every_s)
     reached = []
     for documents in (10, 30, 31, 100, 101, 240):
         with pytest.raises(Killed):
-            fill_store(wanted, progress=killing_after(documents))
-        said: list[str] = []
+            fill_store(required, progress=killing_after(documents))
+        announced: list[str] = []
         with pytest.raises(Killed):
-            fill_store(wanted, announce=said.append, progress=killing_after(0))
-        reached.append(int(said[1].split("stopped: ")[1].split(" of ")[0]) if len(said) > 1 else 0)
+            fill_store(required, announce=announced.append, progress=killing_after(0))
+        reached.append(
+            int(announced[1].split("process: ")[1].split(" of ")[0]) if len(announced) > 1 else 0
+        )
     assert reached == [10, 30, 40, 106, 106, 246]
-    assert fill_store(wanted)
+    assert fill_store(required)
     assert bits(tmp_path / "cut") == bits(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("of", [2, 3, 8, 11])
 def test_the_number_of_processes_changes_no_bit(tmp_path: Path, of: int) -> None:
-    assert fill_store(wanted_of(tmp_path, "one"))
-    wanted = wanted_of(tmp_path, "many")
+    assert fill_store(required_of(tmp_path, "one"))
+    required = required_of(tmp_path, "many")
     order = [*range(1, of), 0]
-    ends = [fill_store(wanted, shard=Shard(rank, of)) for rank in order]
+    ends = [fill_store(required, shard=Shard(rank, of)) for rank in order]
     assert ends == [False] * (of - 1) + [True]
     assert bits(tmp_path / "many") == bits(tmp_path / "one")
 
 
-def test_work_that_was_begun_by_three_is_ended_by_one(tmp_path: Path) -> None:
-    assert fill_store(wanted_of(tmp_path, "one"))
-    wanted = wanted_of(tmp_path, "many")
-    assert not fill_store(wanted, shard=Shard(2, 3))
+def test_one_process_can_finish_the_work_of_three(tmp_path: Path) -> None:
+    assert fill_store(required_of(tmp_path, "one"))
+    required = required_of(tmp_path, "many")
+    assert not fill_store(required, shard=Shard(2, 3))
     with pytest.raises(Killed):
-        fill_store(wanted, shard=Shard(0, 3), progress=killing_after(20))
-    seen: list[tuple[int, int]] = []
-    assert fill_store(wanted, progress=lambda *counts: seen.append(counts))
-    assert seen[0][0] == 2 * 30 + 20 and seen[-1] == (256, 256)
+        fill_store(required, shard=Shard(0, 3), progress=killing_after(20))
+    progressed: list[tuple[int, int]] = []
+    assert fill_store(required, progress=lambda *counts: progressed.append(counts))
+    assert progressed[0][0] == 2 * 30 + 20 and progressed[-1] == (256, 256)
     assert bits(tmp_path / "many") == bits(tmp_path / "one")
 
 
-def test_unfinished_sums_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_unfinished_sums_of_other_statistics_are_not_resumed(tmp_path: Path) -> None:
     for products in ("bfloat16", "float32"):
         with pytest.raises(Killed):
-            fill_store(wanted_of(tmp_path, products=products), progress=killing_after(50))
+            fill_store(required_of(tmp_path, products=products), progress=killing_after(50))
     assert len(list((tmp_path / "stats" / UNFINISHED).iterdir())) == 2
-    assert fill_store(wanted_of(tmp_path))
-    assert fill_store(wanted_of(tmp_path, "alone"))
+    assert fill_store(required_of(tmp_path))
+    assert fill_store(required_of(tmp_path, "alone"))
     assert bits(tmp_path / "stats") == bits(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
 def test_damaged_unfinished_sums_are_refused_by_name(tmp_path: Path, damage: str) -> None:
-    wanted = wanted_of(tmp_path)
+    required = required_of(tmp_path)
     with pytest.raises(Killed):
-        fill_store(wanted, progress=killing_after(10))
+        fill_store(required, progress=killing_after(10))
     [path] = (tmp_path / "stats" / UNFINISHED).glob("*/part-0.safetensors")
     payload = bytearray(path.read_bytes())
     payload[-20] ^= 1
@@ -175,18 +179,18 @@ def test_damaged_unfinished_sums_are_refused_by_name(tmp_path: Path, damage: str
         {"flipped": bytes(payload), "truncated": bytes(payload[:-100]), "empty": b""}[damage]
     )
     with pytest.raises(ConfigError, match=r"corrupt statistics.*unfinished") as caught:
-        fill_store(wanted)
+        fill_store(required)
     assert str(path) in str(caught.value)
     path.unlink()
-    assert fill_store(wanted)
+    assert fill_store(required)
 
 
-def test_who_waited_for_another_process_finds_its_result_and_computes_nothing(
+def test_a_process_that_waited_for_another_one_uses_its_result(
     tmp_path: Path,
 ) -> None:
-    wanted = wanted_of(tmp_path)
-    assert fill_store(wanted)
-    assert fill_store(wanted, progress=lambda *_: pytest.fail("computed again"))
+    required = required_of(tmp_path)
+    assert fill_store(required)
+    assert fill_store(required, progress=lambda *_: pytest.fail("computed again"))
     with (
         locked(tmp_path / "lock", may_wait=True) as mine,
         locked(tmp_path / "lock", may_wait=False) as other,
@@ -213,9 +217,9 @@ def test_two_processes_at_once_and_a_killed_one_give_the_bits_of_one(tmp_path: P
         and alone.returncode == 0
     )
     tasks = [run_build(tmp_path / "two", RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    said = [task.communicate(timeout=180)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], said
-    assert sum("second moments of tiny-gpt2" in text for text in said) >= 1
+    announced = [task.communicate(timeout=180)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], announced
+    assert sum("second moments of tiny-gpt2" in text for text in announced) >= 1
     assert bits(tmp_path / "two") == bits(tmp_path / "one")
 
     killed = run_build(tmp_path / "three")
@@ -230,8 +234,8 @@ def test_two_processes_at_once_and_a_killed_one_give_the_bits_of_one(tmp_path: P
     killed.communicate()
     assert not list((tmp_path / "three").glob("*.safetensors")), "killed before its end"
     again = run_build(tmp_path / "three")
-    said_again = again.communicate(timeout=180)[0]
-    assert again.returncode == 0 and "going on where an earlier process stopped" in said_again
+    output_again = again.communicate(timeout=180)[0]
+    assert again.returncode == 0 and "resuming the work of an earlier process" in output_again
     assert bits(tmp_path / "three") == bits(tmp_path / "one")
 
 
@@ -260,41 +264,41 @@ def test_the_share_comes_from_torchrun_or_slurm(environment: dict[str, str], sha
 @pytest.mark.parametrize(
     "environment", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "one", "WORLD_SIZE": "2"}]
 )
-def test_a_share_that_cannot_be_is_refused_by_name(environment: dict[str, str]) -> None:
+def test_an_inconsistent_share_is_refused_by_name(environment: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"RANK=.*WORLD_SIZE=2"):
         shard_from(environment)
 
 
-def test_the_estimate_counts_sums_and_keys_to_the_byte_and_is_said_first(tmp_path: Path) -> None:
-    wanted = wanted_of(tmp_path)
-    modules = list(wanted.keys)
-    found = estimate(wanted.model, modules, wanted.config, num_documents=len(MANY))
-    assert (found.num_modules, found.size, found.num_documents) == (2, 128, 256)
-    collector = collecting.Collector(wanted.model, modules, context_length=32, batch_tokens=256)
-    assert found.sums_bytes == sum(total.num_bytes for total in collector.nothing().sums.values())
-    assert found.keys_bytes == 2 * collecting.keys_at_once(32, 256) * 128 * 4
-    said: list[str] = []
+def test_the_estimate_of_sums_and_keys_is_exact_and_announced_first(tmp_path: Path) -> None:
+    required = required_of(tmp_path)
+    modules = list(required.keys)
+    amounts = estimate(required.model, modules, required.config, num_documents=len(MANY))
+    assert (amounts.num_modules, amounts.size, amounts.num_documents) == (2, 128, 256)
+    collector = collecting.Collector(required.model, modules, context_length=32, batch_tokens=256)
+    assert amounts.sums_bytes == sum(total.num_bytes for total in collector.empty().sums.values())
+    assert amounts.keys_bytes == 2 * collecting.keys_at_once(32, 256) * 128 * 4
+    announced: list[str] = []
     build(
-        wanted.model,
+        required.model,
         modules,
-        wanted.config,
-        announce=said.append,
-        progress=lambda *_: said.append("progress"),
+        required.config,
+        announce=announced.append,
+        progress=lambda *_: announced.append("progress"),
     )
-    assert said[0].startswith(
+    assert announced[0].startswith(
         "2 second moments of up to 128 x 128 over 256 documents; memory: about"
     )
-    assert said[1] == "progress"
+    assert announced[1] == "progress"
 
 
-def test_an_estimate_that_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
-    wanted = wanted_of(tmp_path)
-    found = estimate(wanted.model, list(wanted.keys), wanted.config, num_documents=1)
+def test_an_estimate_that_does_not_fit_has_a_fix(tmp_path: Path) -> None:
+    required = required_of(tmp_path)
+    amounts = estimate(required.model, list(required.keys), required.config, num_documents=1)
     assert "lower stats.batch_tokens" in str(
-        dataclasses.replace(found, free_bytes=found.more_bytes - 1)
+        dataclasses.replace(amounts, free_bytes=amounts.more_bytes - 1)
     )
     assert "lower stats.batch_tokens" not in str(
-        dataclasses.replace(found, free_bytes=found.more_bytes)
+        dataclasses.replace(amounts, free_bytes=amounts.more_bytes)
     )
 
 
@@ -310,13 +314,13 @@ def test_the_time_left_follows_the_pace_of_this_process(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "what it takes\ndocuments 200 of 200\n"
 
 
-def test_files_of_another_format_are_told_apart_from_damage(tmp_path: Path) -> None:
+def test_files_of_another_format_are_distinguished_from_damaged_ones(tmp_path: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    wanted = wanted_of(tmp_path)
-    fill_store(wanted)
-    path = wanted.path(next(iter(wanted.keys)))
+    required = required_of(tmp_path)
+    fill_store(required)
+    path = required.path(next(iter(required.keys)))
     with safe_open(path, framework="pt") as opened:
         metadata = opened.metadata()
     old = {
@@ -324,4 +328,4 @@ def test_files_of_another_format_are_told_apart_from_damage(tmp_path: Path) -> N
     } | {"format": 1}
     save_file(load_file(path), path, metadata=metadata | {"key": json.dumps(old)})
     problems = [str(stored.problem) for stored in list_stored(tmp_path / "stats") if stored.problem]
-    assert len(problems) == 1 and "format 1, of another version" in problems[0]
+    assert len(problems) == 1 and "another version of editkit wrote it in format 1" in problems[0]

@@ -1,5 +1,5 @@
-"""`solve.dtype`: float32 halves what a run keeps, and an update stays that of float64 to a few
-digits, on spectra like those of keys.
+"""`solve.dtype`: float32 halves the memory of a run. Its updates agree with those of float64 to a
+few digits on spectra like those of keys.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def moment(condition: float) -> tuple[torch.Tensor, torch.Tensor]:
     return (matrix + matrix.T) / 2, vectors * values.sqrt()
 
 
-def asked(root: torch.Tensor, step: int, *, size: int = 1, weight: float = 10.0) -> LeastSquares:
+def problem_at(
+    root: torch.Tensor, step: int, *, size: int = 1, weight: float = 10.0
+) -> LeastSquares:
     """Keys that are distributed as those of common text."""
     return LeastSquares(
         module="m",
@@ -55,20 +57,18 @@ def both(matrix: torch.Tensor) -> list[Moments]:
 
 
 def errors(
-    found: torch.Tensor, wanted: torch.Tensor, problem: LeastSquares, matrix: torch.Tensor
+    actual: torch.Tensor, expected: torch.Tensor, problem: LeastSquares, matrix: torch.Tensor
 ) -> list[float]:
-    """Of an update: in all, in what it writes at its own keys, in what it does to common text; each
-    relative.
-    """
+    """The relative errors of an update: of the matrix, at its own keys, and on common text."""
 
     def text(update: torch.Tensor) -> torch.Tensor:
         return torch.trace(update @ matrix @ update.T).sqrt()
 
-    error, keys = found.double() - wanted.double(), problem.keys_IN
+    error, keys = actual.double() - expected.double(), problem.keys_IN
     return [
-        float(error.norm() / wanted.norm()),
-        float((error @ keys).norm() / (wanted.double() @ keys).norm()),
-        float(text(error) / text(wanted.double())),
+        float(error.norm() / expected.norm()),
+        float((error @ keys).norm() / (expected.double() @ keys).norm()),
+        float(text(error) / text(expected.double())),
     ]
 
 
@@ -76,18 +76,18 @@ def errors(
 @pytest.mark.parametrize("size", [1, 30])
 def test_memits_update_in_float32_is_the_float64_one(condition: float, size: int) -> None:
     matrix, root = moment(condition)
-    problem = asked(root, 0, size=size)
-    found, wanted = (least_squares(problem, moments).dense() for moments in both(matrix))
-    assert 0 < max(errors(found, wanted, problem, matrix)) < 3e-4
+    problem = problem_at(root, 0, size=size)
+    actual, expected = (least_squares(problem, moments).dense() for moments in both(matrix))
+    assert 0 < max(errors(actual, expected, problem, matrix)) < 3e-4
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_romes_direction_in_float32_is_the_float64_one(condition: float) -> None:
     matrix, root = moment(condition)
     key = root @ noise(SIZE, 1, seed=2)
-    found, wanted = (moments.inverse_times("m", key) for moments in both(matrix))
-    assert found.dtype == wanted.dtype == torch.float64
-    assert 0 < float((found - wanted).norm() / wanted.norm()) < 3e-4
+    actual, expected = (moments.inverse_times("m", key) for moments in both(matrix))
+    assert actual.dtype == expected.dtype == torch.float64
+    assert 0 < float((actual - expected).norm() / expected.norm()) < 3e-4
 
 
 def restraint(name: str, matrix: torch.Tensor) -> AbstractSolveRestraint:
@@ -107,22 +107,22 @@ def restraint(name: str, matrix: torch.Tensor) -> AbstractSolveRestraint:
 def test_a_restraint_that_remembers_loses_no_more_after_many_edits(
     name: str, condition: float
 ) -> None:
-    """The naive form, (A + sum K K^T)^-1 itself in float32, gives no numbers at all here at a
-    condition of 1e8.
+    """The naive form, (A + sum K K^T)^-1 in float32, gives nan here at a condition number
+    of 1e8.
     """
     matrix, root = moment(condition)
     restrained, moments = restraint(name, matrix), both(matrix)
-    states = [restrained.init(None, each) for each in moments]  # type: ignore[arg-type]
+    states = [restrained.init(None, own_moments) for own_moments in moments]  # type: ignore[arg-type]
     worst = []
-    for step in range(150):  # past all of the history's forms
-        problem = asked(root, step)
+    for step in range(150):  # past all forms of the history
+        problem = problem_at(root, step)
         updates = [
-            restrained.solve(problem, state, each).dense()
-            for state, each in zip(states, moments, strict=True)
+            restrained.solve(problem, state, own_moments).dense()
+            for state, own_moments in zip(states, moments, strict=True)
         ]
         states = [
-            restrained.observe(problem, state, each)
-            for state, each in zip(states, moments, strict=True)
+            restrained.observe(problem, state, own_moments)
+            for state, own_moments in zip(states, moments, strict=True)
         ]
         worst.append(max(errors(*updates, problem, matrix)))
     assert 0 < max(worst) < 1e-3

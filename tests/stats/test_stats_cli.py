@@ -1,4 +1,4 @@
-"""`editkit stats` on a bundled model, as a user types it."""
+"""The command `editkit stats` on a bundled model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def call(command: str, folder: Path, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["stats", command, *SMALL, f"stats.folder={folder}", *arguments])
 
 
-def test_build_ls_and_verify_tell_of_the_same_files(tmp_path: Path) -> None:
+def test_build_ls_and_verify_show_the_same_files(tmp_path: Path) -> None:
     assert "no second moments are stored there yet" in call("ls", tmp_path).output
     built = call("build", tmp_path, *MEMIT)
     assert built.exit_code == 0 and "3 second moments of tiny-gpt2" in built.output
@@ -27,42 +27,40 @@ def test_build_ls_and_verify_tell_of_the_same_files(tmp_path: Path) -> None:
     again = call("build", tmp_path, *MEMIT)
     assert again.exit_code == 0 and "memory" not in again.output
     for command in ("ls", "verify"):
-        told = call(command, tmp_path)
-        assert told.exit_code == 0
+        result = call(command, tmp_path)
+        assert result.exit_code == 0
         assert (
-            all(path.name in told.output for path in tmp_path.iterdir())
-            and "transformer.h.2.mlp.c_proj " in told.output
+            all(path.name in result.output for path in tmp_path.iterdir())
+            and "transformer.h.2.mlp.c_proj " in result.output
         )
 
     damaged = next(tmp_path.iterdir())
     damaged.write_bytes(damaged.read_bytes()[:-8])
     refused = call("verify", tmp_path)
-    assert isinstance(refused.exception, ConfigError) and f"corrupt statistics: {damaged}" in str(
-        refused.exception
-    )
+    assert isinstance(refused.exception, ConfigError)
+    assert f"{damaged}: corrupt statistics" in str(refused.exception)
     refused = call("build", tmp_path, *MEMIT)
-    assert isinstance(refused.exception, ConfigError) and f"corrupt statistics: {damaged}" in str(
-        refused.exception
-    )
+    assert isinstance(refused.exception, ConfigError)
+    assert f"{damaged}: corrupt statistics" in str(refused.exception)
 
 
-def test_compare_shows_a_line_for_each_module_and_writes_it(tmp_path: Path) -> None:
-    told = call(
+def test_compare_shows_a_row_for_each_module_and_writes_the_report(tmp_path: Path) -> None:
+    result = call(
         "compare", tmp_path / "stats", *MEMIT, "--keys", "4", "--to", str(tmp_path / "report.json")
     )
-    assert told.exit_code == 0, told.output
+    assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [each["module"] for each in report["modules"]] == [
+    assert [module["module"] for module in report["modules"]] == [
         f"transformer.h.{layer}.mlp.c_proj" for layer in range(3)
     ]
-    assert all(each["module"] in told.output for each in report["modules"])
+    assert all(module["module"] in result.output for module in report["modules"])
     assert report["keys"] == 4 and report["covariance_weight"] is not None
-    assert all(each["minimal_vectors"] >= 10 * each["size"] for each in report["modules"])
+    assert all(module["minimal_vectors"] >= 10 * module["size"] for module in report["modules"])
     assert len(list((tmp_path / "stats").iterdir())) == 6
 
 
 @pytest.mark.parametrize("command", ["build", "compare"])
 def test_an_editor_without_statistics_needs_none(tmp_path: Path, command: str) -> None:
-    told = call(command, tmp_path, "editor.covariance=null")
-    assert "needs no second moments" in f"{told.output} {told.exception}"
+    result = call(command, tmp_path, "editor.covariance=null")
+    assert "needs no second moments" in f"{result.output} {result.exception}"
     assert not list(tmp_path.iterdir())
