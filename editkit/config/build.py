@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from editkit.config.checks import check_combination, check_requests, check_rollback, check_suite
+from editkit.config.checks import check_combination, check_requests, check_rollback, checked_suite
 from editkit.config.experiment import Experiment, Settings, demand_of
 from editkit.config.identity import config_hash
 from editkit.config.parts import PARTS, Parts
@@ -45,7 +45,7 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
     check_rollback(parts, settings, restraints)
     data = parts.load(dataset, settings)
     check_requests(parts, editor, data, settings)
-    check_suite(parts, suite, model)
+    suite = checked_suite(parts, suite, model)
     parts.finish()
     assert settings and model and editor and stats and restraints
     assert data and suite and editing and measuring and tracker and runtime

@@ -89,13 +89,19 @@ def check_requests(
         parts.problems.add_all(f"editor.{problem}" for problem in problems)
 
 
-def check_suite(parts: Parts, suite: AbstractEvaluator | None, model: ModelConfig | None) -> None:
-    """The data of the suite's tasks, and prompts that exceed the model's context length."""
-    if isinstance(suite, AbstractSuite):
-        try:
-            suite.check(positions=model.positions if model is not None else None)
-        except ConfigError as error:
-            parts.problems.add_all(error.problems)
+def checked_suite(
+    parts: Parts, suite: AbstractEvaluator | None, model: ModelConfig | None
+) -> AbstractEvaluator | None:
+    """The suite with the data of its tasks. Missing data is a problem, and so are prompts that
+    exceed the model's context length.
+    """
+    if not isinstance(suite, AbstractSuite):
+        return suite
+    try:
+        return suite.check(positions=model.positions if model is not None else None)
+    except ConfigError as error:
+        parts.problems.add_all(error.problems)
+        return None
 
 
 def not_writable(folder: Path) -> str | None:

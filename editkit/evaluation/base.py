@@ -45,6 +45,12 @@ class AbstractEvaluator(abc.ABC):
     the options.
     """
 
+    def prepare(self, model: EditableModel) -> AbstractEvaluator:
+        """The evaluator with everything that it computes once for a model. A run calls this before
+        it measures; by default it is the evaluator itself.
+        """
+        return self
+
     def inputs(self, model: EditableModel) -> Mapping[str, str]:
         """Digests of what it reads besides the model and the requests, by what that is: a run that
         goes on must read the same.
@@ -126,12 +132,15 @@ class AbstractSuite(AbstractEvaluator):
     every: int  # it measures at every so many milestones, always at the first and at the last
 
     @abc.abstractmethod
-    def check(self, *, positions: int | None = None) -> None:
-        """Reads every task's data. Raises ConfigError with the task, where its data was looked for
-        and what to do; all tasks at once.
+    def check(self, *, positions: int | None = None) -> AbstractSuite:
+        """Reads the data of every task, and returns the suite with it.
 
         Args:
-            positions: of the model, to which tasks must fit; None: not known before it is loaded.
+            positions: the model's context length; None: not known before the model is loaded.
+
+        Raises:
+            ConfigError: for all tasks together, where the data of a task was looked for and how to
+                provide it, or that a task does not fit the context length.
         """
 
 

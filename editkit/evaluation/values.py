@@ -41,8 +41,9 @@ class Values(AbstractSuite, AbstractEditEvaluator):
         if problems:
             raise OptionError(problems)
 
-    def check(self, *, positions: int | None = None) -> None:
-        """Needs no data."""
+    def check(self, *, positions: int | None = None) -> Values:
+        """No data is needed."""
+        return self
 
     def baseline(
         self, model: EditableModel, requests: Sequence[EditRequest]

@@ -173,9 +173,12 @@ def prepare(
         ).solved_in(experiment.solve.dtype)
     statistics = {second_moment(module): digest for module, digest in moments.digests.items()}
     require_same(began_with, statistics, source=experiment.stats.folder)
+    evaluators = {
+        name: evaluator.prepare(model) for name, evaluator in experiment.evaluators.items()
+    }
     measuring = {
         name: digest
-        for evaluator in experiment.evaluators.values()
+        for evaluator in evaluators.values()
         for name, digest in evaluator.inputs(model).items()
     }
     require_same(began_with, measuring, source="its data")
@@ -184,7 +187,7 @@ def prepare(
         editor=editor,
         restraints=restraints,
         requests=requests,
-        evaluators=experiment.evaluators,
+        evaluators=evaluators,
         schedule=experiment.schedule,
         moments=moments,
         seed=experiment.seed,

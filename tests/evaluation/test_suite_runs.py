@@ -15,7 +15,7 @@ from editkit.errors import ConfigError
 from editkit.evaluation.base import Samples
 from editkit.evaluation.harness.lm import harness_model, quiet
 from editkit.evaluation.harness.load_tasks import Chosen, load_tasks
-from editkit.evaluation.harness.suite import Suite
+from editkit.evaluation.harness.suite import LoadedSuite, Suite
 from editkit.evaluation.statistics.paired import compare
 from editkit.linalg.lowrank import LowRank
 from editkit.model.editable import EditableModel
@@ -103,15 +103,15 @@ def test_samples_hold_prompt_output_and_score_of_every_item() -> None:
 
 def test_the_unedited_model_is_asked_once_and_compared_with_nothing() -> None:
     model, _ = edited_model()
-    chosen = suite("world_passage", "world_entailment_likelihood")
+    chosen = suite("world_passage", "world_entailment_likelihood").prepare(model)
     baseline = chosen.baseline(model, ())
-    answers = chosen._bench.last
+    answers = chosen.last
     assert {name: tuple(scores.shape) for name, scores in baseline.items()} == {
         "world_passage|exact_match|none": (3,),
         "world_entailment_likelihood|accuracy_likelihood|none": (3,),
     }
     found = chosen.evaluate(model, (), baseline)
-    assert chosen._bench.last is answers
+    assert chosen.last is answers is not None
     assert not measured(found, "comparison")
 
 
@@ -119,13 +119,13 @@ def test_an_edited_model_is_asked_anew_about_the_same_items_and_compared_with_th
     None
 ):
     model, module = edited_model()
-    chosen = suite("world_entailment_likelihood", "world_summary", limit=20)
+    chosen = suite("world_entailment_likelihood", "world_summary", limit=20).prepare(model)
     baseline = chosen.baseline(model, ())
     before = chosen.evaluate(model, (), baseline)
-    asked = chosen._bench.asked
+    asked = chosen.asked
     model.apply(module, an_update(model, module))
     after = chosen.evaluate(model, (), baseline)
-    assert chosen._bench.asked is asked
+    assert chosen.asked is asked
     rows = [
         [row["prompt"] for each in found if isinstance(each, Samples) for row in each.rows]
         for found in (before, after)
@@ -166,16 +166,16 @@ def test_a_fresh_process_measures_the_same_with_the_stored_baseline() -> None:
 
 def test_a_view_that_restrains_nothing_is_not_asked_again_and_one_that_does_is() -> None:
     model, module = edited_model()
-    chosen = suite("world_entailment_likelihood")
+    chosen = suite("world_entailment_likelihood").prepare(model)
     model.apply(module, an_update(model, module))
     chosen.evaluate(model, (), {})
-    answers = chosen._bench.last
+    answers = chosen.last
     with model.temporarily({}):
         chosen.evaluate(model, (), {})
-    assert chosen._bench.last is answers
+    assert chosen.last is answers is not None
     with model.temporarily({module: an_update(model, module, size=-0.5)}):
         chosen.evaluate(model, (), {})
-    assert chosen._bench.last is not answers
+    assert chosen.last is not answers
 
 
 def test_a_likelihood_that_is_not_finite_is_a_failure_and_is_counted() -> None:
@@ -226,11 +226,10 @@ def a_task(texts: list[str], **changes: Any) -> Any:
     return task
 
 
-def suite_of(pooled: dict[str, bool] | None, *tasks: Any) -> Suite:
+def suite_of(pooled: dict[str, bool] | None, *tasks: Any) -> LoadedSuite:
     """A suite of one name that stands for these tasks."""
-    chosen = suite("mine", name="mine", limit=None)
-    chosen._bench.chosen["mine"] = Chosen(name="mine", tasks=tasks, pooled=pooled)
-    return chosen
+    options = suite("mine", name="mine", limit=None)
+    return LoadedSuite(options, {"mine": Chosen(name="mine", tasks=tasks, pooled=pooled)})
 
 
 TEXTS = [
@@ -300,10 +299,8 @@ def test_a_group_counts_the_items_of_its_tasks_together() -> None:
         load_tasks(["world_entailment"], data=None, shots={}, seed=0)["world_entailment"]
         for _ in range(2)
     ]
-    group = suite("both")
-    group._bench.chosen["both"] = Chosen(
-        name="both", tasks=parts[0].tasks + parts[1].tasks, pooled={"accuracy": True}
-    )
+    both = Chosen(name="both", tasks=parts[0].tasks + parts[1].tasks, pooled={"accuracy": True})
+    group = LoadedSuite(suite("both"), {"both": both})
     (found,) = measured(group.evaluate(model, (), {}))
     assert (found.task, found.metric, found.n, found.value) == ("both", "accuracy", 6, alone.value)
 

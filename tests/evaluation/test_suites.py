@@ -320,9 +320,9 @@ def test_the_real_files_feed_every_task_that_has_local_ones() -> None:
     chosen = a_suite(
         "gsm8k", "rte", "nq_open", "sst2", "boolq", "mmlu", data=str(data), shots={"mmlu": 5}
     )
-    chosen.check()
-    assert len(chosen._bench.chosen["mmlu"].tasks) == 57
-    assert chosen._bench.chosen["mmlu"].pooled == {"acc": True}
+    loaded = chosen.check().chosen
+    assert len(loaded["mmlu"].tasks) == 57
+    assert loaded["mmlu"].pooled == {"acc": True}
 
 
 def test_hub_datasets_without_a_local_layout_have_no_stand_in() -> None:

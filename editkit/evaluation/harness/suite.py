@@ -13,9 +13,10 @@ and comparison.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,23 +43,32 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 
-@dataclass(slots=True)
-class _Bench:
-    """What a suite makes once in a process. Nothing of it depends on the edits, except `last`,
-    which knows the weights it belongs to.
-    """
+class AbstractUnpreparedSuite(AbstractSuite):
+    """A suite that is prepared anew for each call. A run prepares it once (`prepare`)."""
 
-    chosen: dict[str, Chosen] = field(default_factory=dict)
-    model: EditableModel | None = None  # whose the following is
-    lm: Any = None
-    asked: dict[str, list[Asked]] = field(default_factory=dict)  # by the suite's names
-    # a digest of the weights, and what the model answered with them
-    last: tuple[str, dict[str, list[Answered]]] | None = None
+    @abc.abstractmethod
+    def prepare(self, model: EditableModel) -> PreparedSuite: ...
+
+    def inputs(self, model: EditableModel) -> dict[str, str]:
+        return self.prepare(model).inputs(model)
+
+    def baseline(
+        self, model: EditableModel, requests: Sequence[EditRequest]
+    ) -> dict[str, torch.Tensor]:
+        return self.prepare(model).baseline(model, requests)
+
+    def evaluate(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+    ) -> list[Measurement | Samples]:
+        return self.prepare(model).evaluate(model, requests, baseline)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suite(AbstractSuite):
-    """Tasks by name: ours (`editkit/evaluation/tasks`) and any that the harness knows."""
+class Suite(AbstractUnpreparedSuite):
+    """Tasks by name: editkit's own (`editkit/evaluation/tasks`) and any that the harness knows."""
 
     name: str  # what records call the suite
     tasks: tuple[str, ...]
@@ -70,7 +80,6 @@ class Suite(AbstractSuite):
     max_new_tokens: int | None  # bounds the generations of all tasks; None: as each task says
     tokens_per_batch: int
     every: int
-    _bench: _Bench = field(default_factory=_Bench, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         keys = ("limit", "max_new_tokens", "tokens_per_batch", "every")
@@ -91,8 +100,10 @@ class Suite(AbstractSuite):
         if problems:
             raise OptionError(problems)
 
-    def check(self, *, positions: int | None = None) -> None:
-        """Reads the data of every task; our own need neither the harness nor torch for it."""
+    def check(self, *, positions: int | None = None) -> LoadedSuite:
+        """Reads the data of every task. Editkit's own tasks need neither the harness nor torch for
+        it.
+        """
         if self.tasks and (missing := missing_harness(self.name)):
             raise ConfigError(missing)
         own = (
@@ -108,18 +119,13 @@ class Suite(AbstractSuite):
                 problems += [f"suite.tasks: {name}: {problem}" for problem in error.problems]
             if (shots := (self.shots or {}).get(name)) and takes_examples_from_test(found.get):
                 problems.append(no_examples(name, shots))
-        foreign = [name for name in self.tasks if name not in own]
+        loaded: dict[str, Chosen] = {}
         try:
-            self._load(foreign)
+            loaded = self.load([name for name in self.tasks if name not in own])
         except ConfigError as error:
             problems += error.problems
         if positions is not None:
-            tasks = [
-                task.config
-                for name in foreign
-                if name in self._bench.chosen
-                for task in self._bench.chosen[name].tasks
-            ]
+            tasks = [task.config for chosen in loaded.values() for task in chosen.tasks]
             rooms = {str(config.task): room_of(partial(getattr, config)) for config in tasks}
             rooms |= {name: room_of(found.get) for name, found in own.items()}
             bound = self.max_new_tokens or max(rooms.values(), default=0)
@@ -130,14 +136,95 @@ class Suite(AbstractSuite):
             ]
         if problems:
             raise ConfigError(problems)
+        return LoadedSuite(self, loaded)
+
+    def load(self, names: Sequence[str]) -> dict[str, Chosen]:
+        """The tasks of these names, with their data."""
+        if not names:
+            return {}
+        return load_tasks(names, data=self.data, shots=self.shots or {}, seed=self.seed)
+
+    def prepare(self, model: EditableModel) -> PreparedSuite:
+        """Loads all tasks and makes their questions for the model."""
+        return LoadedSuite(self, {}).prepare(model)
+
+
+class LoadedSuite(AbstractUnpreparedSuite):
+    """A suite with the tasks that its check has loaded."""
+
+    def __init__(self, options: Suite, chosen: Mapping[str, Chosen]) -> None:
+        """`chosen` may lack tasks of the suite, which are loaded when they are needed."""
+        self.options, self.chosen = options, chosen
+        self.every = options.every
+
+    def check(self, *, positions: int | None = None) -> LoadedSuite:
+        """As the suite that it was loaded for."""
+        return self.options.check(positions=positions)
+
+    def prepare(self, model: EditableModel) -> PreparedSuite:
+        """Loads the remaining tasks and makes the questions of all tasks for the model. Raises
+        ConfigError if a task does not fit the model's context length.
+        """
+        options = self.options
+        if not options.tasks:
+            return PreparedSuite(options, {}, {}, None)
+        chosen = {
+            **self.chosen,
+            **options.load([name for name in options.tasks if name not in self.chosen]),
+        }
+        lm = harness_model(
+            model, tokens_per_batch=options.tokens_per_batch, max_new_tokens=options.max_new_tokens
+        )
+        asked: dict[str, list[Asked]] = {}
+        problems: list[str] = []
+        for name in options.tasks:
+            asked[name] = []
+            for task in chosen[name].tasks:
+                items = build_requests(task, limit=options.limit)
+                if too_long := check_room(lm, task, positions=model.max_length):
+                    problems.append(too_long)
+                    continue
+                problems += check_answers(lm, task, positions=model.max_length)
+                cut = {item: max(map(lm.cut, requests)) for item, requests in items.items()}
+                asked[name].append(
+                    Asked(name=str(task.config.task), task=task, items=items, cut=cut)
+                )
+        if problems:
+            raise ConfigError(problems)
+        return PreparedSuite(options, chosen, asked, lm)
+
+
+class PreparedSuite(AbstractSuite):
+    """A suite with its questions for one model, the same at every milestone and for every view.
+
+    Attributes:
+        last: the last answers. They are used again as long as the weights are the same, so that the
+            unedited model, and a view that restrains nothing, are measured in one pass.
+    """
+
+    def __init__(
+        self,
+        options: Suite,
+        chosen: Mapping[str, Chosen],
+        asked: Mapping[str, Sequence[Asked]],
+        lm: Any,
+    ) -> None:
+        """`chosen` and `asked` are by the suite's names of the tasks; `lm` is the harness's view of
+        the model.
+        """
+        self.options, self.chosen, self.asked = options, chosen, asked
+        self.every = options.every
+        self.last: LastAnswers | None = None
+        self._lm = lm
+
+    def check(self, *, positions: int | None = None) -> PreparedSuite:
+        """Nothing is left to check."""
+        return self
 
     def inputs(self, model: EditableModel) -> dict[str, str]:
-        """Each task's items and questions."""
-        if self.tasks:
-            self._prepare(model)
+        """The items and questions of each task."""
         return {
-            f"suite.tasks: {name}": _digest_of_items(asked)
-            for name, asked in self._bench.asked.items()
+            f"suite.tasks: {name}": _digest_of_items(asked) for name, asked in self.asked.items()
         }
 
     def baseline(
@@ -159,72 +246,36 @@ class Suite(AbstractSuite):
         """Measures general ability; the requests do not matter. The unedited model is not compared
         with itself.
         """
-        found: list[Measurement | Samples] = []
+        name = self.options.name
+        results: list[Measurement | Samples] = []
         is_edited = any(
             not torch.equal(model.weight(module), model.base(module))
             for module in model.edited_modules
         )
-        for name, answers in self._answers(model).items():
-            found += measurements(
-                self.name, self._bench.chosen[name], answers, baseline if is_edited else {}
-            )
+        for task, answers in self._answers(model).items():
+            frozen = baseline if is_edited else {}
+            results += measurements(name, self.chosen[task], answers, frozen)
             for answered in answers:
-                found.append(
-                    Samples(
-                        name=f"{self.name}-{answered.asked.name.removeprefix(f'{self.name}_')}",
-                        rows=answered.rows,
-                    )
-                )
-        return found
+                short = answered.asked.name.removeprefix(f"{name}_")
+                results.append(Samples(name=f"{name}-{short}", rows=answered.rows))
+        return results
 
-    def _load(self, names: Sequence[str]) -> None:
-        if missing := [name for name in names if name not in self._bench.chosen]:
-            self._bench.chosen |= load_tasks(
-                missing, data=self.data, shots=self.shots or {}, seed=self.seed
-            )
-
-    def _prepare(self, model: EditableModel) -> None:
-        """Makes the requests, and the harness's view of the model. Raises ConfigError where the
-        model is too short for some tasks.
-        """
-        bench = self._bench
-        if bench.model is model:
-            return
-        self._load(self.tasks)
-        lm = harness_model(
-            model, tokens_per_batch=self.tokens_per_batch, max_new_tokens=self.max_new_tokens
-        )
-        asked: dict[str, list[Asked]] = {}
-        problems: list[str] = []
-        for name in self.tasks:
-            asked[name] = []
-            for task in bench.chosen[name].tasks:
-                items = build_requests(task, limit=self.limit)
-                if too_long := check_room(lm, task, positions=model.max_length):
-                    problems.append(too_long)
-                    continue
-                problems += check_answers(lm, task, positions=model.max_length)
-                cut = {item: max(map(lm.cut, requests)) for item, requests in items.items()}
-                asked[name].append(
-                    Asked(name=str(task.config.task), task=task, items=items, cut=cut)
-                )
-        if problems:
-            raise ConfigError(problems)
-        bench.model, bench.lm, bench.asked, bench.last = model, lm, asked, None
-
-    def _answers(self, model: EditableModel) -> dict[str, list[Answered]]:
-        """What the model answers now, by the suite's tasks.
-
-        The last answers are kept with a digest of the weights: the unedited model, and a view that
-        restrains nothing, are asked once.
-        """
-        if not self.tasks:
+    def _answers(self, model: EditableModel) -> Mapping[str, Sequence[Answered]]:
+        """The model's answers with its weights as they are, by the suite's names of the tasks."""
+        if not self.asked:
             return {}
-        self._prepare(model)
         digest = _digest(model)
-        if self._bench.last is None or self._bench.last[0] != digest:
-            self._bench.last = digest, ask(self._bench.lm, self._bench.asked)
-        return self._bench.last[1]
+        if self.last is None or self.last.weights != digest:
+            self.last = LastAnswers(weights=digest, answers=ask(self._lm, self.asked))
+        return self.last.answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastAnswers:
+    """Answers by the suite's names of the tasks, and the digest of the weights that gave them."""
+
+    weights: str
+    answers: Mapping[str, Sequence[Answered]]
 
 
 def _digest_of_items(asked: Sequence[Asked]) -> str:
