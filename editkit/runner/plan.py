@@ -27,7 +27,8 @@ class Collapse(Exception):
 
     def __init__(self, record: StepRecord) -> None:
         super().__init__(
-            f"non-finite {record.nonfinite} at step {record.step} (requests {', '.join(record.requests)})"
+            f"non-finite {record.nonfinite} at step {record.step} (requests "
+            f"{', '.join(record.requests)})"
         )
         self.record = record
 
