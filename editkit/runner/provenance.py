@@ -64,8 +64,7 @@ def git_commit() -> str | None:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                # Without optional locks: a killed `git status` would leave the user's index locked.
-                ["git", "--no-optional-locks", "-C", str(folder), *arguments],
+                ["git", "-C", str(folder), *arguments],
                 capture_output=True,
                 text=True,
                 timeout=10,
