@@ -41,7 +41,8 @@ def test_a_users_editor_restraint_dataset_and_task_run_from_an_empty_folder(
         (tmp_path / yaml_name).write_text(example("yaml", yaml_name))
         (tmp_path / module_name).write_text(example("python", module_name))
     (tmp_path / "pairs.tsv").write_text(PAIRS)
-    (line,) = re.findall(r"^editkit (run --config-dir .*)$", PAGE.read_text(), flags=re.MULTILINE)
+    commands = re.findall(r"^editkit (run .*)$", PAGE.read_text(), flags=re.MULTILINE)
+    (line,) = [command for command in commands if "editor=mine" in command]
     command = [sys.executable, "-m", "editkit", *shlex.split(line)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
