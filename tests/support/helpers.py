@@ -1,5 +1,5 @@
-"""Small real models and tokenizers, made in memory: random weights, vocabularies trained on a few
-sentences.
+"""Small real models with random weights, and tokenizers trained on a few sentences, made in
+memory.
 """
 
 from __future__ import annotations
@@ -74,13 +74,12 @@ def request(index: int = 0) -> EditRequest:
 
 
 def requests(count: int = 3) -> list[EditRequest]:
+    """The first requests of `request`."""
     return [request(index) for index in range(count)]
 
 
 def real_data(relative: str) -> Path:
-    """A file or folder of real data; skips the test, and says what is missing, where there is
-    none.
-    """
+    """A file or folder of real data. Skips the test, with the missing path, if there is none."""
     roots = [Path(root) for root in (os.environ.get("EDITKIT_DATA"),) if root] + [
         ROOT.parent / "shared" / "data"
     ]
@@ -92,7 +91,7 @@ def real_data(relative: str) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def _vocabulary(size: int = 400) -> tuple[str, str]:
-    """The two trained tokenizers, as JSON: GPT-2's kind and sentencepiece's."""
+    """The two trained tokenizers as JSON: byte-level as in GPT-2, and as in sentencepiece."""
     from tokenizers import (
         Tokenizer,
         decoders,
@@ -131,7 +130,7 @@ def _vocabulary(size: int = 400) -> tuple[str, str]:
             show_progress=False,
         ),
     )
-    metaspace.pre_tokenizer = None  # as converted sentencepiece models are
+    metaspace.pre_tokenizer = None  # as in converted sentencepiece models
     metaspace.decoder = decoders.Sequence(
         [
             decoders.Replace(BLANK, " "),
@@ -146,8 +145,9 @@ def _vocabulary(size: int = 400) -> tuple[str, str]:
 
 
 def tiny_tokenizer(kind: Kind, *, bos: bool | None = None, trim_offsets: bool = False) -> Any:
-    """A fast tokenizer: byte-level BPE for gpt2 and gptj, sentencepiece's kind for llama; `bos`
-    None: as the kind usually has it.
+    """A fast tokenizer: byte-level BPE for gpt2 and gptj, sentencepiece-like for llama.
+
+    `bos` tells whether it adds a BOS; None means the default of the kind.
     """
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
@@ -178,8 +178,8 @@ def tiny_model(
     num_layers: int = 3,
     tied: bool = True,
 ) -> EditableModel:
-    """A model of width 32 with random weights, large enough that its layers matter; the same seed
-    gives the same bits.
+    """A model of width 32 with random weights, which are large enough for its layers to matter. The
+    same seed gives the same bits.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
