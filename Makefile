@@ -61,7 +61,7 @@ docs: setup  ## Build the documentation into site/; a broken link or reference i
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 .PHONY: bench
-bench: setup  ## The plain way against ours: telemetry on GPT-2 XL's shape
+bench: setup  ## The speed of telemetry on GPT-2 XL's shape against a reference
 	$(BIN)/editkit bench telemetry --shape gpt2-xl
 
 .PHONY: clean

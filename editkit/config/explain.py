@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from editkit.config.build import build
 from editkit.config.compose import Composed, compose, explain_composition_error, force_add
 from editkit.errors import ConfigError, message
 
@@ -42,6 +41,8 @@ def explained(error: Exception, overrides: Sequence[str], config_dir: Path | Non
     if isinstance(error, ConfigError):
         return error
     if "Could not override" in str(error):
+        from editkit.config.build import build  # slow to import, and rarely needed
+
         try:
             forced = compose(force_add(overrides), config_dir=config_dir)
             build(forced.config, choices=forced.choices)

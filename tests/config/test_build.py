@@ -1,4 +1,4 @@
-"""Building: a checked experiment, or one error that names every problem by its key."""
+"""Building gives a checked experiment, or one error that names the key of every problem."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every configuration file, found by glob: it composes, its class takes its options, and it says
-what it is.
+"""Every configuration file in conf/: it composes, its class accepts its options, and its first
+comment describes it.
 """
 
 from __future__ import annotations

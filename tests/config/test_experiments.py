@@ -1,5 +1,5 @@
-"""The papers' presets, found by glob: each composes and is checked, each has its twin on the
-bundled models, each number has its source.
+"""The presets of the papers: each preset composes and is valid, has a counterpart on the bundled
+models, and names the source of each number.
 """
 
 from __future__ import annotations

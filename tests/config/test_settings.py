@@ -43,9 +43,9 @@ def test_the_settings_of_the_literature_have_names(
 
 
 def test_the_unedited_model_is_measured_whatever_the_milestones_are() -> None:
-    asked = built("setting=single", "milestones=[2,4]")
-    assert asked.schedule.milestones == (0, 2, 4) and asked.schedule.is_measured(0)
-    assert asked.folder == built("setting=single", "milestones=[0,2,4]").folder, "the same run"
+    experiment = built("setting=single", "milestones=[2,4]")
+    assert experiment.schedule.milestones == (0, 2, 4) and experiment.schedule.is_measured(0)
+    assert experiment.folder == built("setting=single", "milestones=[0,2,4]").folder, "the same run"
 
 
 def test_rollback_leaves_no_trajectory_to_write_into() -> None:

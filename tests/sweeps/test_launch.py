@@ -1,5 +1,5 @@
-"""Sweeps as a person starts them: in one process, on cores, one process a GPU; with failures, stops
-and a second try.
+"""Sweeps as a user starts them: in one process, on several cores, one process per GPU, with
+failures, stops and retries.
 """
 
 from __future__ import annotations

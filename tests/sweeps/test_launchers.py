@@ -134,26 +134,26 @@ def test_without_slurm_the_launcher_says_so(
 
 
 def test_only_values_of_components_in_a_multirun_are_deferred_to_the_cells() -> None:
-    asked = [
+    overrides = [
         "restraint=rect,prune",
         "restraint.prune.alpha=1.6",
         "editor.context_lengths=[[5,2]]",
         "editor.layers=[1],[2]",
         "seed=1",
     ]
-    assert defer_component_values(asked) == asked
+    assert defer_component_values(overrides) == overrides
     left = [
         "restraint=rect,prune",
         "restraint.prune.alpha=choice(1.6)",
         "editor.context_lengths=choice([[5,2]])",
     ]
-    assert defer_component_values(["-m", *asked]) == [
+    assert defer_component_values(["-m", *overrides]) == [
         "-m",
         *left,
         "editor.layers=[1],[2]",
         "seed=1",
     ]
-    assert defer_component_values(["sweep=restraints", *asked])[2] == left[1]
+    assert defer_component_values(["sweep=restraints", *overrides])[2] == left[1]
     assert defer_component_values(["-m", "editor.covariance=null"]) == [
         "-m",
         "editor.covariance=null",
