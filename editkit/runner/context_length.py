@@ -1,17 +1,17 @@
-"""Whether the requests fit into the model's positions: asked of all of them before anything is
-computed.
+"""Whether the requests fit into the model's context length, checked before anything is computed.
 
-An editor runs a prompt with its target in every context, and can leave nothing away. A question
-that only judges an edit loses its beginning where it is too long; its answer cannot.
+An editor processes a prompt with its target in every context template, and cannot truncate them. A
+prompt that only measures an edit loses its beginning if it is too long. Its answer cannot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from editkit.datasets.fields import shortened
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.model.tokens import PLACE, encode, encode_with_targets, fill
 from editkit.types import EditRequest, Probe
 
@@ -23,81 +23,85 @@ def require_room(
     model: EditableModel,
     requests: Sequence[EditRequest],
     contexts: Sequence[str],
-    questions: Iterable[Iterable[Probe]],
+    probes: Iterable[Iterable[Probe]],
 ) -> None:
-    """Raises ConfigError for requests that are longer than the model's positions: all of them, by
-    their ids.
+    """Checks that every request fits into the model's context length.
 
     Args:
-        contexts: templates that an editor puts prompts into.
-        questions: what is scored of each request.
+        contexts: the editor's context templates.
+        probes: the probes that each request is measured with.
+
+    Raises:
+        ConfigError: requests that do not fit, all of them, by their ids.
     """
     problems = list(_too_long(model, requests, contexts))
-    refused = {request.id for request, _ in problems}
-    for request, of_one in zip(requests, questions, strict=True):
+    refused = {problem.request.id for problem in problems}
+    for request, own in zip(requests, probes, strict=True):
         if request.id not in refused:
-            problems += ((request, problem) for problem in _answers(model, of_one))
+            problems += _long_answers(model, request, own)
     if problems:
-        limit = f"{model.name} has {model.max_length} positions"
-        found = [f"{request.id}: {problem}; {limit}." for request, problem in problems]
+        expected = f"at most {model.max_length} tokens, the context length of {model.name}"
+        fix = "leave such requests out of the dataset, or choose a model with a longer context"
         raise ConfigError(
             [
-                *found[:-1],
-                f"{found[-1]} Leave such requests out of the dataset, or take a model with more "
-                "positions.",
+                message(
+                    problem.request.id,
+                    f"{problem.text} too long",
+                    got=problem.num_tokens,
+                    expected=expected,
+                    fix=fix if problem is problems[-1] else None,
+                )
+                for problem in problems
             ]
         )
 
 
+@dataclass(frozen=True)
+class _Problem:
+    request: EditRequest
+    text: str  # without "too long"
+    num_tokens: int
+
+
 def _too_long(
     model: EditableModel, requests: Sequence[EditRequest], contexts: Sequence[str]
-) -> Iterator[tuple[EditRequest, str]]:
+) -> Iterator[_Problem]:
     pairs = [(request.full_prompt, request.target) for request in requests]
-    lengths = [
-        len(sequence.ids) - 1 for sequence in encode_with_targets(model.tokenizer, pairs)
-    ]  # nothing is read from the last token
-    around = max(
-        (
-            len(encoded.ids)
-            for encoded in encode(model.tokenizer, [text.replace(PLACE, "") for text in contexts])
-        ),
-        default=0,
-    )
+    # No position follows the last token, so it is not counted.
+    lengths = [len(sequence.ids) - 1 for sequence in encode_with_targets(model.tokenizer, pairs)]
+    encoded = encode(model.tokenizer, [template.replace(PLACE, "") for template in contexts])
+    around = max((len(template.ids) for template in encoded), default=0)
+    sequence_are = "prompt and target, without the last token, are"
     for request, alone in zip(requests, lengths, strict=True):
         if alone > model.max_length:
-            yield request, f"prompt and target have {alone} tokens without the last"
+            yield _Problem(request, sequence_are, alone)
         elif alone + around > model.max_length:  # only these are worth the exact count
             texts = [
                 fill(request.prompt, request.subject, context=context).text for context in contexts
             ]
-            longest = max(
-                len(each.ids) - 1
-                for each in encode_with_targets(
-                    model.tokenizer, [(text, request.target) for text in texts]
-                )
+            sequences = encode_with_targets(
+                model.tokenizer, [(text, request.target) for text in texts]
             )
+            longest = max(len(sequence.ids) - 1 for sequence in sequences)
             if longest > model.max_length:
-                yield (
-                    request,
-                    f"prompt and target have {longest} tokens without the last in the longest of "
-                    "the editor's contexts",
-                )
+                text = f"in the editor's longest context template, {sequence_are}"
+                yield _Problem(request, text, longest)
 
 
-def _answers(model: EditableModel, questions: Iterable[Probe]) -> Iterator[str]:
-    """Answers with more tokens than the model has positions; no token stands for less than half a
-    byte.
-    """
-    long = dict.fromkeys(
-        each
-        for each in questions
-        if 2 * len(each.answer.encode("utf-8", "surrogatepass")) > model.max_length
+def _long_answers(
+    model: EditableModel, request: EditRequest, probes: Iterable[Probe]
+) -> Iterator[_Problem]:
+    """Answers with more tokens than the context length."""
+    # No token stands for less than half a byte, so that most answers need no tokenizer.
+    candidates = dict.fromkeys(
+        probe
+        for probe in probes
+        if 2 * len(probe.answer.encode("utf-8", "surrogatepass")) > model.max_length
     )
-    for probe, sequence in zip(
-        long,
-        encode_with_targets(model.tokenizer, [(each.prompt, each.answer) for each in long]),
-        strict=True,
-    ):
+    sequences = encode_with_targets(
+        model.tokenizer, [(probe.prompt, probe.answer) for probe in candidates]
+    )
+    for probe, sequence in zip(candidates, sequences, strict=True):
         if len(sequence.target_ids) > model.max_length:
-            answer, prompt = shortened(probe.answer), shortened(probe.prompt)
-            yield f"the answer {answer} of {prompt} has {len(sequence.target_ids)} tokens"
+            text = f"the answer {shortened(probe.answer)} to {shortened(probe.prompt)} is"
+            yield _Problem(request, text, len(sequence.target_ids))

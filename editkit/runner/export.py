@@ -1,4 +1,4 @@
-"""A run's edited model as a Hugging Face folder, for whoever wants to use it without editkit."""
+"""A run's edited model as a Hugging Face folder, for use without editkit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.config.schema import Problems, construct
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.model.load import ModelConfig
 from editkit.records.reader import RunRecords, load_run
 from editkit.records.views import trajectory_view
@@ -24,19 +24,26 @@ if TYPE_CHECKING:
 
 
 def export(run: Path, to: Path, *, view: str | None = None) -> None:
-    """Writes the model of a run's last checkpoint into the folder `to`, as `save_pretrained` does
-    (safetensors and tokenizer).
+    """Writes the model of a run's last checkpoint as `save_pretrained` does (safetensors and
+    tokenizer).
 
-    `view` None is the model as the run left it, the name of a view that model as the run measured
-    it at that point. `to` appears whole or not at all. Raises ConfigError for a folder that is no
-    run or has no checkpoint, a view that the run has not, a base model that is not there or is no
-    longer the one that was edited, and a target that is not empty.
+    Args:
+        run: the run's folder.
+        to: the folder to write, which appears whole or not at all.
+        view: None for the model as the run left it, or the name of a view, for that view of the
+            model at that step.
+
+    Raises:
+        ConfigError: the folder is not a run or has no checkpoint; the run has no such view; the
+            base model is missing or is not the one that was edited; `to` is not empty.
     """
     records = load_run(run)
     problems = Problems()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         problems.add(
-            f"--to: {to} is there already and not empty. Name a new folder, or an empty one."
+            message(
+                "--to", f"{to} exists and is not empty", fix="name a new folder, or an empty one"
+            )
         )
     config = construct(records.config.get("model"), "model", ModelConfig, problems)
     added = () if view is None else _added(records.config.get("restraint"), view, problems)
@@ -53,22 +60,26 @@ def export(run: Path, to: Path, *, view: str | None = None) -> None:
         for name, node in (records.config.get("restraint") or {}).items()
         if node.get("apply_at") == "end"
     ]
-    if (
-        view is not None and ends and not state.inputs
-    ):  # such a checkpoint does not tell whether its totals are restrained already
+    # A checkpoint without inputs does not tell whether its totals are restrained already.
+    if view is not None and ends and not state.inputs:
         raise ConfigError(
-            f"{run}: its checkpoint was written by an earlier version of editkit, which did not "
-            "keep the model from before "
-            f"{' and '.join(ends)} acted at the end. Export without --view, or run it again with "
-            "resume=never."
+            message(
+                str(run),
+                "the checkpoint was written by an earlier version of editkit, which did not keep "
+                f"the model from before {' and '.join(ends)} acted at the end",
+                fix="export without --view, or run it again with resume=never",
+            )
         )
     model = config.load("cpu")
     noted = (records.provenance.get("model") or {}).get("fingerprint", model.fingerprint)
     edited = state.inputs.get(MODEL, noted)  # the provenance is of the last session
     if edited != model.fingerprint:
         raise ConfigError(
-            f"model.id: {config.id!r} is not the model that was edited in {run}: its weights have "
-            "changed since."
+            message(
+                "model.id",
+                f"this is not the model that was edited in {run}, its weights have changed since",
+                got=config.id,
+            )
         )
     model.edit(tuple(state.totals))
     model.restore(state.totals if view is None else state.before_end or state.totals)
@@ -81,8 +92,8 @@ def export(run: Path, to: Path, *, view: str | None = None) -> None:
 
 
 def _added(nodes: Any, view: str, problems: Problems) -> tuple[AbstractTotalRestraint, ...]:
-    """The restraints that make this view of the edits, one after another; notes where the run has
-    no such view.
+    """The restraints that make this view of the edits, in their order. Adds to `problems` if the
+    run has no such view.
     """
     made = {
         name: construct(node, f"restraint.{name}", AbstractRestraint, problems)
@@ -94,7 +105,7 @@ def _added(nodes: Any, view: str, problems: Problems) -> tuple[AbstractTotalRest
         if isinstance(restraint, AbstractTotalRestraint)
     }
     views: dict[str, tuple[AbstractTotalRestraint, ...]] = {
-        trajectory_view({name: each.apply_at for name, each in totals.items()}): ()
+        trajectory_view({name: restraint.apply_at for name, restraint in totals.items()}): ()
     }
     ended: tuple[AbstractTotalRestraint, ...] = ()
     for name, restraint in totals.items():
@@ -103,12 +114,13 @@ def _added(nodes: Any, view: str, problems: Problems) -> tuple[AbstractTotalRest
         elif restraint.apply_at == "evaluation":
             views[name] = (restraint,)
     if view not in views:
-        problems.add(f"--view: the run has no view {view!r}. Views: {', '.join(views)}.")
+        expected = f"one of {', '.join(views)}"
+        problems.add(message("--view", "the run has no such view", got=view, expected=expected))
     return views.get(view, ())
 
 
 def _about(records: RunRecords, state: RunState, view: str | None) -> dict[str, Any]:
-    """What the folder holds, for whoever finds it later."""
+    """The content of editkit.json: where the model comes from."""
     return {
         "run": records.folder.name,
         "step": state.step,
@@ -119,8 +131,8 @@ def _about(records: RunRecords, state: RunState, view: str | None) -> dict[str, 
 
 
 def _save(model: EditableModel, to: Path, *, about: Mapping[str, Any]) -> None:
-    """Under a temporary name beside `to`, then renamed. Raises ConfigError where it cannot be
-    written.
+    """Writes under a temporary name in the same folder, then renames. Raises ConfigError if it
+    cannot be written.
     """
     temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     try:
@@ -129,10 +141,9 @@ def _save(model: EditableModel, to: Path, *, about: Mapping[str, Any]) -> None:
         model.network.save_pretrained(temporary)
         model.tokenizer.save_pretrained(temporary)
         (temporary / "editkit.json").write_text(json.dumps(about, indent=1))
-        os.replace(
-            temporary, to
-        )  # an empty folder gives way, one that was filled meanwhile does not
+        # An empty folder gives way; one that was filled in the meantime does not.
+        os.replace(temporary, to)
     except OSError as error:
-        raise ConfigError(f"--to: {to} cannot be written ({error}).") from None
+        raise ConfigError(message("--to", f"{to} cannot be written ({error})")) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,3 +1,3 @@
-"""`editkit train`: an editor that has to learn first. The learning itself is
-`editkit.hypernet.learner`; here are its files.
+"""`editkit train`: the training of an editor's hypernetwork as a session with files. The learning
+itself is `editkit.hypernet.learner`.
 """

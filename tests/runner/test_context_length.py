@@ -62,7 +62,8 @@ def test_a_request_may_fill_every_position_and_no_more(model: EditableModel) -> 
     require_room(model, [fits], BARE, [()])
     (found,) = problems(model, [fits, spills])
     assert found.startswith(
-        "spills: prompt and target have 129 tokens without the last; tiny-gpt2 has 128 positions."
+        "spills: prompt and target, without the last token, are too long (got 129; expected at "
+        "most 128 tokens, the context length of tiny-gpt2)."
     )
 
 
@@ -75,10 +76,10 @@ def test_every_request_that_is_too_long_is_named_also_in_a_context(model: Editab
     ]
     require_room(model, near, BARE, [()] * 3)
     found = problems(model, near, ("{}", context))
-    assert [each.partition(":")[0] for each in found] == [f"r/{room + 5}", "r/128"]
+    assert [problem.partition(":")[0] for problem in found] == [f"r/{room + 5}", "r/128"]
     assert (
-        all("in the longest of the editor's contexts" in each for each in found)
-        and "Leave such requests out" in found[-1]
+        all("in the editor's longest context template" in problem for problem in found)
+        and "Fix: leave such requests out" in found[-1]
     )
 
 
@@ -90,7 +91,7 @@ def test_an_answer_without_room_is_named_with_its_question(model: EditableModel)
     (found,) = problems(model, [request(0), request(1)], questions=[[fine], [fine, long, long]])
     assert (
         found.startswith(f"{request(1).id}: the answer 'Rome Rome")
-        and "of 'Who was it?' has" in found
+        and "to 'Who was it?' is too long" in found
     )
 
 
@@ -113,6 +114,6 @@ def test_a_run_refuses_them_before_second_moments_are_taken(tmp_path: Path) -> N
     )
     with pytest.raises(ConfigError) as raised:
         prepare(build(composed.config, choices=composed.choices), should_stop=lambda: False)
-    named = [each.partition(": ") for each in raised.value.problems]
+    named = [problem.partition(": ") for problem in raised.value.problems]
     assert [name.rpartition("/")[2] for name, _, _ in named] == ["long", "longer", "short"]
     assert "the answer 'a a a" in named[2][2] and not (tmp_path / "stats").exists()

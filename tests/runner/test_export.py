@@ -200,25 +200,25 @@ def remove_config(run: Path, to: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "view", "message"),
     [
-        (fill_target, None, r"--to: .*out is there already and not empty"),
+        (fill_target, None, r"--to: .*out exists and is not empty"),
         (
             lambda run, to: None,
             "rect",
-            r"--view: the run has no view 'rect'\. Views: unrestrained, prune\.",
+            r"--view: .* \(got 'rect'; expected one of unrestrained, prune\)\.",
         ),
-        (change_base, None, r"model\.id: .* is not the model that was edited"),
+        (change_base, None, r"model\.id: this is not the model that was edited"),
         (remove_base, None, r"model\.id: the folder does not exist"),
         (remove_checkpoint, None, r"state: no checkpoint, the run has not saved its state yet\."),
         (damage_checkpoint, None, "does not match its checksum"),
         (
             leave_out_what_was_before_the_end,
             "unrestrained",
-            r"earlier version of editkit, .* before prune acted at the end\. Export without",
+            r"earlier version of editkit, .* before prune acted at the end\. Fix: export without",
         ),
         (
             restrain_in_the_loop,
             "unrestrained",
-            r"--view: the run has no view 'unrestrained'\. Views: prune\.",
+            r"--view: .* \(got 'unrestrained'; expected one of prune\)\.",
         ),
         (remove_config, None, r"run: model: not a mapping \(got None;"),
     ],
