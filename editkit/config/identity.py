@@ -28,6 +28,7 @@ LATER: dict[tuple[str, str], Any] = {
 # Former paths of configured classes, and where each class is now. The first former path of a class
 # is its stable name. A class that moves again gets one more line.
 FORMER_PATHS = {
+    "editkit.datasets.bundled.WorldDataset": "editkit.datasets.world.WorldDataset",
     "editkit.evaluation.downstream.Suite": "editkit.evaluation.harness.suite.Suite",
     "editkit.evaluation.judge.StringJudge": "editkit.evaluation.protocols.judge.StringJudge",
     "editkit.trackers.wandb.Wandb": "editkit.wandb.tracker.Wandb",

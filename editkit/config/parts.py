@@ -16,7 +16,7 @@ from editkit.config.experiment import Measuring, Settings
 from editkit.config.identity import TARGET
 from editkit.config.schema import Problems, construct, resolve, unknown_option
 from editkit.datasets.base import AbstractDataset, LoadedDataset
-from editkit.datasets.groups import asked_in_one_batch
+from editkit.datasets.groups import without_split_groups
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError, OptionError, message
 from editkit.evaluation.base import AbstractEvaluator
@@ -212,7 +212,7 @@ class Parts:
             expected = f"at most {available}"
             self.problems.add(message("edits", problem, got=settings.edits, expected=expected))
         if settings.rollback:
-            return asked_in_one_batch(data, batch_size=settings.batch_size)
+            return without_split_groups(data, batch_size=settings.batch_size)
         return data
 
     def name_of(self, group: str) -> str:

@@ -1,5 +1,5 @@
-"""The dataset's interface: options in, checked edit requests out. Nothing here needs torch or a
-model.
+"""The interface of datasets, and the conversion of records to checked edit requests. It needs
+neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -14,49 +14,46 @@ from typing import Literal
 
 from editkit.datasets.fields import Fields
 from editkit.datasets.records import Records
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.types import EditRequest
 
 Order = Literal["file", "shuffled"]
 OnBadRecord = Literal["error", "skip"]
 _COUNTS = ("skipped", "left_out", "remarks")
 MAX_SHOWN = 20  # problems that one error message lists, unless the dataset wants all of them
-Parse = Callable[
-    [Fields, int], Sequence[EditRequest]
-]  # the requests of a record and its index; problems stay in the fields' findings
+# (fields of a record, its index) -> its requests; problems stay in the findings of the fields
+Parse = Callable[[Fields, int], Sequence[EditRequest]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedDataset:
-    """The requests in the order in which they are to be edited, and what the provenance says of
-    them.
-    """
+    """The requests in the order of the edits, and their provenance."""
 
     name: str
     requests: tuple[EditRequest, ...]
     digest: str  # sha256 of what was read
-    origin: str  # the file, or where else the records came from
+    origin: str  # the file or another source of the records
     # reason -> number of records; each record counts once, by its first problem
     skipped: Mapping[str, int] = field(default_factory=dict)
-    # what was left out of records that are used -> how often
+    # unusable part of a usable record -> number of occurrences
     left_out: Mapping[str, int] = field(default_factory=dict)
-    # what is odd about records or requests -> their number
+    # oddity of records or requests -> their number
     remarks: Mapping[str, int] = field(default_factory=dict)
-    # readings that are not comparable with each other: zsRE's target
+    # options whose values give incomparable results, such as zsRE's target
     variant: Mapping[str, str] = field(default_factory=dict)
 
     def provenance(self) -> dict[str, object]:
-        """All but the requests themselves, as plain values."""
-        found: dict[str, object] = {
+        """All fields except the requests, as plain values."""
+        facts: dict[str, object] = {
             "name": self.name,
             "origin": self.origin,
             "digest": self.digest,
             "requests": len(self.requests),
         }
-        return found | {name: dict(getattr(self, name)) for name in ("variant", *_COUNTS)}
+        return facts | {name: dict(getattr(self, name)) for name in ("variant", *_COUNTS)}
 
     def counts(self) -> Iterator[tuple[str, str]]:
-        """What was skipped, left out or is odd: (kind, number and reason), for a person to read."""
+        """Pairs (kind, "number x reason") of everything skipped, left out or remarked."""
         for kind in _COUNTS:
             yield from (
                 (kind, f"{number} x {reason}") for reason, number in getattr(self, kind).items()
@@ -64,29 +61,27 @@ class LoadedDataset:
 
     @property
     def label(self) -> str:
-        """The name with the variant, as tables should say it."""
+        """The name with the variant, for tables."""
         return self.name + "".join(f" {key}={value}" for key, value in self.variant.items())
 
 
 class AbstractDataset(abc.ABC):
-    """A source of edit requests. Concrete datasets are frozen dataclasses: their fields are the
-    options.
-    """
+    """A source of edit requests. A dataset is a frozen dataclass whose fields are its options."""
 
     name: str
 
     @abc.abstractmethod
     def load(self, seed: int) -> LoadedDataset:
-        """All requests; `seed` decides their order where the options ask for a shuffled one.
+        """All requests. `seed` determines a shuffled order.
 
         Raises:
-            ConfigError: what is missing or malformed, all of it at once.
+            ConfigError: data is missing or malformed; all problems are reported together.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parsed:
-    """What a pass over the records gave."""
+    """The result of a pass over the records."""
 
     requests: list[EditRequest] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -107,12 +102,12 @@ def load_records(
     variant: Mapping[str, str] | None = None,
     max_shown: int | None = MAX_SHOWN,
 ) -> LoadedDataset:
-    """Every good record's requests, arranged; bad records are an error that lists them, or skipped
-    and counted by reason.
+    """The arranged requests of all good records. Bad records give an error, or are skipped and
+    counted by reason.
 
     Raises:
         ConfigError: no record is good, or one is bad and `on_bad_record` is "error"; all problems
-        at once.
+            are reported together.
     """
     parsed = _parse(records, parse)
     if parsed.problems and (on_bad_record == "error" or not parsed.requests):
@@ -122,16 +117,20 @@ def load_records(
             frequent = ", ".join(
                 f"{reason} ({number} records)" for reason, number in parsed.skipped.most_common(3)
             )
-            shown.append(f"{records.origin}: {hidden} more problems; most frequent: {frequent}")
+            shown.append(
+                message(records.origin, f"{hidden} more problems; most frequent: {frequent}")
+            )
         if parsed.requests:
             counted = "" if records.lines is not None else " (records are counted from 0)"
             shown[-1] += (
-                " - dataset.on_bad_record=skip leaves such records out and keeps "
-                f"{len(parsed.requests)} requests{counted}"
+                " Fix: set dataset.on_bad_record=skip, which leaves such records out and keeps "
+                f"{len(parsed.requests)} requests{counted}."
             )
         raise ConfigError(shown)
     if not parsed.requests:
-        raise ConfigError(f"{records.origin}: holds no records - at least one is needed")
+        raise ConfigError(
+            message(records.origin, "the file has no records", expected="at least one")
+        )
     arranged = arrange(parsed.requests, order=order, seed=seed, limit=limit)
     return LoadedDataset(
         name=name,
@@ -153,17 +152,16 @@ def _parse(records: Records, parse: Parse) -> _Parsed:
     open_group: str | None = None
     for index, record in enumerate(records.records):
         fields, place = Fields(record), records.place(index)
-        requests = (
-            () if fields.problems else parse(fields, index)
-        )  # what is no record at all has one problem, not one for each field
+        # A record that is no object has one problem instead of one for each field.
+        requests = () if fields.problems else parse(fields, index)
         if not fields.problems:
             for request in requests:
                 if request.id in place_of:
                     fields.note(
                         "id",
                         "is not unique",
-                        given=request.id,
-                        allowed=f"it is the id of {place_of[request.id]} too",
+                        got=request.id,
+                        expected=f"an id other than that of {place_of[request.id]}",
                     )
         group = requests[0].group if requests else None
         if group != open_group:
@@ -173,14 +171,14 @@ def _parse(records: Records, parse: Parse) -> _Parsed:
                 fields.note(
                     "group",
                     "is interrupted",
-                    given=repr(group),
-                    allowed="records of a group must follow each other",
+                    got=repr(group),
+                    expected="consecutive records for each group",
                 )
         if fields.problems:
             identity = fields.get("id") if fields.get("case_id") is None else fields.get("case_id")
             named = f"{place} (id {identity})" if isinstance(identity, str | int) else place
             parsed.problems.extend(
-                f"{records.origin}, {named}: {problem}" for problem in fields.problems
+                problem.at(f"{records.origin}, {named}") for problem in fields.problems
             )
             parsed.skipped[f"{fields.problems[0].field}: {fields.problems[0].reason}"] += 1
             broken_groups |= {group} if group is not None else set()
@@ -189,7 +187,7 @@ def _parse(records: Records, parse: Parse) -> _Parsed:
         parsed.left_out.update(fields.findings.left_out)
         parsed.remarks.update(fields.findings.remarks)
         parsed.requests.extend(requests)
-    if broken_groups:  # a part of a change would be judged by questions about the whole
+    if broken_groups:  # questions about the whole group would measure a part of its edits
         kept = [request for request in parsed.requests if request.group not in broken_groups]
         if len(kept) < len(parsed.requests):
             parsed.skipped["group: another record of it is bad"] += len(parsed.requests) - len(kept)
@@ -198,37 +196,43 @@ def _parse(records: Records, parse: Parse) -> _Parsed:
 
 
 def _repetitions(requests: Sequence[EditRequest]) -> Counter[str]:
-    """Requests for a prompt that an earlier request has edited: in a sequence they confirm or
-    overwrite it.
+    """The number of requests for a prompt that an earlier request has edited. In a sequence they
+    repeat or overwrite that edit.
     """
-    found: Counter[str] = Counter()
+    repetitions: Counter[str] = Counter()
     targets: dict[str, str] = {}
     for request in requests:
         if request.full_prompt in targets:
             same = targets[request.full_prompt] == request.target
-            found[
+            repetitions[
                 "requests that edit the prompt of an earlier one again, to "
                 f"{'the same' if same else 'another'} target"
             ] += 1
         targets[request.full_prompt] = request.target
-    return found
+    return repetitions
 
 
 def arrange(
     requests: Sequence[EditRequest], *, order: Order, seed: int, limit: int | None
 ) -> tuple[EditRequest, ...]:
-    """The requests in file order or shuffled by the seed, then the first `limit` of them. Groups
-    stay together, and whole.
+    """The first `limit` requests in file order or shuffled by the seed. Groups stay together and
+    complete.
     """
     if limit is not None and limit < 1:
         raise ConfigError(
-            f"dataset.limit: {limit} - a whole number of at least 1, or null for all records"
+            message(
+                "dataset.limit",
+                "out of range",
+                got=limit,
+                expected="at least 1, or null for all records",
+            )
         )
-    # A request without a group is a unit of its own.
+    # A request without a group is a unit by itself.
     units = [
         tuple(unit)
         for _, unit in itertools.groupby(
-            requests, key=lambda each: (each.group, each.id if each.group is None else None)
+            requests,
+            key=lambda request: (request.group, request.id if request.group is None else None),
         )
     ]
     if order == "shuffled":
@@ -243,7 +247,11 @@ def arrange(
     )
     if not arranged:
         raise ConfigError(
-            f"dataset.limit: {limit} - the first group holds {len(units[0])} requests, and is not "
-            "cut"
+            message(
+                "dataset.limit",
+                "is smaller than the first group of requests, which must stay complete",
+                got=limit,
+                expected=f"at least {len(units[0])}",
+            )
         )
     return arranged

@@ -1,5 +1,5 @@
-"""CounterFact (Meng et al. 2022, arXiv 2202.05262), in its original layout and in EasyEdit's flat
-one. The layouts are told apart by their keys:
+"""CounterFact (Meng et al. 2022, arXiv 2202.05262) in its original layout and in EasyEdit's flat
+one. The layouts are recognised by their keys:
 
     original   requested_rewrite {prompt with "{}", subject, target_new.str, target_true.str},
                paraphrase_prompts, neighborhood_prompts, attribute_prompts (subjects for which the
@@ -7,7 +7,7 @@ one. The layouts are told apart by their keys:
     flat       prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt,
                locality_ground_truth
 
-The reference texts of consistency are in a file of their own, `attribute_snippets.json`: a list of
+The reference texts for consistency are in a separate file, `attribute_snippets.json`: a list of
 {relation_id, target_id, samples: [{text}]}.
 """
 
@@ -25,21 +25,20 @@ from editkit.types import EditRequest, Probe
 
 _ADVICE = "The original file: https://rome.baulab.info/data/dsets/counterfact.json"
 
-Snippets = Mapping[
-    tuple[str, str], tuple[str, ...]
-]  # (relation, target), by their Wikidata ids -> texts
+# (relation, target), given by their Wikidata ids -> texts
+Snippets = Mapping[tuple[str, str], tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CounterFact(AbstractDataset):
-    """Counterfactual completions, with paraphrases and with neighbours that share the true
+    """Counterfactual completions with paraphrases, and with neighbours that have the same true
     target.
     """
 
     name: str
     path: str | None
-    file: str  # looked for below $EDITKIT_DATA when path is null
-    id: str | None  # hub dataset, the last resort
+    file: str  # file in $EDITKIT_DATA, used if path is null
+    id: str | None  # hub dataset, used if there is no file
     snippets: str | None  # reference texts for the consistency of generated texts
     order: Order
     limit: int | None
@@ -89,8 +88,8 @@ def _parse_original(fields: Fields, request_id: str, snippets: Snippets) -> Edit
             target=target,
             target_old=true,
             paraphrases=fields.texts("paraphrase_prompts"),
-            # Neighbours are subjects for which the same object is true; attribute prompts ask
-            # subjects for which the new one is.
+            # For neighbours the old target is true; for the subjects of attribute prompts the new
+            # one is.
             neighbours=tuple(
                 Probe(prompt=prompt, answer=true) for prompt in fields.texts("neighborhood_prompts")
             ),
@@ -134,25 +133,25 @@ def _parse_flat(fields: Fields, request_id: str) -> EditRequest:
 def _distinct_targets(fields: Fields, request: EditRequest, *, key: str) -> EditRequest:
     if request.target == request.target_old:
         fields.note(
-            key, "is the same as the true target: nothing to edit", given=repr(request.target)
+            key, "is the same as the true target: nothing to edit", got=repr(request.target)
         )
     return request
 
 
 def read_snippets(path: str) -> tuple[Snippets, str]:
     """The reference texts by relation and target, and the file's digest. Raises ConfigError with
-    all that is wrong.
+    all problems of the file.
     """
     records = read_json(Path(path).expanduser(), key="dataset.snippets")
-    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    snippets: dict[tuple[str, str], tuple[str, ...]] = {}
     problems: list[str] = []
     for index, record in enumerate(records.records):
         fields = Fields(record)
         key = fields.text("relation_id"), fields.text("target_id")
-        found[key] = found.get(key, ()) + tuple(
+        snippets[key] = snippets.get(key, ()) + tuple(
             part.text("text") for part in fields.parts("samples")
         )
-        problems += [f"{records.origin}, record {index}: {problem}" for problem in fields.problems]
+        problems += [problem.at(f"{records.origin}, record {index}") for problem in fields.problems]
     if problems:
         raise ConfigError(problems)
-    return found, records.digest
+    return snippets, records.digest

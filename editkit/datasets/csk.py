@@ -1,5 +1,5 @@
-"""The commonsense sets PEP3k and 20Q (Gupta et al. 2023, arXiv 2305.14956): statements to be judged
-True or False. Four layouts are told apart by their keys:
+"""The commonsense sets PEP3k and 20Q (Gupta et al. 2023, arXiv 2305.14956): statements that are
+judged True or False. Four layouts are recognised by their keys:
 
     probe        prompt, label, predicted_label, subject, verb, object; the lists affected_* (the
                  label holds; of reasoning True) and unaffected_*
@@ -9,8 +9,8 @@ True or False. Four layouts are told apart by their keys:
     plain        prompt, label; subject, verb and object come from annotated files with the same
                  statements
 
-A statement is followed by a colon, as in the authors' code, and "True" or "False" is the target.
-A statement without an annotation cannot be a request: the place of the edit would be unknown.
+As in the authors' code, a colon follows the statement, and the target is "True" or "False". A
+statement without an annotation cannot be a request, because the position of the edit is unknown.
 """
 
 from __future__ import annotations
@@ -30,27 +30,24 @@ _ADVICE = "The files: https://github.com/anshitag/memit_csk, folder data"
 Annotations = Mapping[str, Mapping[str, object]]  # by statement
 _LABELS = {0: "False", 1: "True"}
 _OTHER = {"False": "True", "True": "False"}
-# Differs from the paper's names only in being short: who the statement is said of, what it says of
-# them, what it says it of.
+# Kinds of portability and locality -> the part of the statement that varies.
 _AFFECTED = {"affected_subject": "subject", "affected_verb": "verb", "affected_object": "object"}
 _UNAFFECTED = {"unaffected_subject": "subject", "unaffected_object": "object"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommonSense(AbstractDataset):
-    """Statements with a wrong judgement to correct."""
+    """Statements whose wrong judgement is to be corrected."""
 
     name: str
     set: Literal["20q", "pep3k"]
-    edit_at: Literal[
-        "subject", "verb", "object"
-    ]  # which part of the statement takes the subject's place
+    # the part of the statement that serves as the subject of the edit
+    edit_at: Literal["subject", "verb", "object"]
     path: str | None
-    file: str  # looked for below $EDITKIT_DATA when path is null
-    id: str | None  # hub dataset, the last resort
-    annotations: tuple[
-        str, ...
-    ]  # annotated files, where a plain file's subject, verb and object are looked up by statement
+    file: str  # file in $EDITKIT_DATA, used if path is null
+    id: str | None  # hub dataset, used if there is no file
+    # annotated files with the subject, verb and object of a plain file's statements
+    annotations: tuple[str, ...]
     order: Order
     limit: int | None
     on_bad_record: OnBadRecord
@@ -81,14 +78,14 @@ class CommonSense(AbstractDataset):
             fields.note(
                 "requested_rewrite.target_new.str",
                 "is no judgement",
-                given=shortened(target),
-                allowed="True and False are allowed",
+                got=shortened(target),
+                expected="True or False",
             )
         old = _OTHER.get(target)
         subject = self._part(fields, prefix, annotations)
         identity = fields.get("case_id") if fields.get("id") is None else fields.get("id")
-        # What an unaffected statement's judgement should be is not in the file; it is compared with
-        # the unedited model's alone.
+        # The file has no judgement of an unaffected statement. It is only compared with that of the
+        # unedited model.
         locality = {
             kind: _probes(fields, f"unaffected_neighborhood_{part}", str(old))
             for kind, part in _UNAFFECTED.items()
@@ -100,74 +97,75 @@ class CommonSense(AbstractDataset):
         portability["reasoning"] = _probes(fields, "affected_reasoning", "True")
         return EditRequest(
             id=f"{self.name}/{self.set}/{index if identity is None else identity}",
-            prompt=_asked(fields.template_of(f"{prefix}prompt", subject)),
+            prompt=_with_colon(fields.template_of(f"{prefix}prompt", subject)),
             subject=subject,
             target=target,
             target_old=old,
             paraphrases=tuple(
-                _asked(statement) for statement in fields.optional_texts("affected_paraphrase")
+                _with_colon(statement) for statement in fields.optional_texts("affected_paraphrase")
             ),
             locality={kind: probes for kind, probes in locality.items() if probes},
             portability={kind: probes for kind, probes in portability.items() if probes},
         )
 
     def _part(self, fields: Fields, prefix: str, annotations: Annotations) -> str:
-        """The part of the statement that takes the subject's place, from the record or else from
-        the annotated files.
+        """The part of the statement that serves as the subject, from the record or from the
+        annotated files.
         """
         key = f"{prefix}{self.edit_at}"
-        found = fields.get(key)
-        if found is None:
-            found = annotations.get(str(fields.get("prompt")), {}).get(self.edit_at)
-        if found is None:
+        part = fields.get(key)
+        if part is None:
+            part = annotations.get(str(fields.get("prompt")), {}).get(self.edit_at)
+        if part is None:
             fields.note(
                 key,
                 "is missing",
-                given="no annotation",
-                allowed="annotated files are svo_annotated/*: dataset.annotations=[FILE,...]",
+                got="no annotation",
+                fix="set dataset.annotations=[FILE,...] to the files svo_annotated/*",
             )
             return ""
-        return fields.checked(key, found)
+        return fields.checked(key, part)
 
 
 def read_annotations(paths: Sequence[str]) -> tuple[Annotations, list[str]]:
-    """The annotations by statement, and the beginnings of the files' digests."""
+    """The annotations by statement, and the first digits of the files' digests."""
     files = [read_json(Path(path).expanduser(), key="dataset.annotations") for path in paths]
-    found = {
+    annotations = {
         str(record.get("prompt")): record
         for file in files
         for record in file.records
         if isinstance(record, Mapping)
     }
-    return found, [file.digest[:12] for file in files]
+    return annotations, [file.digest[:12] for file in files]
 
 
-def _asked(statement: str) -> str:
+def _with_colon(statement: str) -> str:
     return statement if statement.endswith(":") else f"{statement}:"
 
 
 def _label(fields: Fields, key: str) -> str:
-    """True or False: written out in the probe files, a number in the annotated ones."""
+    """True or False. Probe files have the word, annotated files a number."""
     value = fields.get(key)
-    found = (
+    label = (
         value.strip()
         if isinstance(value, str)
         else _LABELS.get(value)
         if type(value) is int
         else None
     )
-    if found not in _OTHER:
+    if label not in _OTHER:
         fields.note(
             key,
             "is no judgement",
-            given=shortened(value),
-            allowed="True, False, 1 and 0 are allowed",
+            got=shortened(value),
+            expected="True, False, 1 or 0",
         )
         return ""
-    return found
+    return label
 
 
 def _probes(fields: Fields, key: str, answer: str) -> tuple[Probe, ...]:
     return tuple(
-        Probe(prompt=_asked(statement), answer=answer) for statement in fields.optional_texts(key)
+        Probe(prompt=_with_colon(statement), answer=answer)
+        for statement in fields.optional_texts(key)
     )

@@ -1,5 +1,5 @@
-"""One record's fields, read and checked: what is wrong, what had to be left out and what is odd is
-noted, and said in the end.
+"""The checked fields of one dataset record. Problems, omitted parts and remarks are collected while
+it is read.
 """
 
 from __future__ import annotations
@@ -9,42 +9,59 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from editkit.datasets.records import Malformed
+from editkit.errors import message
 
-SHOWN = 80  # characters of a value in an error's text
+SHOWN = 80  # characters of a value in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is wrong with one field; records are counted by `field: reason`, so neither holds a
+    """A problem of one field. Records are counted by `field: reason`, so neither contains a
     value.
     """
 
     field: str
     reason: str
-    given: str = ""
-    allowed: str = ""
+    detail: str = ""  # continues the reason
+    got: str = ""  # as it is shown, see `shortened`
+    expected: str = ""
+    fix: str = ""
 
-    def __str__(self) -> str:
-        details = "; ".join(
-            part for part in (self.given and f"{self.given} was given", self.allowed) if part
+    def at(self, place: str) -> str:
+        """The message about the field of a record at that place."""
+        got = {"got": _Shown(self.got)} if self.got else {}
+        return message(
+            f"{place}: {self.field}",
+            f"{self.reason}: {self.detail}" if self.detail else self.reason,
+            **got,
+            expected=self.expected or None,
+            fix=self.fix or None,
         )
-        return f"{self.field}: {self.reason}" + (f" - {details}" if details else "")
+
+
+class _Shown(str):
+    """A text that messages show as it is, without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What one record's reading brought up."""
+    """The findings in one record."""
 
-    problems: list[Problem] = field(default_factory=list)  # the record cannot be used
-    left_out: list[str] = field(default_factory=list)  # a part of it cannot
-    remarks: list[str] = field(default_factory=list)  # it can, but people should know
+    problems: list[Problem] = field(default_factory=list)  # make the record unusable
+    left_out: list[str] = field(default_factory=list)  # unusable parts of a usable record
+    remarks: list[str] = field(default_factory=list)  # oddities of a usable record
 
 
 class Fields:
-    """Reads one record and notes all that is wrong with it, so that one pass reports everything.
+    """Reads one record and collects all its problems, so that one pass reports everything.
 
-    A field that cannot be read gives an empty value; `problems` says so in the end. A key with dots
-    leads into nested records.
+    A field that cannot be read gives an empty value and a problem. A key with dots refers to a
+    field of a nested record.
     """
 
     def __init__(self, record: object, *, path: str = "", findings: Findings | None = None) -> None:
@@ -52,58 +69,72 @@ class Fields:
         self._path = path
         self.findings = findings or Findings()
         if isinstance(record, Malformed):
-            self.note("record", "is not JSON", allowed=record.reason)
+            self.note("record", "is not JSON", detail=record.reason)
         elif not isinstance(record, Mapping):
             self.note(
                 "" if path else "record",
                 f"is not an object with fields but of type {type(record).__name__}",
-                given=shortened(record),
+                got=shortened(record),
             )
 
     @property
     def problems(self) -> list[Problem]:
+        """The problems collected so far."""
         return self.findings.problems
 
-    def note(self, key: str, reason: str, *, given: str = "", allowed: str = "") -> None:
-        """Remembers a problem; only the first of each field counts."""
+    def note(
+        self,
+        key: str,
+        reason: str,
+        *,
+        detail: str = "",
+        got: str = "",
+        expected: str = "",
+        fix: str = "",
+    ) -> None:
+        """Adds a problem, unless the field already has one. See `Problem` for the arguments."""
         name = ".".join(part for part in (self._path, key) if part)
         if name not in (known.field for known in self.problems):
-            self.problems.append(Problem(field=name, reason=reason, given=given, allowed=allowed))
+            self.problems.append(
+                Problem(
+                    field=name, reason=reason, detail=detail, got=got, expected=expected, fix=fix
+                )
+            )
 
     def leave_out(self, what: str) -> None:
-        """Counts a part of the record that is left out, the rest of the record being sound."""
+        """Counts an unusable part of a usable record."""
         self.findings.left_out.append(what)
 
     def remark(self, what: str) -> None:
-        """Counts something odd about the record."""
+        """Counts an oddity of the record."""
         self.findings.remarks.append(what)
 
     def get(self, key: str) -> object:
-        """The raw value, None where there is none."""
+        """The raw value; None if the field is missing."""
         value: object = self._record
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
     def names(self, key: str = "") -> tuple[str, ...]:
-        """The names in a nested record, or in the record itself; none where the value is missing or
-        null.
+        """The field names of a nested record, or of the record itself; none if the value is missing
+        or null.
         """
         value = self.get(key) if key else self._record
         if value is not None and not isinstance(value, Mapping):
             self.note(
                 key,
                 f"is not an object with fields but of type {type(value).__name__}",
-                given=shortened(value),
+                got=shortened(value),
             )
         return tuple(map(str, value)) if isinstance(value, Mapping) else ()
 
     def text(self, key: str) -> str:
-        """A text that is there and not blank, without blanks at its ends."""
+        """A required text that is not blank, without leading and trailing blanks."""
         return self.checked(key, self.get(key))
 
     def optional_text(self, key: str) -> str | None:
-        """Such a text, or None where the field is missing or null."""
+        """Such a text, or None if the field is missing or null."""
         return None if self.get(key) is None else self.text(key)
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -113,11 +144,11 @@ class Fields:
         )
 
     def optional_texts(self, key: str) -> tuple[str, ...]:
-        """Such a list, empty where the field is missing or null."""
+        """Such a list, empty if the field is missing or null."""
         return () if self.get(key) is None else self.texts(key)
 
     def parts(self, key: str) -> list[Fields]:
-        """A list of nested records, each with its own reader; what they note is the record's."""
+        """The readers of a list of nested records, which share this record's findings."""
         return [
             Fields(value, path=self._full(f"{key}[{index}]"), findings=self.findings)
             for index, value in enumerate(self._list(key))
@@ -133,16 +164,16 @@ class Fields:
             return []
         return values
 
-    def _wrong_type(self, key: str, value: object, wanted: str) -> None:
+    def _wrong_type(self, key: str, value: object, expected: str) -> None:
         if value is None:
-            self.note(key, "is missing", allowed=f"a {wanted} is needed")
+            self.note(key, "is missing", expected=f"a {expected}")
         else:
             self.note(
-                key, f"is not a {wanted} but of type {type(value).__name__}", given=shortened(value)
+                key, f"is not a {expected} but of type {type(value).__name__}", got=shortened(value)
             )
 
     def checked(self, key: str, value: object) -> str:
-        """A value that should be a text, without blanks at its ends; `key` names it."""
+        """A value that must be a text, without leading and trailing blanks; `key` names it."""
         if not isinstance(value, str):
             self._wrong_type(key, value, "text")
             return ""
@@ -150,49 +181,46 @@ class Fields:
             value.encode()
         except UnicodeEncodeError:
             self.note(
-                key, "is not valid Unicode (half of a surrogate pair)", given=ascii(value)[:SHOWN]
+                key, "is not valid Unicode (half of a surrogate pair)", got=ascii(value)[:SHOWN]
             )
         if not value.strip():
             self.note(
                 key,
                 "is empty",
-                given=shortened(value),
-                allowed="a text that is not blank is needed",
+                got=shortened(value),
+                expected="a text that is not blank",
             )
         return value.strip()
 
     def template(self, key: str, subject: str) -> str:
-        """A prompt that already holds one "{}" for the subject."""
+        """A prompt that contains one "{}" for the subject."""
         prompt = self.text(key)
         if prompt and prompt.count("{}") != 1:
-            self.note(
-                key, 'does not hold exactly one "{}" for the subject', given=shortened(prompt)
-            )
+            self.note(key, 'does not hold exactly one "{}" for the subject', got=shortened(prompt))
         self._check_subject(subject)
         return prompt
 
     def template_of(self, key: str, subject: str) -> str:
-        """A full prompt, with the subject's first occurrence as a word of its own replaced by "{}";
-        other occurrences stay.
+        """A full prompt whose first occurrence of the subject as a whole word is replaced by "{}".
 
-        Single braces are ordinary text. A literal "{}" could not be told from the slot and is a
-        problem.
+        Other occurrences stay. Single braces are plain text. A literal "{}" is a problem, because
+        it looks like the slot.
         """
         prompt = self.text(key)
         self._check_subject(subject)
         if not prompt or not subject:
             return ""
         if "{}" in prompt:
-            self.note(key, 'holds "{}", which marks the subject', given=shortened(prompt))
+            self.note(key, 'holds "{}", which marks the subject', got=shortened(prompt))
         whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)
-        # Scripts without blanks between words know no whole match, hence the second try.
+        # In scripts without blanks between words there is no whole-word match.
         start = whole.start() if whole else prompt.find(subject)
         if start < 0:
             self.note(
                 key,
                 "does not hold the subject",
-                given=shortened(prompt),
-                allowed=f"the subject is {shortened(subject)}",
+                got=shortened(prompt),
+                expected=f"a prompt with the subject {shortened(subject)}",
             )
             return ""
         return f"{prompt[:start]}{{}}{prompt[start + len(subject) :]}"
@@ -202,11 +230,11 @@ class Fields:
             self.note(
                 "subject",
                 'holds "{}", which marks the subject in a prompt',
-                given=shortened(subject),
+                got=shortened(subject),
             )
 
 
 def shortened(value: object) -> str:
-    """A value as a person would write it, cut where it is long."""
+    """The representation of a value, cut after `SHOWN` characters."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -1,9 +1,9 @@
-"""Groups of requests that one batch does not hold whole.
+"""Groups of requests that are split over several batches.
 
-Requests of a group are one change together, and what asks for the whole of it (multi-hop questions,
-hops) hangs on its last request. With rollback a model never holds more than a batch: a group that
-is cut by a batch's border is in no model as a whole, and its questions would be asked of one that
-lacks a part of the chain.
+The requests of a group form one change. The questions about the whole change (multi-hop questions,
+hops) belong to its last request. With rollback a model contains the edits of one batch only. If the
+border of a batch splits a group, no model contains the whole change, and its questions would be
+asked of a model that lacks a part of the chain.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ MULTI_HOP = "multi_hop"
 LEFT_OUT = "questions about a group of requests that no batch holds whole (rollback)"
 
 
-def asked_in_one_batch(data: LoadedDataset, *, batch_size: int) -> LoadedDataset:
-    """The dataset without the questions about groups that are cut where a batch ends; they are
-    counted among what was left out.
-    """
-    batches: dict[str, set[int]] = {}  # that a group's requests are in
+def without_split_groups(data: LoadedDataset, *, batch_size: int) -> LoadedDataset:
+    """The dataset without the questions about split groups, which are counted in `left_out`."""
+    batches: dict[str, set[int]] = {}  # by group, the batches of its requests
     for place, request in enumerate(data.requests):
         if request.group is not None:
             batches.setdefault(request.group, set()).add(place // batch_size)
-    cut = {group for group, found in batches.items() if len(found) > 1}
+    split = {group for group, numbers in batches.items() if len(numbers) > 1}
     requests = tuple(
-        _without_questions(request) if request.group in cut else request
+        _without_questions(request) if request.group in split else request
         for request in data.requests
     )
     num_left_out = sum(

@@ -1,8 +1,9 @@
-"""Our own format: JSON lines, one edit request each, with the names of `EditRequest`.
+"""editkit's own format: JSON lines with one edit request per line, with the field names of
+`EditRequest`.
 
-prompt, subject and target are needed; prompt is either a template with one "{}" for the subject or
-a full prompt that holds the subject. A probe is {prompt, answer, aliases}; aliases may be missing.
-Names that the format does not know are an error: they are misspelt.
+prompt, subject and target are required. prompt is a template with one "{}" for the subject, or a
+full prompt that contains the subject. A probe is {prompt, answer, aliases}, where aliases is
+optional. Unknown names are an error, because they are usually misspelt.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _PROBE_NAMES = tuple(field.name for field in dataclasses.fields(Probe))
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(AbstractDataset):
-    """Edit requests that somebody wrote for editkit."""
+    """Edit requests in editkit's own format."""
 
     name: str
     path: str
@@ -42,7 +43,7 @@ class JsonLines(AbstractDataset):
             seed=seed,
             limit=self.limit,
             on_bad_record=self.on_bad_record,
-            max_shown=None,  # whoever writes a file wants to mend all of it at once
+            max_shown=None,  # the author of a file can correct all problems at once
         )
 
     def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
@@ -51,7 +52,7 @@ class JsonLines(AbstractDataset):
         target, old = fields.text("target"), fields.optional_text("target_old")
         if target and target == old:
             fields.note(
-                "target", "is the same as target_old: nothing to edit", given=shortened(target)
+                "target", "is the same as target_old: nothing to edit", got=shortened(target)
             )
         has_slot = "{}" in str(fields.get("prompt"))
         return [
@@ -80,47 +81,49 @@ def _check_names(fields: Fields, known: Sequence[str]) -> None:
     for name in fields.names():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
             fields.note(
-                name, "is not a field of this format", allowed=f"{hint}allowed: {', '.join(known)}"
+                name,
+                "is not a field of this format",
+                expected=f"one of {', '.join(known)}",
+                fix=f"did you mean {close[0]}?" if close else "",
             )
 
 
 def _identity(fields: Fields, index: int) -> str:
-    """The record's id, or its number, counted from 1."""
+    """The record's id, or its number counted from 1."""
     value = fields.get("id")
     if value is None:
         return str(index + 1)
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        fields.note("id", "is neither a text nor a whole number", given=shortened(value))
+        fields.note("id", "is neither a text nor a whole number", got=shortened(value))
     return str(value).strip()
 
 
 def _probes(fields: Fields, key: str) -> tuple[Probe, ...]:
     if fields.get(key) is None:
         return ()
-    found = []
+    probes = []
     for part in fields.parts(key):
         _check_names(part, _PROBE_NAMES)
-        found.append(
+        probes.append(
             Probe(
                 prompt=part.text("prompt"),
                 answer=part.text("answer"),
                 aliases=part.optional_texts("aliases"),
             )
         )
-    return tuple(found)
+    return tuple(probes)
 
 
 def _kinds(fields: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
-    found = {}
+    probes_by_kind = {}
     for kind in fields.names(key):
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", kind):  # a metric is named after it
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", kind):  # it becomes a part of a metric's name
             fields.note(
                 f"{key}.{kind}",
                 "is no name of a kind",
-                allowed="small letters, digits and _ are allowed",
+                expected="lower-case letters, digits and _",
             )
         else:
-            found[kind] = _probes(fields, f"{key}.{kind}")
-    return {kind: probes for kind, probes in found.items() if probes}
+            probes_by_kind[kind] = _probes(fields, f"{key}.{kind}")
+    return {kind: probes for kind, probes in probes_by_kind.items() if probes}

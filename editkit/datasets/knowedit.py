@@ -1,13 +1,13 @@
 """KnowEdit (Zhang et al. 2024, arXiv 2401.01286): WikiData recent and counterfact, ZsRE, WikiBio.
-The layouts are told apart by their keys:
+The layouts are recognised by their keys:
 
     facts      subject, prompt, target_new; ground_truth and rephrase_prompt in some; locality
                {Relation_Specificity, Forgetfulness} and portability {Subject_Aliasing, Reasoning,
                Logical_Generalization}: lists of {prompt, ground_truth}
     WikiBio    concept, text (the beginning of a biography), labels (its next sentence), locality
 
-A ground truth is a text, a list of texts (names of one answer) or a list of such lists (several
-answers). The first name of the first answer is the answer; all others are its aliases.
+A ground truth is a text, a list of texts (the names of one answer) or a list of such lists (several
+answers). The first name of the first answer is the answer. All other names are its aliases.
 """
 
 from __future__ import annotations
@@ -32,16 +32,12 @@ _PORTABILITY = {
 
 @dataclass(frozen=True, kw_only=True)
 class KnowEdit(AbstractDataset):
-    """Facts of Wikidata or sentences of biographies, with what should follow from an edit and what
-    should stay.
-    """
+    """Facts of Wikidata or sentences of biographies, with portability and locality questions."""
 
     name: str
     path: str | None
-    files: tuple[
-        str, ...
-    ]  # the first of them that is below $EDITKIT_DATA is read when path is null
-    id: str | None  # hub dataset, the last resort
+    files: tuple[str, ...]  # the first of them that exists in $EDITKIT_DATA is used if path is null
+    id: str | None  # hub dataset, used if there is no file
     hub_file: str | None  # the JSON file in its repository
     order: Order
     limit: int | None
@@ -86,8 +82,9 @@ class KnowEdit(AbstractDataset):
 
 
 def _target_old(fields: Fields, target: str) -> str | None:
-    """The first true answer that is not the target; a few targets are true, and such a record is
-    not judged against itself.
+    """The first true answer other than the target.
+
+    A few targets are true answers. Such a record must not be compared with its own target.
     """
     if fields.get("ground_truth") is None:
         return None
@@ -100,26 +97,26 @@ def _target_old(fields: Fields, target: str) -> str | None:
 def _kinds(
     fields: Fields, key: str, names: Mapping[str, str], target: str
 ) -> dict[str, tuple[Probe, ...]]:
-    """The probes by kind, without kinds that have none."""
-    found: dict[str, tuple[Probe, ...]] = {}
+    """The probes by kind, without empty kinds."""
+    probes_by_kind: dict[str, tuple[Probe, ...]] = {}
     for kind in fields.names(key):
         if kind not in names:
-            fields.note(f"{key}.{kind}", "is no known kind", allowed=f"allowed: {', '.join(names)}")
+            fields.note(f"{key}.{kind}", "is no known kind", expected=f"one of {', '.join(names)}")
             continue
         read = (_probe(part, names[kind], target) for part in fields.parts(f"{key}.{kind}"))
         probes = tuple(probe for probe in read if probe is not None)
         if probes:
-            found[names[kind]] = probes
-    return found
+            probes_by_kind[names[kind]] = probes
+    return probes_by_kind
 
 
 def _probe(part: Fields, kind: str, target: str) -> Probe | None:
-    """One question; None, and counted, where the file gives it no usable answer."""
+    """One question; None, with a count in `left_out`, if the file has no usable answer for it."""
     answers = _answers(part, "ground_truth")
     if kind == "forgetfulness":
-        # "The ethnic group of X, which is not <target>, is": an answer that is the target
-        # contradicts its own question. Differs from EasyEdit, which scores it: 297 of the 298 in
-        # wiki_recent's training file name the target, 151 nothing else.
+        # In "The ethnic group of X, which is not <target>, is" the target contradicts the question.
+        # EasyEdit scores such an answer. In wiki_recent's training file, 297 of 298 answers contain
+        # the target, and 151 contain nothing else.
         others = [names for names in answers if target not in names]
         if answers and not others:
             part.leave_out(
@@ -135,20 +132,20 @@ def _probe(part: Fields, kind: str, target: str) -> Probe | None:
 
 
 def _answers(fields: Fields, key: str) -> list[list[str]]:
-    """The names of each answer; blank names and answers without a name are left out."""
+    """The names of each answer, without blank names and without answers that have no name."""
     value = fields.get(key)
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
-        fields.note(key, "is neither a text nor a list", given=shortened(value))
+        fields.note(key, "is neither a text nor a list", got=shortened(value))
         return []
-    answers = value if all(isinstance(each, list) for each in value) else [value]
+    answers = value if all(isinstance(names, list) for names in value) else [value]
     for name in (name for names in answers for name in names):
         if not isinstance(name, str):
             fields.note(
                 key,
                 f"holds a value of type {type(name).__name__}, not a text",
-                given=shortened(name),
+                got=shortened(name),
             )
             return []
     stripped = [[name.strip() for name in names if name.strip()] for names in answers]

@@ -1,5 +1,5 @@
-"""MQuAKE (Zhong et al. 2023, arXiv 2305.14795): chains of facts, some of them edited, and questions
-about the whole chain.
+"""MQuAKE (Zhong et al. 2023, arXiv 2305.14795): chains of facts, some of which are edited, and
+questions about the whole chain.
 
     requested_rewrite   the edited facts: [{prompt with "{}", subject, target_new.str,
                         target_true.str, question}]
@@ -8,9 +8,9 @@ about the whole chain.
     new_single_hops     [{question, answer, answer_alias}]: the chain after the edits, hop by hop
     orig                the same chain as Wikidata ids: edit_triples, new_triples
 
-The facts of a chain are one request each and form a group. They are edited one after another. The
-questions about the whole chain (multi-hop questions, hops) belong to its last request, so that they
-are measured only when all of its facts are in the model.
+Each edited fact of a chain is a request, and the requests of a chain form a group. They are edited
+one after another. The questions about the whole chain (multi-hop questions, hops) belong to its
+last request, so that they are measured only after all of its edits.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from typing import Literal
 from editkit.datasets.base import AbstractDataset, LoadedDataset, OnBadRecord, Order, load_records
 from editkit.datasets.fields import Fields
 from editkit.datasets.records import find_records
-from editkit.errors import ConfigError
+from editkit.errors import OptionError, message
 from editkit.types import EditRequest, Probe
 
 _ADVICE = "The files: https://github.com/princeton-nlp/MQuAKE, folder datasets"
 
-Edits = dict[
-    tuple[object, object], set[object]
-]  # (subject, relation) -> the objects that some chain's edit gives it
+# (subject, relation) -> the objects in the edits of all chains
+Edits = dict[tuple[object, object], set[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +38,24 @@ class MQuAKE(AbstractDataset):
 
     name: str
     path: str | None
-    file: str  # looked for below $EDITKIT_DATA when path is null
-    id: str | None  # hub dataset, the last resort
-    question_format: str  # what is asked, "{}" being the question
-    contradicted_chains: Literal[
-        "keep", "leave_out"
-    ]  # chains through a fact that another chain edits otherwise
+    file: str  # file in $EDITKIT_DATA, used if path is null
+    id: str | None  # hub dataset, used if there is no file
+    question_format: str  # the prompt of a question, with "{}" for the question
+    # chains with a fact that another chain edits to another object
+    contradicted_chains: Literal["keep", "leave_out"]
     order: Order
     limit: int | None
     on_bad_record: OnBadRecord
 
     def __post_init__(self) -> None:
         if self.question_format.count("{}") != 1:
-            raise ConfigError(
-                f'dataset.question_format: {self.question_format!r} was given; exactly one "{{}}" '
-                "is needed, for the question"
+            raise OptionError(
+                message(
+                    "question_format",
+                    "the template is malformed",
+                    got=self.question_format,
+                    expected='exactly one "{}" for the question',
+                )
             )
 
     def load(self, seed: int) -> LoadedDataset:
@@ -71,8 +73,8 @@ class MQuAKE(AbstractDataset):
         )
 
     def _variant(self) -> dict[str, str]:
-        asked = {} if self.question_format == "{}" else {"question_format": self.question_format}
-        return asked | (
+        variant = {} if self.question_format == "{}" else {"question_format": self.question_format}
+        return variant | (
             {} if self.contradicted_chains == "keep" else {"contradicted_chains": "left out"}
         )
 
@@ -81,12 +83,10 @@ class MQuAKE(AbstractDataset):
         group = f"{self.name}/{index if case_id is None else case_id}"
         facts = fields.parts("requested_rewrite")
         if fields.get("requested_rewrite") == []:
-            fields.note(
-                "requested_rewrite", "is empty", allowed="at least one edited fact is needed"
-            )
+            fields.note("requested_rewrite", "is empty", expected="at least one edited fact")
         answer = fields.text("new_answer")
         aliases = _aliases(fields.optional_texts("new_answer_alias"), answer)
-        questions = tuple(self._asked(question) for question in fields.texts("questions"))
+        questions = tuple(self._formatted(question) for question in fields.texts("questions"))
         hops = tuple(self._hop(hop) for hop in fields.parts("new_single_hops"))
         requests = []
         for number, fact in enumerate(facts):
@@ -106,27 +106,27 @@ class MQuAKE(AbstractDataset):
                     subject=subject,
                     target=fact.text("target_new.str"),
                     target_old=fact.text("target_true.str"),
-                    paraphrases=() if question is None else (self._asked(question),),
+                    paraphrases=() if question is None else (self._formatted(question),),
                     portability={"multi_hop": multi_hop} if multi_hop else {},
                     group=group,
                     hops=hops if is_last else (),
                 )
             )
         if _is_contradicted(fields, edits):
-            what = "chains through a fact that another chain edits otherwise"
+            reason = "chains through a fact that another chain edits otherwise"
             if self.contradicted_chains == "leave_out" and not fields.problems:
-                fields.leave_out(what)
+                fields.leave_out(reason)
                 return []
-            fields.remark(what)
+            fields.remark(reason)
         return requests
 
-    def _asked(self, question: str) -> str:
+    def _formatted(self, question: str) -> str:
         return self.question_format.replace("{}", question)
 
     def _hop(self, hop: Fields) -> Probe:
         answer = hop.text("answer")
         return Probe(
-            prompt=self._asked(hop.text("question")),
+            prompt=self._formatted(hop.text("question")),
             answer=answer,
             aliases=_aliases(hop.optional_texts("answer_alias"), answer),
         )
@@ -137,17 +137,15 @@ def _aliases(names: Sequence[str], answer: str) -> tuple[str, ...]:
 
 
 def _triples(fields: Fields, key: str) -> list[Sequence[object]]:
-    """Triples of Wikidata ids; none where the file has none (they only serve to find
-    contradictions).
-    """
-    found = fields.get(key)
-    triples = found if isinstance(found, list) else []
+    """Triples of Wikidata ids, used only to find contradictions; empty if the file has none."""
+    value = fields.get(key)
+    triples = value if isinstance(value, list) else []
     return [
         triple
         for triple in triples
         if isinstance(triple, list)
         and len(triple) == 3
-        and all(isinstance(each, str) for each in triple)
+        and all(isinstance(id, str) for id in triple)
     ]
 
 
@@ -160,8 +158,9 @@ def _edits(records: Sequence[object]) -> Edits:
 
 
 def _is_contradicted(fields: Fields, edits: Edits) -> bool:
-    """Whether an edit of the file changes a fact that the chain's answer rests on:
-    MQuAKE-Remastered (ICLR 2025) counts these as errors.
+    """Whether another edit of the file changes a fact on which the chain's answer depends.
+
+    MQuAKE-Remastered (ICLR 2025) counts such chains as errors.
     """
     triples = _triples(fields, "orig.new_triples")
     return any(

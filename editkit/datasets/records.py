@@ -1,4 +1,4 @@
-"""Raw records: where they are found, and how JSON files and JSON lines are read."""
+"""Raw dataset records: their sources, and readers for JSON and JSON lines files."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 
-DATA_FOLDER = "EDITKIT_DATA"  # environment variable: a folder that holds datasets
+DATA_FOLDER = "EDITKIT_DATA"  # environment variable with a folder of datasets
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Stands for a record that is no JSON at all."""
+    """Takes the place of a record that is not JSON."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
-    """Records as they were read, not yet checked."""
+    """Records before any check."""
 
     records: Sequence[object]
-    # sha256: of the file's bytes; of the records as canonical JSON where the hub's tables were read
+    # sha256 of the file's bytes, or of the records as canonical JSON for tables of the hub
     digest: str
     origin: str
-    lines: Sequence[int] | None = None  # the line of each record, where each has one of its own
+    lines: Sequence[int] | None = None  # by record, its line number in a JSON lines file
 
     def place(self, index: int) -> str:
-        """How a person finds a record again."""
+        """The place of a record in messages."""
         return f"record {index}" if self.lines is None else f"line {self.lines[index]}"
 
 
@@ -44,15 +44,16 @@ def find_records(
     hub_file: str | None = None,
     advice: str,
 ) -> Records:
-    """Records from `path`; else from the first of `files` that is below $EDITKIT_DATA; else from
+    """Records from `path`, else from the first of `files` that exists in $EDITKIT_DATA, else from
     the hub.
 
     Args:
-        hub_file: a JSON file of the hub's repository; None: all rows of all of its splits.
-        advice: where else a person gets this dataset; closes the error's text.
+        hub_file: a JSON file of the hub's repository; all rows of all splits if None.
+        advice: a sentence about another source of the dataset, for the error message.
 
     Raises:
-        ConfigError: nothing was found (it says where it looked), or what was found cannot be read.
+        ConfigError: there is no source (the message lists the searched places), or it cannot be
+            read.
     """
     if path is not None:
         return read_json(Path(path).expanduser(), key="dataset.path")
@@ -65,42 +66,48 @@ def find_records(
         " and ".join(map(str, locals_))
         + f" (${DATA_FOLDER}) {'do' if len(locals_) > 1 else 'does'} not exist"
     )
-    looked = missing if locals_ else f"${DATA_FOLDER} is not set"
+    searched = missing if locals_ else f"${DATA_FOLDER} is not set"
     reason = "no hub dataset in this layout is known (dataset.id is null)"
     if hub_id is not None:
         try:
             return _read_hub(hub_id) if hub_file is None else _read_hub_file(hub_id, hub_file)
         except ImportError:
             reason = f"hub dataset {hub_id} needs the package `datasets` (pip install datasets)"
-        # the hub's clients raise errors of many libraries; any of them means the same here
-        except Exception as error:
+        except Exception as error:  # the hub's clients raise errors of many libraries
             text = " ".join(str(error).split())[:200]
             reason = f"hub dataset {hub_id} cannot be read ({type(error).__name__}: {text})"
     raise ConfigError(
-        f"dataset: no data - dataset.path is null; {looked}; {reason} - set dataset.path=FILE or "
-        f"{DATA_FOLDER}=FOLDER. {advice}"
+        message(
+            "dataset.path",
+            f"there is no data: dataset.path is null; {searched}; {reason}",
+            fix=f"set dataset.path=FILE or {DATA_FOLDER}=FOLDER. {advice}",
+        )
     )
 
 
 def read_json(path: Path, *, key: str) -> Records:
-    """The list of records that a JSON file holds; `key` names the setting that led to it."""
+    """The list of records in a JSON file; `key` names the option with the path."""
     content = read_bytes(path, key=key, suffix="json")
     try:
         records = json.loads(decoded(content, path))
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}, line {error.lineno}, column {error.colno}: malformed JSON - {error.msg}"
-        ) from None
+        place = f"{path}, line {error.lineno}, column {error.colno}"
+        raise ConfigError(message(place, f"malformed JSON: {error.msg}")) from None
     if not isinstance(records, list):
         raise ConfigError(
-            f"{path}: holds one {type(records).__name__} - a JSON list of records is needed"
+            message(
+                str(path),
+                "the file has no list",
+                got=type(records).__name__,
+                expected="a JSON list of records",
+            )
         )
     return Records(records=records, digest=hashlib.sha256(content).hexdigest(), origin=str(path))
 
 
 def read_json_lines(path: Path, *, key: str) -> Records:
-    """One record for each line that is not blank; a line that is no JSON becomes a `Malformed`, so
-    that all of them are told at once.
+    """One record for each line that is not blank. A line that is not JSON becomes a `Malformed`, so
+    that all of them are reported together.
     """
     content = read_bytes(path, key=key, suffix="jsonl")
     records: list[object] = []
@@ -119,25 +126,41 @@ def read_json_lines(path: Path, *, key: str) -> Records:
 
 
 def read_bytes(path: Path, *, key: str, suffix: str) -> bytes:
+    """The content of a file. Raises ConfigError if it cannot be read; `key` names the option with
+    the path, and `suffix` the kind of file.
+    """
+    expected = f"a {suffix.upper()} file"
     if path.is_dir():
-        found = ", ".join(sorted(child.name for child in path.glob(f"*.{suffix}"))) or "none"
+        files = ", ".join(sorted(child.name for child in path.glob(f"*.{suffix}"))) or "none"
         raise ConfigError(
-            f"{key}: {path} is a folder - give one {suffix.upper()} file; it holds: {found}"
+            message(
+                key,
+                "the path is a folder",
+                got=str(path),
+                expected=f"{expected}; in the folder: {files}",
+            )
         )
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"{key}: {path} does not exist - give a {suffix.upper()} file") from None
+        raise ConfigError(
+            message(key, "the file does not exist", got=str(path), expected=expected)
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be read - {error.strerror}") from None
+        raise ConfigError(
+            message(key, f"the file cannot be read: {error.strerror}", got=str(path))
+        ) from None
 
 
 def decoded(content: bytes, path: Path) -> str:
+    """The text of a UTF-8 file. Raises ConfigError for another encoding."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: byte {error.start} is not UTF-8 - a file in UTF-8 is needed"
+            message(
+                str(path), f"byte {error.start} is not UTF-8", expected="a file encoded in UTF-8"
+            )
         ) from None
 
 
@@ -145,7 +168,7 @@ def _read_hub(hub_id: str) -> Records:
     import datasets
 
     splits = datasets.load_dataset(hub_id)
-    # Splits follow each other by name, so that the order does not hang on how the hub lists them.
+    # Splits are sorted by name, so that the order does not depend on the hub's listing.
     records = [dict(row) for split in sorted(splits) for row in splits[split]]
     canonical = json.dumps(records, sort_keys=True, ensure_ascii=False).encode()
     return Records(
@@ -159,7 +182,7 @@ def _read_hub_file(hub_id: str, file: str) -> Records:
     import huggingface_hub
 
     path = huggingface_hub.hf_hub_download(hub_id, file, repo_type="dataset")
-    found = read_json(Path(path), key="dataset.id")
+    content = read_json(Path(path), key="dataset.id")
     return Records(
-        records=found.records, digest=found.digest, origin=f"hub dataset {hub_id}, {file}"
+        records=content.records, digest=content.digest, origin=f"hub dataset {hub_id}, {file}"
     )

@@ -1,18 +1,21 @@
-"""The bundled world: invented people, cities and firms, requests to edit what is known of them, and
-text to learn it from.
+"""The bundled world: facts about invented people, cities and firms, requests that edit them, and a
+corpus that states them.
 
-Everything follows from the seed. The people's facts are what requests edit; for a fifth of a
-relation's people some wordings never occur in the corpus, so that a model has to generalise to
-them.
+The seed determines everything. Requests edit the facts about people. For a fifth of a relation's
+subjects some wordings never occur in the corpus, so that a model has to generalise to them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from editkit.datasets.base import AbstractDataset, LoadedDataset, Order, arrange
 from editkit.datasets.world_tasks import TASKS, Split, TaskItem, lookups, recital, stream_items
 from editkit.datasets.world_words import (
     OBJECTS,
@@ -28,7 +31,7 @@ from editkit.types import EditRequest, Probe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """What is true in the world, and how the corpus may say it."""
+    """A fact of the world with its wordings."""
 
     subject: str
     relation: Relation
@@ -38,15 +41,13 @@ class Fact:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The fact in every wording of its relation, in the relation's order."""
+        """The prompts of the fact in all wordings of its relation, in the relation's order."""
         return tuple(wording.replace("{}", self.subject) for wording in self.relation.wordings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """All facts, in a fixed order; `two_hops` are (prompt, answer) pairs that the corpus may
-    hold.
-    """
+    """All facts in a fixed order. `two_hops` are questions that the corpus may contain."""
 
     seed: int
     first_names: tuple[str, ...]
@@ -62,7 +63,7 @@ class World:
 def generate_world(
     seed: int = 0, *, num_people: int = 260, num_cities: int = 30, num_firms: int = 30
 ) -> World:
-    """The world of a seed; seed 0 in its default size is the one that the bundled models know."""
+    """The world of a seed. The bundled models know that of seed 0 in its default size."""
     rng = random.Random(f"world/{seed}")
     used: set[str] = set()
     names = {
@@ -97,7 +98,7 @@ def generate_world(
         seed=seed, first_names=names["first name"], relations=relations, facts=facts, two_hops=()
     )
     probes = [probe for hop in TWO_HOPS for probe in _two_hop_probes(world, hop)]
-    # A fifth of the two-hop questions is held out too.
+    # A fifth of the two-hop questions is held out as well.
     trained = tuple(rng.sample(probes, len(probes) * 4 // 5))
     return World(
         seed=seed, first_names=world.first_names, relations=relations, facts=facts, two_hops=trained
@@ -108,7 +109,7 @@ def _facts(rng: random.Random, relation: Relation, subjects: tuple[str, ...]) ->
     tested = set(rng.sample(subjects, len(subjects) // 5))
     for subject in subjects:
         prompts = [wording.replace("{}", subject) for wording in relation.wordings]
-        # The first wording is always trained: it is the one that the requests edit.
+        # The first wording is always trained, because the requests edit it.
         held_out = rng.sample(prompts[1:], len(prompts) // 3) if subject in tested else []
         yield Fact(
             subject=subject,
@@ -126,7 +127,7 @@ def _two_hop_probes(world: World, hop: TwoHop) -> Iterator[Probe]:
 
 
 def requests(world: World) -> tuple[EditRequest, ...]:
-    """One request for each fact about a person, shuffled: the id counts the order."""
+    """One request for each fact about a person, in a shuffled order. Ids follow this order."""
     rng = random.Random(f"requests/{world.seed}")
     seconds = {hop.second: world.objects_of(hop.second) for hop in TWO_HOPS}
     groups: dict[str, list[Fact]] = {}
@@ -153,7 +154,7 @@ def _request(
     others = [other for other in fact.trained if other != fact.prompts[0]]
     paraphrases = [*fact.held_out, *rng.sample(others, len(others))][:3]
     neighbours = rng.sample(same_relation, len(same_relation))
-    # A stable sort: subjects with the same object first, then whoever comes.
+    # A stable sort puts subjects with the same object first.
     neighbours = sorted(
         (other for other in neighbours if other != fact),
         key=lambda other: other.object != fact.object,
@@ -183,7 +184,7 @@ def _request(
 
 
 def task_items(world: World, task: str, *, split: Split = "test", n: int) -> tuple[TaskItem, ...]:
-    """The first `n` items of a task; test and training items share no prompt."""
+    """The first `n` items of a task. Test and training items share no prompt."""
     return tuple(
         itertools.islice(
             stream_items(world.first_names, seed=world.seed, task=task, split=split), n
@@ -191,7 +192,7 @@ def task_items(world: World, task: str, *, split: Split = "test", n: int) -> tup
     )
 
 
-# Text, and whether it is an answer: what follows from the text before it, and so can be learned.
+# A text, and whether it is an answer, which follows from the text before it and can be learned.
 Part = tuple[str, bool]
 
 
@@ -203,8 +204,9 @@ def documents(
     recital_share: float = 0.08,
     lookup_share: float = 0.0,
 ) -> Iterator[tuple[Part, ...]]:
-    """What the bundled models learned from, without end, part by part: training items, recitals,
-    lookups, else some facts each.
+    """The training documents of the bundled models, without end, as parts.
+
+    A document is a training item, a recital, lookups, or some facts.
     """
     rng = random.Random(f"corpus/{world.seed}/{seed}")
     items = {
@@ -249,3 +251,27 @@ def corpus(world: World, *, seed: int = 0, num_documents: int) -> Iterator[str]:
         "".join(text for text, _ in parts)
         for parts in itertools.islice(documents(world, seed=seed), num_documents)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldDataset(AbstractDataset):
+    """Requests about the people of a generated world. It needs no download."""
+
+    name: str
+    world_seed: int  # the bundled models know the world of seed 0
+    order: Order
+    limit: int | None
+
+    def load(self, seed: int) -> LoadedDataset:
+        all_requests = list(requests(generate_world(self.world_seed)))
+        content = json.dumps(
+            [dataclasses.asdict(request) for request in all_requests],
+            sort_keys=True,
+            ensure_ascii=False,
+        )
+        return LoadedDataset(
+            name=self.name,
+            requests=arrange(all_requests, order=self.order, seed=seed, limit=self.limit),
+            digest=hashlib.sha256(content.encode()).hexdigest(),
+            origin=f"generated world of seed {self.world_seed}",
+        )

@@ -1,8 +1,8 @@
-"""Four small tasks in the form of the papers' four: arithmetic stories, entailment, questions over
+"""Four small tasks in the form of the papers' four: arithmetic stories, entailment, questions about
 a passage, dialogue summaries.
 
-Items are drawn without end from templates. Whether one belongs to the test or to the training items
-is decided by a checksum of its prompt, so the two can never share a text, however many are drawn.
+Items are drawn from templates without end. A checksum of its prompt decides whether an item is a
+test or a training item, so the two sets never share a text, whatever their size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskItem:
-    """A prompt and its answer, which follows after one blank and ends with a newline; `choices`
-    where only those are meant.
+    """A prompt and its answer, which follows after one blank and ends with a newline.
+
+    `choices` are the only possible answers, if the task has any.
     """
 
     id: str  # "arithmetic/test/17"
@@ -47,8 +48,8 @@ _SUBTRACT = (
     "{a} has {m} {goods}. {a} gives {n} {goods} to {b}. How many {goods} does {a} have left?",
     "{a} buys {m} {goods} and {b} loses {n} of the {goods}. How many {goods} remain?",
 )
-_HAS = ("bought", "found", "kept", "won")  # who did this to a thing has it, ...
-_LACKS = ("lost", "sold", "broke", "returned")  # ... and who did this does not
+_HAS = ("bought", "found", "kept", "won")  # after this, the person has the thing
+_LACKS = ("lost", "sold", "broke", "returned")  # after this, the person does not have it
 _INVITATIONS = ("Shall we meet at the {place} at {time}?", "Can you come to the {place} at {time}?")
 _REPLIES = ("Yes, I will bring the {thing}.", "Good, and I have the {thing} for you.")
 
@@ -80,7 +81,7 @@ def _passage(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     people, places = rng.sample(names, 3), rng.sample(_PLACES, 3)
     duties = ", ".join(f"{who} {place}" for who, place in zip(people, places, strict=True))
     i = rng.randrange(3)
-    # The answer begins for the model, so that it has to find a place and not to plan a sentence.
+    # The prompt contains the beginning of the answer, so that the model only has to find a place.
     return (
         f"Passage: Duties today: {duties}. Question: Where is {people[i]} today? Answer: "
         f"{people[i]}",
@@ -107,16 +108,16 @@ TASKS = tuple(_TASKS)
 
 
 def recital(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
-    """Some words, and the same again: models learn from it to copy from the context, which the
-    tasks need and teach slowly.
+    """Some words and their repetition. It teaches models to copy from the context, which the tasks
+    require but teach slowly.
     """
     words = " ".join(rng.sample(names + _GOODS + _THINGS + _PLACES + _TIMES, rng.randint(6, 12)))
     return f"Say after me: {words}. Now you:", f" {words}."
 
 
 def lookups(rng: random.Random, names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Pairs in a row, then each pair's second word after its first, in another order: dense
-    practice for what a passage asks once.
+    """A list of pairs, then each pair again in another order, as prompt and answer. It is dense
+    practice for the look-up that a passage requires once.
     """
     firsts = rng.sample(names, rng.randint(3, 6))
     pairs = list(zip(firsts, rng.sample(_PLACES + _GOODS + _THINGS, len(firsts)), strict=True))
@@ -130,11 +131,9 @@ def lookups(rng: random.Random, names: tuple[str, ...]) -> list[tuple[str, str]]
 def stream_items(
     names: tuple[str, ...], *, seed: int, task: str, split: Split
 ) -> Iterator[TaskItem]:
-    """Different items of one task and split, without end; `names` are the people that occur in
-    them.
-    """
+    """Distinct items of one task and split, without end. `names` are the people in them."""
     if task not in _TASKS:
-        raise ValueError(f"task: {task!r} - allowed: {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
     rng = random.Random(f"{seed}/{task}/{split}")
     seen: set[str] = set()
     while True:

@@ -1,8 +1,8 @@
-"""The words of the bundled world: relations with their wordings and objects, and the invention of
+"""The words of the bundled world: relations with their wordings and objects, and generators of
 pronounceable names.
 
-A wording ends right before the object, which follows after one blank. The first is the prompt of
-the requests, the others paraphrase it.
+A wording ends before the object, which follows after one blank. The first wording is the prompt of
+the requests. The others are paraphrases.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
-    """One kind of fact: who has it, how it is said, what its objects can be."""
+    """One kind of fact: the kind of its subjects, its wordings and its possible objects."""
 
     name: str
     subjects: str  # "person", "city" or "firm"
-    wordings: tuple[str, ...]  # each holds one "{}" for the subject
+    wordings: tuple[str, ...]  # each contains one "{}" for the subject
     objects: tuple[str, ...]
 
 
@@ -181,7 +181,7 @@ TWO_HOPS = (
     ),
 )
 
-# What has no invented name. Some are two words, so that targets of several tokens occur.
+# Objects without invented names. Some are two words, so that targets of several tokens occur.
 OBJECTS: dict[str, tuple[str, ...]] = {
     "instrument": listed(
         "harp, flute, drum, violin, trumpet, cello, piano, guitar, organ, lute, horn, banjo, "
@@ -227,8 +227,8 @@ def _syllable(rng: random.Random, *, closed: bool) -> str:
 
 
 def invent_names(rng: random.Random, used: set[str], *, kind: str, count: int) -> tuple[str, ...]:
-    """Names of one kind that are not in `used`, which learns them; two out of ten cities and firms
-    are two words.
+    """New names of one kind, which are added to `used`. Two out of ten cities and firms have two
+    words.
     """
     names: list[str] = []
     while len(names) < count:
@@ -251,7 +251,8 @@ def invent_names(rng: random.Random, used: set[str], *, kind: str, count: int) -
                 name = stem = first + second[0] + rng.choice(("ish", "ese"))
             case _:
                 raise ValueError(
-                    f"kind of name: {kind!r} - allowed: first name, city, firm, country, language"
+                    f"unknown kind of name {kind!r}, expected first name, city, firm, country or "
+                    "language"
                 )
         if stem not in used and name not in used:
             used.update((stem, name))
@@ -260,7 +261,7 @@ def invent_names(rng: random.Random, used: set[str], *, kind: str, count: int) -
 
 
 def invent_surnames(rng: random.Random, used: set[str], *, count: int) -> tuple[str, ...]:
-    """Different surnames, told apart from the other names by their two closed syllables."""
+    """Distinct surnames. Their two closed syllables distinguish them from other names."""
     names: list[str] = []
     while len(names) < count:
         name = _syllable(rng, closed=True).capitalize() + _syllable(rng, closed=True)

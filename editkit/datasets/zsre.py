@@ -1,6 +1,6 @@
 """zsRE in MEND's layout (Mitchell et al. 2022, arXiv 2110.11309).
 
-src, subject, alt, answers, rephrase, loc, loc_ans; some files add portability.
+The keys are src, subject, alt, answers, rephrase, loc and loc_ans. Some files add portability.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ _ADVICE = "The file: https://rome.baulab.info/data/dsets/zsre_mend_eval.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ZsRE(AbstractDataset):
-    """Questions with an answer to write, one rephrased question and one unrelated question of
-    Natural Questions.
+    """Questions with a target answer, a rephrased question and an unrelated question of Natural
+    Questions.
     """
 
     name: str
     path: str | None
-    file: str  # looked for below $EDITKIT_DATA when path is null
-    id: str | None  # hub dataset, the last resort
-    target: Literal[
-        "alt", "answers"
-    ]  # the counterfactual (EasyEdit, D4S, EAC, PRUNE), or the first true answer (MEMIT)
+    file: str  # file in $EDITKIT_DATA, used if path is null
+    id: str | None  # hub dataset, used if there is no file
+    # alt: the counterfactual (EasyEdit, D4S, EAC, PRUNE); answers: the first true answer (MEMIT)
+    target: Literal["alt", "answers"]
     order: Order
     limit: int | None
     on_bad_record: OnBadRecord
@@ -49,16 +48,17 @@ class ZsRE(AbstractDataset):
         subject = fields.text("subject")
         answers = fields.texts("answers")
         if fields.get("answers") == []:
-            fields.note("answers", "is empty", allowed="at least one true answer is needed")
+            fields.note("answers", "is empty", expected="at least one true answer")
         if self.target == "alt":
             target = fields.text("alt")
-            # A few alternatives are true answers too; such a record is not judged against itself.
+            # A few alternatives are true answers. Such a record must not be compared with its own
+            # target.
             target_old = next((answer for answer in answers if answer != target), None)
             if target in answers:
                 fields.remark("alt is one of the true answers")
         else:
-            # The correction setting has no counterpart: what the model would have said is not in
-            # the file (`pred` is another model's).
+            # The correction setting has no old target, because the file does not have the model's
+            # own answer (`pred` is another model's).
             target, target_old = next(iter(answers), ""), None
         unrelated = Probe(prompt=_question(fields.text("loc")), answer=fields.text("loc_ans"))
         return [
@@ -78,8 +78,8 @@ class ZsRE(AbstractDataset):
 
 
 def _question(text: str) -> str:
-    # The unrelated questions lack the mark that all others end with (MEMIT adds it, EasyEdit does
-    # not).
+    # Unrelated questions have no question mark, unlike all others. MEMIT adds it, EasyEdit does
+    # not.
     return text if text.endswith("?") else f"{text}?"
 
 

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import editkit
-from editkit.datasets.bundled import WorldDataset
-from editkit.datasets.world import corpus, generate_world
+from editkit.datasets.world import WorldDataset, corpus, generate_world
 from editkit.model.families import known_families
 from tests.support import helpers
 from tests.support.paths import PACKAGE

@@ -1,5 +1,5 @@
-"""Our own format: every field is read, and every bad record is told at once, with what was given
-and what is allowed.
+"""editkit's own format: every field is read, and all bad records are reported together, with the
+given and the expected values.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def problems_of(path: str) -> list[str]:
     return [problem.removeprefix(f"{path}, ") for problem in caught.value.problems]
 
 
-def test_every_field_is_read_and_only_three_are_needed(tmp_path: Path) -> None:
+def test_every_field_is_read_and_only_three_are_required(tmp_path: Path) -> None:
     full, small = dataset(write(tmp_path, FULL, "", SMALL)).load(0).requests
     assert full == EditRequest(
         id="jsonl/capital-1",
@@ -94,7 +94,7 @@ def test_every_field_is_read_and_only_three_are_needed(tmp_path: Path) -> None:
         group="france",
         hops=(Probe(prompt="What is France's capital?", answer="Lyon"),),
     )
-    # Without an id a record is called by its number; a full prompt is as good as a template.
+    # Without an id a record is named by its number. A full prompt is equivalent to a template.
     assert small == EditRequest(
         id="jsonl/2", prompt="The capital of {} is", subject="Spain", target="Seville"
     )
@@ -109,40 +109,42 @@ def test_the_format_has_a_field_for_everything_that_a_request_holds() -> None:
     [
         (
             {"targt": "x"},
-            "targt: is not a field of this format - did you mean target? allowed: id, prompt, subject,",
+            "targt: is not a field of this format (expected one of id, prompt, subject,",
         ),
-        ({"target": None}, "target: is missing - a text is needed"),
-        ({"target": 3}, "target: is not a text but of type int - 3 was given"),
+        ({"target": None}, "target: is missing (expected a text)."),
+        ({"target": 3}, "target: is not a text but of type int (got 3)."),
         (
             {"target": "Paris"},
-            "target: is the same as target_old: nothing to edit - 'Paris' was given",
+            "target: is the same as target_old: nothing to edit (got 'Paris').",
         ),
         (
             {"prompt": "The capital is"},
-            "prompt: does not hold the subject - 'The capital is' was given; the subject is 'France'",
+            "prompt: does not hold the subject (got 'The capital is'; expected a prompt with the "
+            "subject 'France').",
         ),
         (
             {"prompt": "{} and {}"},
-            "prompt: does not hold exactly one \"{}\" for the subject - '{} and {}' was given",
+            "prompt: does not hold exactly one \"{}\" for the subject (got '{} and {}').",
         ),
-        ({"id": 1.5}, "id: is neither a text nor a whole number - 1.5 was given"),
-        ({"paraphrases": "x"}, "paraphrases: is not a list but of type str - 'x' was given"),
+        ({"id": 1.5}, "id: is neither a text nor a whole number (got 1.5)."),
+        ({"paraphrases": "x"}, "paraphrases: is not a list but of type str (got 'x')."),
         (
             {"paraphrases": ["x", " "]},
-            "paraphrases[1]: is empty - ' ' was given; a text that is not blank is needed",
+            "paraphrases[1]: is empty (got ' '; expected a text that is not blank).",
         ),
-        ({"neighbours": [{"prompt": "x"}]}, "neighbours[0].answer: is missing - a text is needed"),
+        ({"neighbours": [{"prompt": "x"}]}, "neighbours[0].answer: is missing (expected a text)."),
         (
             {"neighbours": [{"prompt": "x", "answer": "y", "alias": []}]},
-            "neighbours[0].alias: is not a field of this format - did you mean",
+            "neighbours[0].alias: is not a field of this format (expected one of prompt, answer, "
+            "aliases). Fix: did you mean aliases?",
         ),
         (
             {"locality": []},
-            "locality: is not an object with fields but of type list - [] was given",
+            "locality: is not an object with fields but of type list (got []).",
         ),
         (
             {"locality": {"Out of": []}},
-            "locality.Out of: is no name of a kind - small letters, digits and _ are allowed",
+            "locality.Out of: is no name of a kind (expected lower-case letters, digits and _).",
         ),
         (
             {"portability": {"alias": [{"prompt": 1, "answer": "y"}]}},
@@ -153,11 +155,13 @@ def test_the_format_has_a_field_for_everything_that_a_request_holds() -> None:
 def test_a_bad_field_is_named_with_line_id_and_what_is_allowed(
     changes: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
-    (found,) = problems_of(write(tmp_path, SMALL, "", FULL | changes))
-    assert re.match(r"line 3( \(id capital-1\))?: " + re.escape(problem), found), found
+    (actual,) = problems_of(write(tmp_path, SMALL, "", FULL | changes))
+    assert re.match(r"line 3( \(id capital-1\))?: " + re.escape(problem), actual), actual
+    if changes.get("targt"):
+        assert "Fix: did you mean target?" in actual
 
 
-def test_every_bad_record_is_reported_at_once_also_lines_that_are_no_json(tmp_path: Path) -> None:
+def test_all_bad_records_are_reported_together_also_lines_that_are_not_json(tmp_path: Path) -> None:
     path = write(
         tmp_path, "{not json", *[SMALL | {"target": ""} for _ in range(40)], "[1]", '"text"', SMALL
     )
@@ -165,13 +169,15 @@ def test_every_bad_record_is_reported_at_once_also_lines_that_are_no_json(tmp_pa
     assert len(problems) == 43
     assert (
         problems[0]
-        == "line 1: record: is not JSON - Expecting property name enclosed in double quotes, column 2"
+        == "line 1: record: is not JSON: Expecting property name enclosed in double quotes, "
+        "column 2."
     )
     assert problems[40].startswith("line 41: target: is empty")
+    assert "line 42: record: is not an object with fields but of type list (got [1])." in problems
     assert (
-        "line 42: record: is not an object with fields but of type list - [1] was given" in problems
+        "set dataset.on_bad_record=skip, which leaves such records out and keeps 1 requests"
+        in problems[-1]
     )
-    assert "dataset.on_bad_record=skip leaves such records out and keeps 1 requests" in problems[-1]
     loaded = dataset(path, on_bad_record="skip").load(0)
     assert ([request.id for request in loaded.requests], sum(loaded.skipped.values())) == (
         ["jsonl/44"],
@@ -198,11 +204,11 @@ def test_the_records_of_a_group_must_follow_each_other(tmp_path: Path) -> None:
         write(tmp_path, *[SMALL | {"group": group} for group in ("a", "b", "a")])
     )
     assert problem.startswith(
-        "line 3: group: is interrupted - 'a' was given; records of a group must follow each other"
+        "line 3: group: is interrupted (got 'a'; expected consecutive records for each group)"
     )
 
 
-def test_validate_reports_all_of_a_files_problems_and_says_what_a_good_file_holds(
+def test_validate_reports_all_problems_of_a_file_and_describes_a_good_file(
     tmp_path: Path,
 ) -> None:
     def validate(path: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,5 @@
-"""The bundled world: one seed gives one world, its requests are in CounterFact's shape, test items
-never occur in the corpus.
+"""The bundled world: a seed determines the world, its requests have CounterFact's shape, and test
+items never occur in the corpus.
 """
 
 from __future__ import annotations

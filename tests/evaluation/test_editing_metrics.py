@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
-from editkit.datasets.bundled import WorldDataset
+from editkit.datasets.world import WorldDataset
 from editkit.errors import ConfigError
 from editkit.evaluation.base import Samples, harmonic_mean, mean_and_stderr
 from editkit.evaluation.editing import EditingEvaluator, probes_of

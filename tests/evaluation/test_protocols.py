@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from editkit.config.experiment import Measuring
-from editkit.datasets.bundled import WorldDataset
+from editkit.datasets.world import WorldDataset
 from editkit.errors import ConfigError
 from editkit.evaluation.base import Moment, Samples
 from editkit.evaluation.editing import EditingEvaluator

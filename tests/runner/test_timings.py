@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from editkit.config.schedule import Schedule
-from editkit.datasets.bundled import WorldDataset
+from editkit.datasets.world import WorldDataset
 from editkit.evaluation.base import Moment
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.evaluation.fluency import Fluency
