@@ -1,3 +1,3 @@
-"""MEND's hypernetwork: what it computes, how it is stored, how it is trained. The editor that uses
-it is `editkit.editors.mend`.
+"""MEND's hypernetwork: its computation, storage and training. The editor `editkit.editors.mend`
+uses it.
 """

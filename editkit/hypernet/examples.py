@@ -1,9 +1,10 @@
-"""What a hypernetwork is trained on: requests, each with a paraphrase (equivalence) and texts that
-must stay as they are (locality).
+"""The training examples of a hypernetwork: requests with a paraphrase (equivalence) and texts whose
+predictions must not change (locality).
 
-A dataset's first `held_apart` requests are left to the runs; of the others some choose when to stop
-(validation), the rest is trained on. Which is which follows from the seed, and each step's draws
-from the seed and the step: nothing has to be kept to go on.
+A dataset's first `held_apart` requests are reserved for runs. The others are divided into
+validation requests, which determine when training ends, and training requests. The seed determines
+the division, and the seed and the step determine the draws of a step. Resuming therefore needs no
+stored state.
 """
 
 from __future__ import annotations
@@ -12,28 +13,28 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.types import EditRequest, Probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """The parts of a dataset; no id and no prompt is in two of them."""
+    """The parts of a dataset. No id and no prompt occurs in two parts."""
 
     train: tuple[EditRequest, ...]
     validation: tuple[EditRequest, ...]
     num_held_apart: int
-    left_out: dict[str, int]  # reason -> requests
+    left_out: dict[str, int]  # reason -> number of requests
 
     @property
-    def seen(self) -> tuple[EditRequest, ...]:
-        """All whose edits a run must not make."""
+    def used(self) -> tuple[EditRequest, ...]:
+        """The requests used for training or validation, which a run must not edit."""
         return self.train + self.validation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One edit as it is trained on: the request, one wording of it, some of its locality texts."""
+    """A training example: a request, one of its paraphrases and some of its locality texts."""
 
     request: EditRequest
     paraphrase: str
@@ -41,7 +42,7 @@ class Example:
 
 
 def locality_texts(request: EditRequest) -> tuple[Probe, ...]:
-    """Every text of a request that an edit must leave alone."""
+    """All locality texts of a request: prompts whose answers the edit must not change."""
     return (
         *request.neighbours,
         *(probe for probes in request.locality.values() for probe in probes),
@@ -51,13 +52,16 @@ def locality_texts(request: EditRequest) -> tuple[Probe, ...]:
 def split(
     requests: Sequence[EditRequest], *, held_apart: int, validation: int, least: int, seed: int
 ) -> Split:
-    """Takes the requests apart. Raises ConfigError where too few are left to train on, or none has
-    a locality text.
+    """Divides the requests.
 
     Args:
-        held_apart: how many of the first are for runs.
-        validation: how many choose when to stop.
-        least: how many training examples are needed.
+        held_apart: number of the first requests, which are reserved for runs.
+        validation: number of validation requests.
+        least: smallest number of training requests.
+
+    Raises:
+        ConfigError: there are too few training requests, or none has a paraphrase or a locality
+            text.
     """
     apart = {
         (kind, text)
@@ -83,18 +87,25 @@ def split(
         left_out[reason] = left_out.get(reason, 0) + 1
     rest = len(requests[held_apart:])
     problems = [
-        f"dataset: none of the {rest} requests that may be trained on "
-        f"{reason.replace('has no', 'has a')}: MEND cannot be trained on it."
+        message(
+            "dataset",
+            f"none of the {rest} requests for training {reason.replace('has no', 'has a')}",
+            fix="choose a dataset with paraphrases and locality texts",
+        )
         for reason in ("has no paraphrase", "has no locality text")
         if rest and left_out.get(reason) == rest
     ]
     if not problems and len(usable) < validation + least:
         counted = "".join(f", {number} of which {reason}" for reason, number in left_out.items())
         problems.append(
-            f"dataset: {rest} requests lie behind the {held_apart} that are held apart{counted}; "
-            f"editor.train.validation={validation} "
-            f"and at least {least} to train on are needed. Give more data, or lower "
-            "editor.train.held_apart or editor.train.validation."
+            message(
+                "dataset",
+                f"there are too few requests after the {held_apart} reserved ones{counted}",
+                got=rest,
+                expected=f"editor.train.validation={validation} and at least {least} for training",
+                fix="choose a larger dataset, or lower editor.train.held_apart or "
+                "editor.train.validation",
+            )
         )
     if problems:
         raise ConfigError(problems)
@@ -110,8 +121,10 @@ def split(
 def examples(
     requests: Sequence[EditRequest], *, seed: int, step: int, count: int, locality: int
 ) -> tuple[Example, ...]:
-    """Those of a step (counted from 1): every request once before any comes again; wording and
-    texts are drawn anew each time.
+    """The examples of a step, counted from 1.
+
+    Every request occurs once before any request is repeated. Paraphrase and locality texts are
+    drawn anew each time.
     """
     rng = random.Random(f"hypernetwork/step/{seed}/{step}")
     return tuple(
@@ -137,8 +150,8 @@ def _in_turn(
 
 
 def _some(rng: random.Random, probes: Sequence[Probe], count: int) -> tuple[Probe, ...]:
-    """As many as are wanted: repeated where there are too few, so that every example weighs the
-    same.
+    """`count` probes in random order. They are repeated if there are too few, so that all examples
+    have the same weight.
     """
     shuffled = rng.sample(probes, len(probes))
     return tuple(shuffled[index % len(shuffled)] for index in range(count))

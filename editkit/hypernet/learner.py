@@ -1,9 +1,9 @@
-"""Training a hypernetwork: one generator that yields what it saw, and the states from which it can
-go on bit for bit.
+"""The training of a hypernetwork: a generator of records, and of states from which training resumes
+bit for bit.
 
-A step is `accumulate` edits, each made on its own (or at the end of its own chain of earlier
-edits), and one step of Adam. The model is only read. Neither logs nor writes: `editkit.training`
-does.
+A step consists of `accumulate` edits and one step of Adam. Each edit starts from the unedited
+model, or from its own chain of earlier edits. The model does not change. This file neither logs nor
+writes files; `editkit.training` does.
 """
 
 from __future__ import annotations
@@ -26,48 +26,46 @@ from editkit.types import EvalRecord, Measurement, StepRecord, TensorState
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-PROTOCOL, TIMING, VIEW = (
-    "argmax",
-    "rollback",
-    "unrestrained",
-)  # how validation edits are judged: each alone, then taken back
+# Validation edits are measured one by one, and rolled back after the measurement.
+PROTOCOL, TIMING, VIEW = "argmax", "rollback", "unrestrained"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningState:
-    """All that the next step depends on, besides the base model, the data and the options. Its
-    tensors lie on the CPU, and are its own.
+    """Everything that the next step depends on, except the base model, the data and the options.
+
+    Its tensors are copies on the CPU.
     """
 
     step: int
     network: TensorState
     adam: TensorState  # "<tensor>/exp_avg" and so on
-    chains: TensorState  # what the chains' models got so far: "<module>/left" and "/right"
-    best: TensorState  # the network with the best validation loss; none before the first validation
+    chains: TensorState  # the updates of the current chains: "<module>/left" and "/right"
+    best: TensorState  # the network with the best validation loss; empty before a validation
     best_step: int
     best_loss: float | None
 
     def best_of(self, network: Hypernetwork) -> Hypernetwork:
-        """The network that this training would give now."""
+        """The result of the training so far."""
         return network.with_tensors(self.best or self.network)
 
     def outcome(self) -> LearningState:
-        """What a training comes to, without the tensors that only a further step needs: three
-        copies of the network.
+        """The state without the tensors that only a further step needs (three copies of the
+        network).
         """
         return replace(self, network={}, adam={}, chains={})
 
 
 class Diverged(Exception):
-    """A loss or a gradient was not finite; the last thing yielded before is the last sound state,
-    with the step's record behind it.
+    """A loss or a gradient is not finite. The training has yielded the state before the step, and
+    then the step's record.
     """
 
     def __init__(self, record: StepRecord) -> None:
         super().__init__(
             f"step {record.step}: {record.nonfinite} is not finite (edits "
-            f"{', '.join(record.requests[:3])}...); "
-            "lower editor.train.lr or editor.network.step_size"
+            f"{', '.join(record.requests[:3])}...). "
+            "Fix: lower editor.train.lr or editor.network.step_size."
         )
         self.record = record
 
@@ -77,10 +75,10 @@ Event = StepRecord | EvalRecord | LearningState
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """What is trained, on what."""
+    """A training: the model, the untrained network, the data and the options."""
 
     model: EditableModel
-    network: Hypernetwork  # untrained: gives the shapes, and the beginning
+    network: Hypernetwork  # untrained: shapes and initial values
     split: Split
     options: TrainingOptions
     seed: int
@@ -88,13 +86,16 @@ class Learning:
     should_stop: Callable[[], bool] = lambda: False
 
     def run(self, state: LearningState | None = None) -> Iterator[Event]:
-        """Trains from the beginning, or on from `state`, to the last step or until nothing gets
-        better.
+        """Trains from the beginning, or resumes from `state`.
 
-        Raises Diverged. Ends early, its state yielded, where `should_stop` says so.
+        Training ends after the last step, or after `patience` steps without an improvement. It ends
+        early, after a state, once `should_stop` returns true.
+
+        Raises:
+            Diverged: a loss or a gradient is not finite.
         """
         learner, is_new = _Learner(self, state), state is None
-        del state  # the learner has copies
+        del state  # the learner has copies of its tensors
         if is_new:
             yield StepRecord(step=0)
             yield from learner.validate()
@@ -102,7 +103,7 @@ class Learning:
         while learner.step < self.options.steps and not learner.is_stuck:
             record = learner.take_step()
             if record.nonfinite:
-                yield learner.state()  # as it was before
+                yield learner.state()  # the state before the step
                 yield record
                 raise Diverged(record)
             yield record
@@ -120,16 +121,20 @@ class Learning:
 
 
 class _Learner:
-    """The parts that change."""
+    """The changing parts of a training."""
 
-    def __init__(self, job: Learning, state: LearningState | None) -> None:
-        self.job, self.model, self.options = job, job.model, job.options
-        network = job.network.to(job.model.device).detached()
-        self.step, self.best, self.best_step, self.best_loss = 0, {}, 0, None  # type: int, TensorState, int, float | None
+    def __init__(self, learning: Learning, state: LearningState | None) -> None:
+        self.learning, self.model = learning, learning.model
+        self.options = learning.options
+        network = learning.network.to(learning.model.device).detached()
+        self.step = self.best_step = 0
+        self.best: TensorState = {}
+        self.best_loss: float | None = None
         self.chains: RowUpdates | None = None
         if state is not None:
             moved = {
-                name: tensor.to(job.model.device).clone() for name, tensor in state.network.items()
+                name: tensor.to(learning.model.device).clone()
+                for name, tensor in state.network.items()
             }
             network = network.with_tensors(moved)
             self.step, self.best, self.best_step, self.best_loss = (
@@ -141,8 +146,8 @@ class _Learner:
             names = {name.rpartition("/")[0] for name in state.chains}
             self.chains = {
                 name: (
-                    state.chains[f"{name}/left"].to(job.model.device),
-                    state.chains[f"{name}/right"].to(job.model.device),
+                    state.chains[f"{name}/left"].to(learning.model.device),
+                    state.chains[f"{name}/right"].to(learning.model.device),
                 )
                 for name in network.modules
                 if name in names
@@ -154,8 +159,8 @@ class _Learner:
         self.parameters = list(learned.values())
         step_sizes = learned.pop(STEP_SIZES)
         groups = [
-            {"params": list(learned.values()), "lr": job.options.lr},
-            {"params": [step_sizes], "lr": job.options.lr_step_sizes},
+            {"params": list(learned.values()), "lr": learning.options.lr},
+            {"params": [step_sizes], "lr": learning.options.lr_step_sizes},
         ]
         self.adam = torch.optim.Adam(groups, foreach=False)
         if state is not None:
@@ -184,9 +189,9 @@ class _Learner:
             for key, value in self.adam.state.get(tensor, {}).items()
         }
         chains = {
-            f"{module}/{side}": copied(each)
-            for module, both in (self.chains or {}).items()
-            for side, each in zip(("left", "right"), both, strict=True)
+            f"{module}/{side}": copied(factor)
+            for module, factors in (self.chains or {}).items()
+            for side, factor in zip(("left", "right"), factors, strict=True)
         }
         return LearningState(
             step=self.step,
@@ -202,28 +207,25 @@ class _Learner:
         """The examples of a step."""
         options = self.options
         return examples(
-            self.job.split.train,
-            seed=self.job.seed,
+            self.learning.split.train,
+            seed=self.learning.seed,
             step=step,
             count=options.accumulate,
             locality=options.locality_texts,
         )
 
     def take_step(self) -> StepRecord:
-        """Gradients of all examples, then Adam. What is not finite stops it before Adam, with
-        everything as it was before.
+        """Computes the gradients of all examples, then makes a step of Adam. If a value is not
+        finite, it restores the state before the step instead.
         """
         started, options, step = time.perf_counter(), self.options, self.step + 1
-        before = (
-            self.network,
-            self.chains,
-        )  # until Adam's step only the running statistics move, and those into new tensors
+        # Before Adam's step only the running statistics change, and they are new tensors.
+        before = (self.network, self.chains)
         chosen = self.drawn(step)
-        place = (step - 1) % options.sequence  # in the chains
+        place = (step - 1) % options.sequence  # position in the chains
         if place == 0:
             self.chains = None
-        # In a chain the row's model must also remember one of the edits before, which one goes
-        # round.
+        # In a chain, the row's model must also remember one of the earlier edits, in turn.
         earlier = self.drawn(step - 1 - (step % place)) if place else ()
         self.adam.zero_grad()
         sums = {"edit_loss": 0.0, "locality_loss": 0.0, "probability_before": 0.0}
@@ -239,9 +241,9 @@ class _Learner:
                 }
             )
             part = [chosen[row] for row in rows]
-            asked = edits(self.model, part)
+            prompts = edits(self.model, part)
             factors, log_p_B = gradient_factors(
-                self.model, self.network.modules, asked, earlier=chain
+                self.model, self.network.modules, prompts, earlier=chain
             )
             self.network = self.network.observed(factors)
             with torch.enable_grad():
@@ -254,14 +256,14 @@ class _Learner:
                     if earlier
                     else []
                 )
-                found = losses(self.model, joined(chain, updates), part, also=also)
+                part_losses = losses(self.model, joined(chain, updates), part, also=also)
                 loss = (
-                    options.edit_weight * found.edit_B.sum()
-                    + options.locality_weight * found.locality_B.sum()
+                    options.edit_weight * part_losses.edit_B.sum()
+                    + options.locality_weight * part_losses.locality_B.sum()
                 )
             (loss / len(chosen)).backward()
-            sums["edit_loss"] += float(found.edit_B.detach().sum())
-            sums["locality_loss"] += float(found.locality_B.detach().sum())
+            sums["edit_loss"] += float(part_losses.edit_B.detach().sum())
+            sums["locality_loss"] += float(part_losses.locality_B.detach().sum())
             sums["probability_before"] += float(log_p_B.exp().sum())
             if options.sequence > 1:
                 made.append(
@@ -301,25 +303,25 @@ class _Learner:
         )
 
     def validate(self) -> Iterator[EvalRecord]:
-        """Measures the validation edits, and keeps the network if it is the best so far."""
+        """Measures the validation edits, and stores the network if it is the best one so far."""
         count = self.options.validation // self.options.sequence * self.options.sequence
         chosen = examples(
-            self.job.split.validation,
-            seed=self.job.seed,
+            self.learning.split.validation,
+            seed=self.learning.seed,
             step=1,
             count=count,
             locality=self.options.locality_texts,
         )
-        found = measure(self.model, self.network, chosen, sequence=self.options.sequence)
+        figures = measure(self.model, self.network, chosen, sequence=self.options.sequence)
         loss = (
-            self.options.edit_weight * found["edit_loss"]
-            + self.options.locality_weight * found["locality_loss"]
+            self.options.edit_weight * figures["edit_loss"]
+            + self.options.locality_weight * figures["locality_loss"]
         )
         for metric in ("efficacy", "generalization", "locality"):
             measurement = Measurement(
                 kind="editing",
                 metric=metric,
-                value=found[metric],
+                value=figures[metric],
                 stderr=None,
                 n=count,
                 protocol=PROTOCOL,
@@ -329,8 +331,8 @@ class _Learner:
             yield EvalRecord(step=self.step, view=VIEW, measurement=measurement)
         for metric, value in {
             "loss": loss,
-            "edit_loss": found["edit_loss"],
-            "locality_loss": found["locality_loss"],
+            "edit_loss": figures["edit_loss"],
+            "locality_loss": figures["locality_loss"],
         }.items():
             finite = value if math.isfinite(value) else None
             measurement = Measurement(
@@ -343,23 +345,23 @@ class _Learner:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU that nothing learns: a GPU has room for what is computed with."""
+    """A detached copy on the CPU, which leaves the GPU's memory to the computation."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def stacked(parts: Sequence[RowUpdates]) -> RowUpdates:
-    """The rows of several batches below each other; factors are filled up with zeros, which add
+    """The concatenated rows of several batches. Factors are padded with zeros, which add
     nothing.
     """
     width = max(left_BRO.shape[1] for part in parts for left_BRO, _ in part.values())
 
-    def filled(each_BRX: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(each_BRX, (0, 0, 0, width - each_BRX.shape[1]))
+    def padded(factor_BRX: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(factor_BRX, (0, 0, 0, width - factor_BRX.shape[1]))
 
     return {
         name: (
-            torch.cat([filled(part[name][0]) for part in parts]),
-            torch.cat([filled(part[name][1]) for part in parts]),
+            torch.cat([padded(part[name][0]) for part in parts]),
+            torch.cat([padded(part[name][1]) for part in parts]),
         )
         for name in parts[0]
     }

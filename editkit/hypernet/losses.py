@@ -1,10 +1,11 @@
-"""MEND's two losses (Mitchell et al. 2022, section 3.3) for many single edits, or chains of edits,
-side by side.
+"""MEND's two losses (Mitchell et al. 2022, section 3.3) for a batch of single edits or chains of
+edits:
 
-    L = c_edit * -log p_edited(target | paraphrase) + c_loc * KL(p_base || p_edited), mean over the
-    tokens of the locality texts
+    L = c_edit * -log p_edited(target | paraphrase) + c_loc * KL(p_base || p_edited)
 
-Shape letters: B edits, R factors, P positions, V vocabulary, L locality texts an edit.
+The KL divergence is the mean over the tokens of the locality texts.
+
+Shape letters: B edits, R factors, P positions, V vocabulary, L locality texts per edit.
 """
 
 from __future__ import annotations
@@ -25,11 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Losses:
-    """By edit, (B,) float32, in nats."""
+    """The losses of each edit, (B,) float32, in nats."""
 
-    edit_B: (
-        torch.Tensor
-    )  # -log p of the targets behind their paraphrases, mean over a target's tokens
+    edit_B: torch.Tensor  # -log p of the targets after their paraphrases, mean over target tokens
     locality_B: torch.Tensor  # KL, mean over all tokens of the edit's locality texts
 
 
@@ -40,19 +39,20 @@ def losses(
     *,
     also: Sequence[tuple[int, str, str]] = (),
 ) -> Losses:
-    """What the edited models lose; gradients reach `updates`.
+    """The losses of the edited models. Gradients flow into `updates`.
 
-    `also` are further (row, prompt, target), of edits that a row's model got earlier: they count in
-    the row's mean as its own does.
+    Args:
+        also: further (row, prompt, target) of earlier edits of a row's model. They have the same
+            weight in the row's mean as the row's own edit.
     """
     pairs = [(example.paraphrase, example.request.target) for example in examples] + [
         (prompt, target) for _, prompt, target in also
     ]
     rows = [*range(len(examples)), *(row for row, _, _ in also)]
-    asked = questions(model, encode_with_targets(model.tokenizer, pairs))
+    batch = questions(model, encode_with_targets(model.tokenizer, pairs))
     with ExitStack() as hooks:
         enter(hooks, model, rows_of(updates, rows))
-        log_p, _ = log_probabilities(model, asked)
+        log_p, _ = log_probabilities(model, batch)
     index = torch.tensor(rows, device=model.device)
     counts_B = torch.bincount(index, minlength=len(examples))
     edit_B = torch.zeros(len(examples), device=model.device).index_add(0, index, -log_p) / counts_B
@@ -62,7 +62,7 @@ def losses(
 def locality_loss(
     model: EditableModel, updates: RowUpdates, examples: Sequence[Example]
 ) -> torch.Tensor:
-    """(B,): KL(p_base || p_edited) over the examples' locality texts."""
+    """KL(p_base || p_edited) over the examples' locality texts, (B,)."""
     pairs = [(probe.prompt, probe.answer) for example in examples for probe in example.locality]
     rows = [row for row, example in enumerate(examples) for _ in example.locality]
     batch = pad(
@@ -92,22 +92,21 @@ def locality_loss(
 def kept_answers(
     model: EditableModel, updates: RowUpdates, examples: Sequence[Example]
 ) -> torch.Tensor:
-    """(B, L): whether the likeliest tokens where a locality text's answer stands are those of the
-    unedited model.
+    """Whether the most probable tokens at the positions of a locality text's answer are those of
+    the unedited model, (B, L).
     """
     pairs = [(probe.prompt, probe.answer) for example in examples for probe in example.locality]
     rows = [row for row, example in enumerate(examples) for _ in example.locality]
-    asked = questions(model, encode_with_targets(model.tokenizer, pairs))
+    batch = questions(model, encode_with_targets(model.tokenizer, pairs))
     best = []
     for hooked in (None, rows_of(updates, rows)):
         with torch.no_grad(), ExitStack() as hooks:
             enter(hooks, model, hooked)
-            hidden_BTD = model.final_hidden(asked.batch)
+            hidden_BTD = model.final_hidden(batch.prompts)
             best.append(
-                model.hidden_to_logits(hidden_BTD[asked.rows_P, asked.columns_P]).argmax(dim=-1)
+                model.hidden_to_logits(hidden_BTD[batch.rows_P, batch.columns_P]).argmax(dim=-1)
             )
-    same = (best[0] == best[1]).split(list(asked.lengths))
-    result: torch.Tensor = torch.stack([each.all() for each in same]).unflatten(
-        0, (len(examples), -1)
-    )
-    return result
+    same = (best[0] == best[1]).split(list(batch.lengths))
+    is_kept = torch.stack([part.all() for part in same])
+    is_kept_BL: torch.Tensor = is_kept.unflatten(0, (len(examples), -1))
+    return is_kept_BL

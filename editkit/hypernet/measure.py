@@ -1,4 +1,6 @@
-"""What a hypernetwork's edits achieve, on examples that it was not trained on."""
+"""Efficacy, generalization, locality and losses of a hypernetwork's edits on validation
+examples.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from editkit.model.tokens import encode_with_targets
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-ROWS = 32  # edits, or chains of them, that go through the model together
+ROWS = 32  # edits or chains of edits that pass through the model together
 
 
 def measure(
@@ -36,11 +38,13 @@ def measure(
     sequence: int = 1,
     rows: int = ROWS,
 ) -> Mapping[str, float]:
-    """Means over edits: losses, and the shares of prompts, paraphrases and locality answers that
-    are as they should be.
+    """Means over edits: the losses, and the shares of correct prompts, correct paraphrases and
+    unchanged locality answers.
 
-    Every edit alone, or, with `sequence`, in chains of so many, all of them measured when their
-    chain is complete. `rows` chains go through the model together.
+    Args:
+        sequence: length of the chains of edits. All edits of a chain are measured after its last
+            edit; 1 measures every edit alone.
+        rows: number of chains that pass through the model together.
     """
     sums: dict[str, float] = {}
     num_chains = len(chosen) // sequence
@@ -66,12 +70,12 @@ def measure(
 def _measured(
     model: EditableModel, updates: RowUpdates, chosen: Sequence[Example]
 ) -> dict[str, float]:
-    """Sums over edits."""
+    """The sums over edits."""
     with torch.no_grad():
-        found = losses(model, updates, chosen)
+        loss = losses(model, updates, chosen)
         pairs = [(example.request.full_prompt, example.request.target) for example in chosen]
         pairs += [(example.paraphrase, example.request.target) for example in chosen]
-        asked = questions(model, encode_with_targets(model.tokenizer, pairs))
+        batch = questions(model, encode_with_targets(model.tokenizer, pairs))
         with ExitStack() as hooks:
             enter(
                 hooks,
@@ -81,11 +85,11 @@ def _measured(
                     for name, (left, right) in updates.items()
                 },
             )
-            _, is_best = log_probabilities(model, asked)
+            _, is_best = log_probabilities(model, batch)
         kept = kept_answers(model, updates, chosen)
     return {
-        "edit_loss": float(found.edit_B.sum()),
-        "locality_loss": float(found.locality_B.sum()),
+        "edit_loss": float(loss.edit_B.sum()),
+        "locality_loss": float(loss.locality_B.sum()),
         "efficacy": float(is_best[: len(chosen)].sum()),
         "generalization": float(is_best[len(chosen) :].sum()),
         "locality": float(kept.float().mean(dim=1).sum()),
@@ -93,10 +97,6 @@ def _measured(
 
 
 def edits(model: EditableModel, chosen: Sequence[Example]) -> Questions:
-    """The edits' own prompts, as the editor will be given them."""
-    return questions(
-        model,
-        encode_with_targets(
-            model.tokenizer, [(each.request.full_prompt, each.request.target) for each in chosen]
-        ),
-    )
+    """The prompts and targets of the edits, as the editor gets them."""
+    pairs = [(example.request.full_prompt, example.request.target) for example in chosen]
+    return questions(model, encode_with_targets(model.tokenizer, pairs))

@@ -1,7 +1,7 @@
-"""The bytes that a hypernetwork takes, in a run and while it is trained.
+"""The memory of a hypernetwork in bytes, in a run and in training.
 
-`working` figures are models of what a pass keeps. Their constants were measured with GPT-2 on a CPU
-and carry a reserve for other families.
+The figures model the tensors that a pass keeps. Their constants were measured with GPT-2 on a CPU
+and include a reserve for other families.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from editkit.hypernet.network import NetworkOptions, num_bytes
 from editkit.hypernet.options import TrainingOptions
 from editkit.resources.workload import LOGITS, PROMPT, REQUEST, TrainingMemory, Workload
 
-# Copies of a matrix's factors while a hypernetwork transforms them; of its hidden layer half as
+# Copies of a matrix's factors while a hypernetwork transforms them. Its hidden layer has half as
 # many.
 TRANSFORMED = 8
 
@@ -19,11 +19,11 @@ TRANSFORMED = 8
 def gradient_bytes(
     work: Workload, network: NetworkOptions, edits: int, *, num_learning: int = 1
 ) -> float:
-    """A pass of so many edits forward and backward, its factors in float32, and what a
-    hypernetwork computes from them.
+    """The bytes of a forward and backward pass of some edits, its factors in float32, and the
+    hypernetwork's computation.
 
     Args:
-        num_learning: matrices for which autograd keeps that computation.
+        num_learning: number of matrices whose computation autograd keeps.
     """
     tokens = edits * REQUEST
     hidden = TRANSFORMED / 2 * min(network.rank, work.both)
@@ -46,15 +46,15 @@ def training_bytes(
     is_gpu: bool,
     reading: float,
 ) -> TrainingMemory:
-    """What training takes: a step, the validation, and a checkpoint, whose copies are on the host.
+    """The bytes of a training step, the validation, and a checkpoint, whose copies are on the host.
 
     Args:
-        reading: what loading a model takes for a moment.
+        reading: the temporary bytes for loading a model.
     """
     one = network_bytes(work, network)
     rank = min(network.rank, work.both)
     is_chain, tokens = options.sequence > 1, REQUEST * options.locality_texts
-    # Each row of a chain is measured together with an earlier edit of it.
+    # Each row of a chain is measured together with one of its earlier edits.
     rows = min(options.at_once, options.accumulate) * (2 if is_chain else 1)
     validated = min(ROWS, options.validation)
     factors = 4 * work.num_matrices * REQUEST * work.both * options.sequence  # of a chain's edits
@@ -72,8 +72,8 @@ def training_bytes(
     if not is_gpu:
         phases["checkpoint"] = copied + reading
     return TrainingMemory(
-        kept=4 * one,  # itself, its gradient, two moments
-        on_host=2 * one,  # the first one and the best one
+        kept=4 * one,  # the network, its gradient, and two moments of Adam
+        on_host=2 * one,  # the initial and the best network
         copied=copied,
         phases=phases,
         saving={"step": "a lower editor.train.at_once"},

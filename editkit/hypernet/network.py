@@ -1,19 +1,19 @@
-"""The hypernetwork of MEND as values and functions: from the factors of a gradient to those of an
-update (Mitchell et al. 2022, arXiv 2110.11309, section 3).
+"""MEND's hypernetwork, which maps the factors of a gradient to the factors of an update (Mitchell
+et al. 2022, arXiv 2110.11309, section 3).
 
-The gradient of a loss with respect to a matrix W is the sum over tokens of d_t x_t^T, where x_t
-goes into the matrix and d_t is the gradient of what comes out. One network for all matrices of one
-shape turns each pair into another pair,
+The gradient of a loss with respect to a matrix W is the sum over tokens of d_t x_t^T, where x_t is
+the input of the matrix and d_t the gradient of its output. One network for all matrices of a shape
+maps each pair to another pair,
 
     z = [norm(x), norm(d)]                                  running mean and standard deviation
     h = z + relu(scale_1 * (U_1 V_1 z + b_1) + shift_1)     Eq. 3a; scale and shift of one matrix
     g = h +  act(scale_2 * (U_2 V_2 h + b_2) + shift_2)     Eq. 3b; [x~, d~] = g
-    W - alpha * sum over tokens of d~_t x~_t^T              Eq. 4; alpha is learned, one a matrix
+    W - alpha * sum over tokens of d~_t x~_t^T              Eq. 4; alpha is learned for each matrix
 
-`act` is a ReLU in the paper's Eq. 3b; with it no coordinate can become smaller. `last: linear`
-leaves it out. Differs from the authors' code (algs/mend.py): they add alpha times the sum, so that
-alpha has to change its sign to descend; ours subtracts it, as the paper writes. Their deviation is
-that of the tokens seen so far, updated one by one; ours a pass at a time, in float64.
+`act` is a ReLU in the paper's Eq. 3b, with which no coordinate can decrease. `last: linear` leaves
+it out. Differences from the authors' code (algs/mend.py): they add alpha times the sum, so that
+alpha must change its sign to descend; here it is subtracted, as in the paper. They update the
+standard deviation token by token; here it is updated once per pass, in float64.
 
 Shape letters: O d_out, I d_in, Z = I + O, R rank, M matrices of one shape, N any leading shape
 (tokens).
@@ -28,8 +28,8 @@ from typing import Literal
 from editkit.errors import OptionError, message
 from editkit.lazy import torch
 
-TINY = 1e-7  # added to deviations, as in the authors' code
-STATISTICS = ("mean", "squares", "count")  # of a shape; everything else is learned
+TINY = 1e-7  # added to standard deviations, as in the authors' code
+STATISTICS = ("mean", "squares", "count")  # running statistics of a shape; all other tensors learn
 STEP_SIZES = "step_sizes"
 
 Shape = tuple[int, int]  # (O, I)
@@ -43,8 +43,8 @@ class NetworkOptions:
         OptionError: an option is out of range.
     """
 
-    rank: int  # of U V; published 1920
-    step_size: float  # alpha before training; published 1e-4
+    rank: int  # of U V; the published value is 1920
+    step_size: float  # alpha before training; the published value is 1e-4
     last: Literal["relu", "linear"]
 
     def __post_init__(self) -> None:
@@ -59,8 +59,8 @@ class NetworkOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """What goes into a matrix and the gradient of what comes out, token by token; zeros where a
-    token does not count.
+    """The inputs of a matrix and the gradients of its outputs, by token; zeros for tokens that do
+    not count.
     """
 
     inputs_NI: torch.Tensor
@@ -68,14 +68,14 @@ class Factors:
 
     @property
     def counts_N(self) -> torch.Tensor:
-        """Which tokens take part: neither side is zero."""
+        """Whether a token counts: neither its input nor its gradient is zero."""
         return (self.inputs_NI != 0).any(dim=-1) & (self.gradients_NO != 0).any(dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Hypernetwork:
-    """Weights and running statistics for a set of matrices. A value: what learns makes a new one,
-    or owns the tensors.
+    """Weights and running statistics for a set of matrices. Immutable: its methods return new ones.
+    Only an optimiser that owns the tensors changes them.
     """
 
     shapes: Mapping[str, Shape]  # by module, in the order in which they are edited
@@ -87,11 +87,11 @@ class Hypernetwork:
         return tuple(self.shapes)
 
     def modules_of(self, shape: Shape) -> tuple[str, ...]:
-        """The matrices that share one network."""
-        return tuple(module for module, each in self.shapes.items() if tuple(each) == tuple(shape))
+        """The matrices of that shape, which share one network."""
+        return tuple(module for module, own in self.shapes.items() if tuple(own) == tuple(shape))
 
     def learned(self) -> dict[str, torch.Tensor]:
-        """What Adam moves."""
+        """The tensors that Adam updates."""
         return {
             name: tensor
             for name, tensor in self.tensors.items()
@@ -99,28 +99,29 @@ class Hypernetwork:
         }
 
     def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Hypernetwork:
-        """The same with some of the tensors exchanged."""
+        """The same network with some tensors replaced."""
         return replace(self, tensors={**self.tensors, **tensors})
 
     def to(self, device: torch.device | str) -> Hypernetwork:
+        """The same network on another device."""
         return replace(
             self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()}
         )
 
     def detached(self) -> Hypernetwork:
-        """A copy that nothing learns."""
+        """A detached copy."""
         return replace(
             self, tensors={name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         )
 
     def observed(self, factors: Mapping[str, Factors]) -> Hypernetwork:
-        """With the statistics of these tokens added, matrix after matrix (Chan's update of mean and
-        sum of squares).
+        """The network with the statistics of further tokens, matrix by matrix (Chan's update of
+        mean and sum of squares).
         """
         tensors = dict(self.tensors)
-        for module, each in factors.items():
+        for module, own in factors.items():
             key = name_of(self.shapes[module])
-            z_NZ = torch.cat([each.inputs_NI, each.gradients_NO], dim=-1)[each.counts_N].double()
+            z_NZ = torch.cat([own.inputs_NI, own.gradients_NO], dim=-1)[own.counts_N].double()
             if not len(z_NZ):
                 continue
             mean_Z, squares_Z, count = (tensors[f"{key}.{name}"] for name in STATISTICS)
@@ -137,8 +138,8 @@ class Hypernetwork:
         return replace(self, tensors=tensors)
 
     def transform(self, module: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """The update of a matrix in factors, left (N, O) and right (N, I) float32: left^T right;
-        zeros where a token does not count.
+        """The update left^T right of a matrix: left (N, O) and right (N, I), float32, with zeros
+        for tokens that do not count.
         """
         key, place = (
             name_of(self.shapes[module]),
@@ -150,14 +151,12 @@ class Hypernetwork:
             if name.startswith(f"{key}.")
         }
         deviation_Z = (part["squares"] / (part["count"] - 1)).sqrt() + TINY
-        deviation_Z = torch.where(
-            part["count"] < 2, torch.ones_like(deviation_Z), deviation_Z
-        )  # nothing is known yet
+        # Without at least two tokens there is no deviation yet.
+        deviation_Z = torch.where(part["count"] < 2, torch.ones_like(deviation_Z), deviation_Z)
         z_NZ = torch.cat([factors.inputs_NI.float(), factors.gradients_NO.float()], dim=-1)
         z_NZ = (z_NZ - part["mean"].float()) / deviation_Z.float()
-        z_NZ = z_NZ + _layer(z_NZ, part, 1, place).clamp(
-            min=0
-        )  # not relu: at 0, where training begins, its gradient is 0 and clamp's is 1
+        # At 0, where training begins, the gradient of relu is 0 and that of clamp is 1.
+        z_NZ = z_NZ + _layer(z_NZ, part, 1, place).clamp(min=0)
         second_NZ = _layer(z_NZ, part, 2, place)
         z_NZ = z_NZ + (second_NZ.clamp(min=0) if self.options.last == "relu" else second_NZ)
         z_NZ = z_NZ * factors.counts_N[..., None]
@@ -170,11 +169,11 @@ class Hypernetwork:
 def new_hypernetwork(
     shapes: Mapping[str, Shape], options: NetworkOptions, *, seed: int
 ) -> Hypernetwork:
-    """One that changes nothing but the scale yet: U = 0, so each pair stays as it is."""
+    """An untrained network. It only scales a gradient: with U = 0 every pair stays unchanged."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {STEP_SIZES: torch.full((len(shapes),), options.step_size)}
     for shape in dict.fromkeys(tuple(shape) for shape in shapes.values()):
-        size, matrices = sum(shape), [tuple(each) for each in shapes.values()].count(shape)
+        size, matrices = sum(shape), [tuple(own) for own in shapes.values()].count(shape)
         key, rank = name_of(shape), min(options.rank, size)
         for layer in (1, 2):
             tensors[f"{key}.u{layer}"] = torch.zeros(size, rank)
@@ -193,7 +192,7 @@ def new_hypernetwork(
 
 
 def num_bytes(shapes: Sequence[Shape], options: NetworkOptions) -> int:
-    """What the tensors of `new_hypernetwork` take, for these matrices."""
+    """The bytes of the tensors of `new_hypernetwork` for these matrices."""
     count = 4 * len(shapes)
     for shape in set(shapes):
         size = sum(shape)
@@ -204,7 +203,7 @@ def num_bytes(shapes: Sequence[Shape], options: NetworkOptions) -> int:
 
 
 def name_of(shape: Sequence[int]) -> str:
-    """What the tensors of a shape's network begin with: "512x128" for O = 512, I = 128."""
+    """The prefix of the tensor names of a shape's network: "512x128" for O = 512, I = 128."""
     return f"{shape[0]}x{shape[1]}"
 
 

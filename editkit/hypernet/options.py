@@ -1,4 +1,4 @@
-"""How a hypernetwork is trained, as values."""
+"""The options for training a hypernetwork."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ AT_LEAST_ONE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How a hypernetwork is trained: `editor.train` in the configuration.
+    """The options for training a hypernetwork: `editor.train` in the configuration.
 
     Raises:
         OptionError: an option is out of range.
     """
 
-    steps: int  # of Adam, at most
+    steps: int  # largest number of Adam steps
     lr: float  # of the networks
     lr_step_sizes: float
     edit_weight: float  # c_edit
     locality_weight: float  # c_loc
-    accumulate: int  # edits a step
-    # of these, how many go through the model together: memory and time, and how soon running
-    # statistics see them
+    accumulate: int  # edits per step
+    # edits of a step that pass through the model together; changes memory and time, and when
+    # the running statistics include them
     at_once: int
-    clip: float  # of the gradient's norm
-    validate_every: int  # steps
+    clip: float  # largest norm of the gradient
+    validate_every: int  # steps between two validations
     patience: int  # steps without a better validation loss after which training ends
-    validation: int  # edits that the validation loss is the mean of
-    held_apart: int  # the dataset's first requests, left to runs
-    locality_texts: int  # an edit
-    # 1: every edit on the unedited model; else chains of so many edits, one on top of the other
+    validation: int  # number of validation edits
+    held_apart: int  # number of the dataset's first requests, which are reserved for runs
+    locality_texts: int  # locality texts per edit
+    # 1: every edit starts from the unedited model; else the length of chains of sequential edits
     sequence: int
 
     def __post_init__(self) -> None:

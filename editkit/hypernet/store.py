@@ -1,8 +1,9 @@
-"""A trained hypernetwork as a file: safetensors, with what it was made for and from in the header.
+"""The safetensors file of a trained hypernetwork. Its header describes the model and the training
+data.
 
-The header names the model by its fingerprint and says which requests were trained on, by the digest
-of the dataset with their ids, and by a digest of each prompt: a run that would edit one of them is
-refused, also where another file holds it under another id.
+The header has the fingerprint of the model, the ids of the training requests with the digest of
+their dataset, and a digest of each prompt. A run that would edit one of these requests is refused,
+even if another dataset contains it with another id.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from editkit.types import EditRequest
 FILE = "hypernetwork.safetensors"
 ASSET = "asset:"
 FORMAT = 1
-SHOWN = 5  # ids that an error names
+SHOWN = 5  # number of ids in an error message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says of its hypernetwork."""
+    """The header of a hypernetwork's file."""
 
     model: str  # its name
     fingerprint: str
     modules: Mapping[str, tuple[int, int]]  # (O, I), in order
     network: Mapping[str, Any]  # NetworkOptions
-    dataset: str  # digest of what was trained on
-    trained: tuple[str, ...]  # ids of the requests that were trained on or chose when to stop
+    dataset: str  # digest of the training dataset
+    trained: tuple[str, ...]  # ids of the requests used for training or validation
     prompts: frozenset[str]  # digests of their prompts
-    facts: Mapping[str, Any]  # how it was trained and what it reached, for people
+    facts: Mapping[str, Any]  # description of the training and its results
 
     def leaks(self, requests: Sequence[EditRequest], digest: str) -> list[str]:
-        """Ids of the requests that this hypernetwork has seen; `digest` is that of the dataset they
-        come from.
+        """The ids of those requests that were used to train this hypernetwork. `digest` is that of
+        their dataset.
         """
         ids = set(self.trained) if digest == self.dataset else set()
         return [
@@ -54,20 +55,20 @@ class Header:
 
 
 def prompt_digest(request: EditRequest) -> str:
-    """Twelve hexadecimal digits."""
+    """Twelve hexadecimal digits that identify a request's prompt."""
     return hashlib.sha256(request.full_prompt.encode()).hexdigest()[:12]
 
 
 def resolve(path: str) -> Path:
-    """The file that `editor.hypernetwork` names: a file, a folder that holds one, or "asset:..."
-    for one that comes with the package.
+    """The file of `editor.hypernetwork`, which is a file, a folder with one, or "asset:..." for a
+    bundled one.
     """
-    found = Path(path).expanduser()
+    place = Path(path).expanduser()
     if path.startswith(ASSET):
-        found = (
+        place = (
             Path(str(importlib.resources.files("editkit"))) / "assets" / path.removeprefix(ASSET)
         )
-    return found / FILE if found.is_dir() else found
+    return place / FILE if place.is_dir() else place
 
 
 def save_hypernetwork(
@@ -80,10 +81,10 @@ def save_hypernetwork(
     trained: Iterable[EditRequest],
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes it, whole or not at all."""
+    """Writes the file atomically."""
     from safetensors.torch import save_file
 
-    seen = list(trained)
+    requests = list(trained)
     header = {
         "format": FORMAT,
         "model": model,
@@ -91,8 +92,8 @@ def save_hypernetwork(
         "modules": {module: list(shape) for module, shape in network.shapes.items()},
         "network": dataclasses.asdict(network.options),
         "dataset": dataset,
-        "trained": [request.id for request in seen],
-        "prompts": sorted({prompt_digest(request) for request in seen}),
+        "trained": [request.id for request in requests],
+        "prompts": sorted({prompt_digest(request) for request in requests}),
         "facts": dict(facts),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.tensors.items()}
@@ -101,7 +102,7 @@ def save_hypernetwork(
 
 
 def read_header(path: str) -> Header:
-    """The header of the file; the weights are not read.
+    """The header of the file. The weights are not read.
 
     Raises:
         OptionError: there is no such file, or it is not a hypernetwork of editkit.
@@ -113,22 +114,22 @@ def read_header(path: str) -> Header:
     try:
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            found = json.loads(
+            header = json.loads(
                 json.loads(opened.read(min(length, file.stat().st_size)))["__metadata__"]["editkit"]
             )
-        assert found["format"] == FORMAT
+        assert header["format"] == FORMAT
         return Header(
-            model=found["model"],
-            fingerprint=found["fingerprint"],
+            model=header["model"],
+            fingerprint=header["fingerprint"],
             modules={
                 module: (int(rows), int(columns))
-                for module, (rows, columns) in found["modules"].items()
+                for module, (rows, columns) in header["modules"].items()
             },
-            network=found["network"],
-            dataset=found["dataset"],
-            trained=tuple(found["trained"]),
-            prompts=frozenset(found["prompts"]),
-            facts=found["facts"],
+            network=header["network"],
+            dataset=header["dataset"],
+            trained=tuple(header["trained"]),
+            prompts=frozenset(header["prompts"]),
+            facts=header["facts"],
         )
     except (ValueError, KeyError, TypeError, AssertionError, MemoryError) as error:
         problem = f"{file} is not a hypernetwork of editkit ({type(error).__name__}: {error})"

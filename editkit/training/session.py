@@ -120,7 +120,7 @@ class TrainingWork(AbstractWork[LearningState]):
             model=self.loaded.model.name,
             fingerprint=self.loaded.model.fingerprint,
             dataset=training.data.digest,
-            trained=training.split.seen,
+            trained=training.split.used,
             facts=facts,
         )
 

@@ -30,11 +30,11 @@ from tests.support.helpers import KINDS, Kind, tiny_model
 from tests.support.hypernets import facts, learning, options, random_network
 
 
-def plain_step(job: Any, chosen: Any) -> tuple[dict[str, torch.Tensor], float, float]:
+def plain_step(training: Any, chosen: Any) -> tuple[dict[str, torch.Tensor], float, float]:
     """Gradients of both losses of a step by torch.func, edit by edit, with dense matrices; and the
     losses.
     """
-    model, network = job.model, job.network
+    model, network = training.model, training.network
     weights = {f"{module}.weight": model.module(module).weight for module in network.modules}
     is_conv = model.network.config.model_type == "gpt2"
     fixed = {
@@ -75,8 +75,8 @@ def plain_step(job: Any, chosen: Any) -> tuple[dict[str, torch.Tensor], float, f
                 for module in network.modules
             ]
             value = nll(weights, request.full_prompt, request.target)
-            for each in hooks:
-                each.remove()
+            for handle in hooks:
+                handle.remove()
             return value
 
         zeros = {module: torch.zeros(length, shape[0]) for module, shape in network.shapes.items()}
@@ -123,7 +123,7 @@ def plain_step(job: Any, chosen: Any) -> tuple[dict[str, torch.Tensor], float, f
                 base = logits(weights, ids)
                 rows.append((base.exp() * (base - logits(changed, ids))).sum(dim=-1))
             locality = locality + torch.cat(rows).mean() / len(chosen)
-        return job.options.edit_weight * edit + job.options.locality_weight * locality, (
+        return training.options.edit_weight * edit + training.options.locality_weight * locality, (
             edit,
             locality,
         )
@@ -135,10 +135,10 @@ def plain_step(job: Any, chosen: Any) -> tuple[dict[str, torch.Tensor], float, f
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_training_step_is_the_plain_one(kind: Kind) -> None:
-    job = learning(tiny_model(kind))
-    learner = _Learner(job, None)
+    training = learning(tiny_model(kind))
+    learner = _Learner(training, None)
     before = {name: tensor.detach().clone() for name, tensor in learner.network.learned().items()}
-    gradients, edit, locality = plain_step(job, learner.drawn(1))
+    gradients, edit, locality = plain_step(training, learner.drawn(1))
     record = learner.take_step()
     assert record.target["edit_loss"] == pytest.approx(edit, rel=1e-4)
     assert record.target["locality_loss"] == pytest.approx(locality, rel=1e-3)
@@ -156,13 +156,13 @@ def test_a_training_step_is_the_plain_one(kind: Kind) -> None:
 
 
 def test_edits_one_by_one_accumulate_to_the_gradient_of_all_at_once() -> None:
-    found = []
+    gradients = []
     for at_once in (1, 4):
         learner = _Learner(learning(tiny_model("gpt2"), accumulate=4, at_once=at_once), None)
         learner.take_step()
-        found.append({name: tensor.grad for name, tensor in learner.network.learned().items()})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-5)
+        gradients.append({name: tensor.grad for name, tensor in learner.network.learned().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5)
 
 
 def same(first: LearningState, second: LearningState) -> bool:
@@ -193,8 +193,8 @@ def plain(events: list[Any]) -> list[Any]:
 def test_the_same_seed_gives_the_same_bits_also_from_any_checkpoint(
     sequence: int, tmp_path: Path
 ) -> None:
-    job = learning(tiny_model("llama"), sequence=sequence, steps=5)
-    whole = list(job.run())
+    training = learning(tiny_model("llama"), sequence=sequence, steps=5)
+    whole = list(training.run())
     last = whole[-1]
     assert isinstance(last, LearningState) and last.step == 5
     for index, event in enumerate(whole):
@@ -210,8 +210,8 @@ def test_the_same_seed_gives_the_same_bits_also_from_any_checkpoint(
 
 
 def test_a_chain_edits_what_was_edited_before_and_begins_anew_after_its_length() -> None:
-    job = learning(tiny_model("gpt2"), sequence=2, steps=3)
-    states = [event for event in job.run() if isinstance(event, LearningState)]
+    training = learning(tiny_model("gpt2"), sequence=2, steps=3)
+    states = [event for event in training.run() if isinstance(event, LearningState)]
     assert [bool(state.chains) for state in states] == [False, True, True, True]
     name = next(iter(states[1].chains))
     ranks = [state.chains[name].shape[1] for state in states[1:]]
@@ -266,51 +266,53 @@ def test_no_request_is_both_trained_on_and_left_to_runs() -> None:
     requests = facts()
     divided = split(requests, held_apart=4, validation=3, least=1, seed=0)
     parts = [
-        {each.id for each in part} for part in (requests[:4], divided.train, divided.validation)
+        {request.id for request in part}
+        for part in (requests[:4], divided.train, divided.validation)
     ]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 12
     assert divided == split(requests, held_apart=4, validation=3, least=1, seed=0)
     again = [*requests[:4], *facts(2, id="other/0"), *requests[4:]]
     assert "other/0" not in {
-        each.id for each in split(again, held_apart=4, validation=3, least=1, seed=0).seen
+        request.id for request in split(again, held_apart=4, validation=3, least=1, seed=0).used
     }, "the same prompts"
 
 
 def test_every_example_comes_once_before_any_comes_again() -> None:
     requests = facts()
     drawn = [
-        each
+        example
         for step in (1, 2, 3)
-        for each in examples(requests, seed=0, step=step, count=4, locality=3)
+        for example in examples(requests, seed=0, step=step, count=4, locality=3)
     ]
-    assert {each.request.id for each in drawn} == {each.id for each in requests}
-    assert all(each.paraphrase in each.request.paraphrases for each in drawn)
+    assert {example.request.id for example in drawn} == {request.id for request in requests}
+    assert all(example.paraphrase in example.request.paraphrases for example in drawn)
     assert all(
-        len(each.locality) == 3 and set(each.locality) <= set(locality_texts(each.request))
-        for each in drawn
+        len(example.locality) == 3 and set(example.locality) <= set(locality_texts(example.request))
+        for example in drawn
     )
 
 
 @pytest.mark.parametrize(
-    ("changes", "held_apart", "told"),
+    ("changes", "held_apart", "problem"),
     [
         (
             {},
             11,
-            "1 requests lie behind the 11 that are held apart; editor.train.validation=2 and at least 2 to train on are needed",
+            r"too few requests after the 11 reserved ones \(got 1; expected "
+            r"editor.train.validation=2 and at least 2 for training\)",
         ),
         (
             {"neighbours": ()},
             0,
-            "none of the 12 requests that may be trained on has a locality text",
+            "none of the 12 requests for training has a locality text",
         ),
-        ({"paraphrases": ()}, 0, "none of the 12 requests that may be trained on has a paraphrase"),
+        ({"paraphrases": ()}, 0, "none of the 12 requests for training has a paraphrase"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused(
-    changes: dict[str, Any], held_apart: int, told: str
+    changes: dict[str, Any], held_apart: int, problem: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=problem):
         split(facts(**changes), held_apart=held_apart, validation=2, least=2, seed=0)
 
 
@@ -341,7 +343,7 @@ OVERRIDES = (
 )
 
 
-def job_of(folder: Path, *overrides: str) -> Any:
+def training_of(folder: Path, *overrides: str) -> Any:
     from editkit.config.compose import compose
 
     small = (
@@ -362,8 +364,8 @@ def test_a_training_writes_what_a_run_writes_and_a_hypernetwork_that_a_run_takes
     from editkit.config.build import build
     from editkit.config.compose import compose
 
-    job = job_of(tmp_path)
-    assert train(job) == 0
+    training = training_of(tmp_path)
+    assert train(training) == 0
     for name in (
         "config.yaml",
         "provenance.json",
@@ -373,62 +375,62 @@ def test_a_training_writes_what_a_run_writes_and_a_hypernetwork_that_a_run_takes
         "figures/training.png",
         "DONE",
     ):
-        assert (job.folder / name).exists(), name
-    network, header = load_hypernetwork(str(job.folder))
-    assert header.trained and header.facts["held_apart"] == job.editor.train.held_apart
+        assert (training.folder / name).exists(), name
+    network, header = load_hypernetwork(str(training.folder))
+    assert header.trained and header.facts["held_apart"] == training.editor.train.held_apart
     assert (
-        json.loads((job.folder / "provenance.json").read_text())["model"]["fingerprint"]
+        json.loads((training.folder / "provenance.json").read_text())["model"]["fingerprint"]
         == header.fingerprint
     )
     assert not set(header.trained) & {
-        each.id for each in job.data.requests[: job.editor.train.held_apart]
+        request.id for request in training.data.requests[: training.editor.train.held_apart]
     }
     run = [
-        f"editor.hypernetwork={job.folder}",
+        f"editor.hypernetwork={training.folder}",
         "edits=2",
         "suite=none",
         f"paths.outputs={tmp_path / 'runs'}",
     ]
     build(compose([*OVERRIDES, *run]).config)
     again = network.tensors
-    assert train(job) == 0, "done already"
-    assert train(job_of(tmp_path, "resume=never")) == 0
-    anew, _ = load_hypernetwork(str(job.folder))
+    assert train(training) == 0, "done already"
+    assert train(training_of(tmp_path, "resume=never")) == 0
+    anew, _ = load_hypernetwork(str(training.folder))
     assert all(torch.equal(tensor, anew.tensors[name]) for name, tensor in again.items())
 
-    def refuses(told: str, job: Any) -> None:
+    def refuses(problem: str, training: Any) -> None:
         files = [
             (path, path.read_bytes())
-            for path in sorted(job.folder.rglob("*"))
+            for path in sorted(training.folder.rglob("*"))
             if path.is_file() and path.name != ".lock"
         ]
-        with pytest.raises(ConfigError, match=told):
-            train(job)
+        with pytest.raises(ConfigError, match=problem):
+            train(training)
         assert files == [
             (path, path.read_bytes())
-            for path in sorted(job.folder.rglob("*"))
+            for path in sorted(training.folder.rglob("*"))
             if path.is_file() and path.name != ".lock"
         ]
 
     elsewhere, llama = (
-        replace(job, data=replace(job.data, digest="0" * 64)),
-        replace(job, model=ModelConfig(id="asset:tiny-llama")),
+        replace(training, data=replace(training.data, digest="0" * 64)),
+        replace(training, model=ModelConfig(id="asset:tiny-llama")),
     )
     refuses(r"dataset: .* is not what the run began with", elsewhere)
     refuses(
         "no bundled model",
-        replace(job_of(tmp_path, "resume=never"), model=ModelConfig(id="asset:gone")),
+        replace(training_of(tmp_path, "resume=never"), model=ModelConfig(id="asset:gone")),
     )
-    (job.folder / "DONE").unlink()
+    (training.folder / "DONE").unlink()
     refuses(r"dataset: .* is not what the run began with", elsewhere)
     refuses("model: asset:tiny-llama is not what the run began with", llama)
 
 
 @pytest.mark.slow
 def test_a_training_that_diverges_keeps_its_checkpoint_and_says_where(tmp_path: Path) -> None:
-    job = job_of(tmp_path, "editor.network.step_size=1e38")
-    assert train(job) == 1
-    failure = json.loads((job.folder / "FAILED.json").read_text())
+    training = training_of(tmp_path, "editor.network.step_size=1e38")
+    assert train(training) == 1
+    failure = json.loads((training.folder / "FAILED.json").read_text())
     assert failure["kind"] == "diverged" and failure["saved_step"] == 0
     assert "lower editor.train.lr" in failure["error"]
 
