@@ -60,8 +60,8 @@ def test_a_request_may_fill_every_position_and_no_more(model: EditableModel) -> 
         dataclasses.replace(filled(model, tokens=129), id="spills"),
     )
     require_room(model, [fits], BARE, [()])
-    (found,) = problems(model, [fits, spills])
-    assert found.startswith(
+    (problem,) = problems(model, [fits, spills])
+    assert problem.startswith(
         "spills: prompt and target, without the last token, are too long (got 129; expected at "
         "most 128 tokens, the context length of tiny-gpt2)."
     )
@@ -75,11 +75,11 @@ def test_every_request_that_is_too_long_is_named_also_in_a_context(model: Editab
         for tokens in (room - 5, room + 5, 128)
     ]
     require_room(model, near, BARE, [()] * 3)
-    found = problems(model, near, ("{}", context))
-    assert [problem.partition(":")[0] for problem in found] == [f"r/{room + 5}", "r/128"]
+    refused = problems(model, near, ("{}", context))
+    assert [problem.partition(":")[0] for problem in refused] == [f"r/{room + 5}", "r/128"]
     assert (
-        all("in the editor's longest context template" in problem for problem in found)
-        and "Fix: leave such requests out" in found[-1]
+        all("in the editor's longest context template" in problem for problem in refused)
+        and "Fix: leave such requests out" in refused[-1]
     )
 
 
@@ -88,10 +88,10 @@ def test_an_answer_without_room_is_named_with_its_question(model: EditableModel)
     fine = Probe(
         prompt="Paris is in " * 200, answer="France"
     )  # a question that only judges loses its beginning
-    (found,) = problems(model, [request(0), request(1)], questions=[[fine], [fine, long, long]])
+    (problem,) = problems(model, [request(0), request(1)], questions=[[fine], [fine, long, long]])
     assert (
-        found.startswith(f"{request(1).id}: the answer 'Rome Rome")
-        and "to 'Who was it?' is too long" in found
+        problem.startswith(f"{request(1).id}: the answer 'Rome Rome")
+        and "to 'Who was it?' is too long" in problem
     )
 
 

@@ -83,10 +83,10 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_bits(
-    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    exported: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert exported.keys() == expected.keys()
+    assert [name for name in exported if not torch.equal(exported[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,5 @@
-"""A run goes on with what it began with, or says what has changed and leaves the earlier results
-alone.
+"""A run resumes with the inputs that it began with, or reports which of them have changed and leaves
+the earlier results alone.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ CHANGES: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES)
-def test_a_run_does_not_go_on_with_other_data_weights_or_second_moments(
+def test_a_run_does_not_resume_with_other_data_weights_or_second_moments(
     change: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
     folder = begin(tmp_path, stops_at="counterfact/1")
@@ -182,7 +182,7 @@ def test_a_run_does_not_go_on_with_other_data_weights_or_second_moments(
     assert files(folder) == before
 
 
-def test_a_run_whose_inputs_are_the_same_goes_on(tmp_path: Path) -> None:
+def test_a_run_whose_inputs_are_the_same_resumes(tmp_path: Path) -> None:
     folder = begin(tmp_path, stops_at="counterfact/1")
     for write in (write_data, write_model, write_text):
         write(tmp_path)
@@ -194,7 +194,7 @@ def test_a_run_whose_inputs_are_the_same_goes_on(tmp_path: Path) -> None:
     ]
 
 
-def test_a_checkpoint_that_does_not_say_what_the_run_began_with_is_not_gone_on_from(
+def test_a_checkpoint_without_the_inputs_that_the_run_began_with_is_not_resumed(
     tmp_path: Path,
 ) -> None:
     folder = begin(tmp_path, stops_at="counterfact/1")
@@ -269,7 +269,7 @@ def test_what_is_measured_on_is_an_input_too(tmp_path: Path) -> None:
         )
 
 
-def test_a_run_that_went_on_elsewhere_says_where_it_was_before(tmp_path: Path) -> None:
+def test_a_run_that_is_resumed_elsewhere_records_where_it_was_before(tmp_path: Path) -> None:
     folder = begin(tmp_path, stops_at="counterfact/1")
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["earlier_sessions"] == []
@@ -292,7 +292,7 @@ def test_generators_of_gpus_that_are_not_there_are_left_alone(
 
 
 @pytest.mark.parametrize("device", ["cuda:9", "mps"])
-def test_a_device_that_is_not_there_is_told_with_those_that_are(device: str) -> None:
+def test_a_missing_device_is_reported_with_those_that_exist(device: str) -> None:
     if device == "mps" and torch.mps.is_available():
         pytest.skip("it is there")
     with pytest.raises(

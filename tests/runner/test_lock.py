@@ -69,16 +69,16 @@ def test_a_killed_holder_leaves_the_lock_free(tmp_path: Path) -> None:
 
 def test_the_second_can_wait_for_the_first_to_end(tmp_path: Path) -> None:
     process = hold(tmp_path)
-    told: list[str] = []
+    holders: list[str] = []
 
     def waiting(holder: str) -> None:
-        told.append(holder)
+        holders.append(holder)
         threading.Timer(0.2, process.kill).start()
 
     with locked(tmp_path, may_wait=True, waiting=waiting):
         assert process.wait(timeout=10) == -signal.SIGKILL
     process.communicate()
-    assert told and str(process.pid) in told[0]
+    assert holders and str(process.pid) in holders[0]
 
 
 def test_looking_at_a_lock_neither_takes_nor_makes_it(tmp_path: Path) -> None:

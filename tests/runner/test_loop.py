@@ -167,8 +167,8 @@ def test_the_last_state_keeps_the_model_from_before_a_restraint_was_put_in_at_th
         if isinstance(event, RunState)
     ]
     model = tiny_model("gpt2")
-    job = trajectory(model, REQUESTS, editor=loud, restraints=prune(apply_at="end"))
-    states = [event for event in run_edits(job) if isinstance(event, RunState)]
+    plan = trajectory(model, REQUESTS, editor=loud, restraints=prune(apply_at="end"))
+    states = [event for event in run_edits(plan) if isinstance(event, RunState)]
     assert [bool(state.before_end) for state in states] == [False, False, False, True]
     save_state(states[-1], tmp_path, {})
     last = load_state(tmp_path)
@@ -226,11 +226,14 @@ def test_a_run_told_to_continue_goes_past_a_collapse_without_writing_it() -> Non
 
 
 def test_a_run_that_is_asked_to_stop_yields_its_state_after_the_edit_at_hand() -> None:
-    asked = iter([False, True])
+    answers = iter([False, True])
     events = list(
         run_edits(
             trajectory(
-                tiny_model("gpt2"), REQUESTS, checkpoint_every=100, should_stop=lambda: next(asked)
+                tiny_model("gpt2"),
+                REQUESTS,
+                checkpoint_every=100,
+                should_stop=lambda: next(answers),
             )
         )
     )

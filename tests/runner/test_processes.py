@@ -45,13 +45,13 @@ def fingerprint(method: str, kind: Kind) -> str:
     editor = editors[method]() if method in editors else memit(**quick)
     model = tiny_model(kind)
     restraints = Restraints(solve=solves.get(method), objective=EAC if method == "eac" else None)
-    asked = [replace(each, id=f"run/{index}") for index, each in enumerate(requests(3))]
-    job = trajectory(
-        model, asked, editor=editor, restraints=restraints, milestones=(0, 3), checkpoint_every=100
+    chosen = [replace(request, id=f"run/{index}") for index, request in enumerate(requests(3))]
+    plan = trajectory(
+        model, chosen, editor=editor, restraints=restraints, milestones=(0, 3), checkpoint_every=100
     )
-    job = replace(job, moments=model_moments(model, editor.modules(model)))
+    plan = replace(plan, moments=model_moments(model, editor.modules(model)))
     digest = hashlib.sha256()
-    for event in run_edits(job):
+    for event in run_edits(plan):
         if isinstance(event, StepRecord | EvalRecord):
             record = asdict(event) | ({"seconds": None} if isinstance(event, StepRecord) else {})
             digest.update(json.dumps(record, sort_keys=True, default=str).encode())

@@ -87,8 +87,8 @@ def records(folder: Path, name: str) -> list[dict]:
 
 def wait_for_lines(process: subprocess.Popen, outputs: Path, count: int) -> None:
     while process.poll() is None:
-        found = list(outputs.glob(f"*/*/seed*/{STEPS}"))
-        if found and found[0].read_bytes().count(b"\n") >= count:
+        paths = list(outputs.glob(f"*/*/seed*/{STEPS}"))
+        if paths and paths[0].read_bytes().count(b"\n") >= count:
             return
         time.sleep(0.005)
 
@@ -124,7 +124,7 @@ def test_a_run_killed_at_random_moments_writes_the_records_and_weights_of_an_und
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_at_the_next_edit_and_the_same_command_goes_on(
+def test_a_signal_saves_at_the_next_edit_and_the_same_command_resumes(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     process = start(tmp_path)
