@@ -135,13 +135,13 @@ def stream_items(
     if task not in _TASKS:
         raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
     rng = random.Random(f"{seed}/{task}/{split}")
-    seen: set[str] = set()
+    drawn: set[str] = set()
     while True:
         prompt, answer = _TASKS[task](rng, names)
         is_test = zlib.crc32(prompt.encode()) % 8 == 0
-        if is_test == (split == "test") and prompt not in seen:
-            seen.add(prompt)
+        if is_test == (split == "test") and prompt not in drawn:
+            drawn.add(prompt)
             choices = ("True", "False") if task == "entailment" else None
             yield TaskItem(
-                id=f"{task}/{split}/{len(seen) - 1}", prompt=prompt, answer=answer, choices=choices
+                id=f"{task}/{split}/{len(drawn) - 1}", prompt=prompt, answer=answer, choices=choices
             )

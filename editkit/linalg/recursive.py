@@ -123,9 +123,10 @@ class Memory:
 
 
 def memory_numbers(size: int, num_keys: int) -> tuple[float, bool]:
-    """How many numbers a memory of so many keys keeps, and whether they are a size x size matrix.
+    """The number of values in a memory of `num_keys` keys, and whether they are a size x size
+    matrix.
 
-    While a factor is built, the former one is kept beside it.
+    A factor counts twice, because the former one still exists while the next one is built.
     """
     widest = WIDEST_FACTOR * size
     if num_keys > widest:

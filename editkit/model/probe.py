@@ -111,8 +111,8 @@ def behaviour(tokenizer: Any) -> tuple[tuple[str, str], ...]:
         ("leading blank", blank),
         (
             "padding side",
-            f"{tokenizer.padding_side} (editkit pads by itself: right, and left where it goes on "
-            "from a token)",
+            f"{tokenizer.padding_side} (not used: editkit pads on the right, and on the left for "
+            "generation)",
         ),
         ("pad token", f"{pad}" if pad else "none (not needed)"),
         (

@@ -1,4 +1,4 @@
-"""Keys and values: what goes into and comes out of a matrix at the subject's last token.
+"""Keys and values: the inputs and outputs of a matrix at the subject's last token.
 
 Shape letters: O d_out, I d_in, N requests, C contexts, M texts.
 """
