@@ -1,7 +1,7 @@
-"""The evaluator's interface, and what it measures.
+"""The interfaces of evaluators.
 
 Probabilities, accuracies and ROUGE are in [0, 1], log-probabilities in nats. A score that is not
-finite counts as a failure and is counted apart: no record is ever dropped from a mean.
+finite is a failure and is counted in `nonfinite`. No record is ever dropped from a mean.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """A `SampleRecord` before it is known at which step and of which view: prompts, generations and
-    scores, an item a row.
-    """
+    """A `SampleRecord` without step and view: a row of prompts, generations and scores per item."""
 
     name: str
     rows: tuple[Mapping[str, Any], ...]  # plain JSON values
@@ -31,19 +29,17 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """When an evaluator is asked, and about which of the run's edits."""
+    """The time of a measurement, and the edits that it is about."""
 
     view: str
     positions: tuple[int, ...]  # of the requests among the run's edits, counted from 1
     is_before: bool = False  # the unedited model, on the edits to come
-    # with rollback: these edits were made alone, and the model will never hold them again
+    # With rollback: these edits were made alone, and the model will never hold them again.
     is_alone: bool = False
 
 
 class AbstractEvaluator(abc.ABC):
-    """Something that measures a model. Concrete evaluators are frozen dataclasses: their fields are
-    the options.
-    """
+    """It measures a model. The configured ones are frozen dataclasses: their fields are options."""
 
     def prepare(self, model: EditableModel) -> AbstractEvaluator:
         """The evaluator with everything that it computes once for a model. A run calls this before
@@ -52,8 +48,8 @@ class AbstractEvaluator(abc.ABC):
         return self
 
     def inputs(self, model: EditableModel) -> Mapping[str, str]:
-        """Digests of what it reads besides the model and the requests, by what that is: a run that
-        goes on must read the same.
+        """Digests of the data that it reads besides model and requests, by option. They must not
+        change when a run resumes.
         """
         return {}
 
@@ -61,8 +57,8 @@ class AbstractEvaluator(abc.ABC):
     def baseline(
         self, model: EditableModel, requests: Sequence[EditRequest]
     ) -> Mapping[str, torch.Tensor]:
-        """What the unedited model answers: computed once at step 0 for all requests of the run, and
-        kept in its state.
+        """The frozen answers of the unedited model: computed once at step 0 for all requests of the
+        run, and kept in its state.
         """
 
     @abc.abstractmethod
@@ -72,18 +68,18 @@ class AbstractEvaluator(abc.ABC):
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
     ) -> Sequence[Measurement | Samples]:
-        """Measures the model as it is now on `requests`: those edited so far, each of which must be
-        in the baseline.
-
-        Samples, which may come among the measurements, are what a reader of the numbers would want
-        to look at.
+        """Measures the model with its current weights on `requests`: those edited so far, all of
+        which are in the baseline. Samples are returned among the measurements.
         """
 
 
 class AbstractEditEvaluator(AbstractEvaluator):
-    """One that judges the edits themselves, so that it matters when each of them was made."""
+    """An evaluator that judges the edits themselves, so that it matters when each was made.
 
-    # it notes each edit where evaluation.timings ask for `immediate`; False: with rollback alone
+    What it observes right after an edit goes into its notes, which the run's state keeps.
+    """
+
+    # Whether it notes each edit if evaluation.timings has `immediate`; False: with rollback alone.
     is_immediate: ClassVar[bool] = True
 
     @abc.abstractmethod
@@ -92,11 +88,10 @@ class AbstractEditEvaluator(AbstractEvaluator):
         model: EditableModel,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
     ) -> Sequence[Measurement | Samples]:
-        """`evaluate` with the moment known: blocks of edits, and what was noted right after each
-        edit, can be told.
-        """
+        """`evaluate` at a known moment: also blocks of edits, and comparisons with the notes."""
 
     @abc.abstractmethod
     def note(
@@ -104,10 +99,11 @@ class AbstractEditEvaluator(AbstractEvaluator):
         model: EditableModel,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
     ) -> Mapping[str, torch.Tensor]:
-        """The baseline with the scores of requests that were edited in just now: each request once
-        a view, in the order of edits.
+        """The notes with those of requests whose edits were made in this step. It is called once
+        for each request and view, in the order of edits.
         """
 
     @abc.abstractmethod
@@ -115,21 +111,21 @@ class AbstractEditEvaluator(AbstractEvaluator):
         self,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
         *,
         timing: str,
     ) -> Sequence[Measurement | Samples]:
-        """The noted scores of the moment's requests as measurements, with what was kept of their
-        samples; the model is not asked again.
-        """
+        """The notes of the moment's requests as measurements and samples, without a model."""
 
 
 class AbstractSuite(AbstractEvaluator):
-    """Tasks that stand for general abilities: an evaluator with data of its own, which is looked
-    for before anything else is done.
+    """Tasks that stand for general abilities: an evaluator with data of its own, which is checked
+    before a model is loaded.
     """
 
-    every: int  # it measures at every so many milestones, always at the first and at the last
+    # It measures at every so many milestones, and always at the first and at the last.
+    every: int
 
     @abc.abstractmethod
     def check(self, *, positions: int | None = None) -> AbstractSuite:
@@ -145,8 +141,8 @@ class AbstractSuite(AbstractEvaluator):
 
 
 def mean_and_stderr(scores: Sequence[float]) -> tuple[float | None, float | None]:
-    """The mean (None where it is not finite) and its standard error (None also for fewer than two
-    scores).
+    """The mean and its standard error. Both are None if the mean is not finite, the error also for
+    fewer than two scores.
     """
     n = len(scores)
     mean = math.fsum(scores) / n if all(map(math.isfinite, scores)) else math.nan

@@ -40,9 +40,10 @@ from editkit.evaluation.protocols.argmax import Argmax
 from editkit.evaluation.protocols.ask import ask_all, samples_name, samples_of
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
+    Answers,
+    Frozen,
     Questions,
-    Said,
-    frozen_conflicts,
+    frozen_key,
     in_context,
     unknown_protocols,
 )
@@ -82,8 +83,8 @@ class EditingEvaluator(AbstractEditEvaluator):
     block_size: int | None = None  # edits; None: no blocks
     aggregation: Aggregation = "request"
     bootstrap: int = 0  # resamples for 95 % confidence intervals; 0: none
-    context: str = PLACE  # what every prompt is put into
-    attribute_prompts: bool = False  # ask CounterFact's, which double its prompts
+    context: str = PLACE  # the template around every prompt
+    attribute_prompts: bool = False  # measure CounterFact's too, which double its prompts
     generate: Generate = field(default_factory=Generate)
     distribution: Distribution = field(default_factory=Distribution)
     fluency: Fluency = field(
@@ -93,7 +94,7 @@ class EditingEvaluator(AbstractEditEvaluator):
         default_factory=lambda: Perplexity(path=None, max_tokens=None, window=512)
     )
     thresholds: Thresholds = field(default_factory=Thresholds)  # read by reports alone
-    own: tuple[AbstractProtocol, ...] = ()  # protocols of the user's, besides the shipped ones
+    own: tuple[AbstractProtocol, ...] = ()  # the user's own protocols, besides the shipped ones
 
     def __post_init__(self) -> None:
         problems = unknown_protocols(self.protocols, self.own)
@@ -111,52 +112,47 @@ class EditingEvaluator(AbstractEditEvaluator):
             for key, (value, limit) in least.items()
             if value < limit
         ]
-        problems += frozen_conflicts(self._known())
         if problems:
             raise OptionError(problems)
 
     def evaluators(self) -> dict[str, AbstractEvaluator]:
-        """What these options ask for, by the names under which a run keeps their baselines."""
-        found: dict[str, AbstractEvaluator] = {"editing": self} if self.protocols else {}
+        """The evaluators of these options, by the names under which a run keeps their baselines."""
+        evaluators: dict[str, AbstractEvaluator] = {"editing": self} if self.protocols else {}
         if self.fluency.limit != 0:
-            found["fluency"] = replace(self.fluency, tokens_per_batch=self.tokens_per_batch)
+            evaluators["fluency"] = replace(self.fluency, tokens_per_batch=self.tokens_per_batch)
         if self.perplexity.path is not None:
-            found["perplexity"] = replace(self.perplexity, tokens_per_batch=self.tokens_per_batch)
-        return found
-
-    # Asking
+            evaluators["perplexity"] = replace(
+                self.perplexity, tokens_per_batch=self.tokens_per_batch
+            )
+        return evaluators
 
     def baseline(
         self, model: EditableModel, requests: Sequence[EditRequest]
     ) -> dict[str, torch.Tensor]:
-        """What each protocol freezes of each request, the scores before the first edit, and whose
-        they are.
+        """The tensors that each protocol freezes of each request, the scores before the first edit,
+        and the ids of the requests.
         """
         if not self.protocols:
             return {}
-        # Everything is asked, as later on: the same batches give the same bits, so that without an
-        # edit locality is exactly 1.
-        asked = self._questions(requests)
-        said = self._answers(model, asked, None)
-        frozen = [
-            {
-                name: each
-                for protocol in self._chosen()
-                for name, each in protocol.freeze(one, said[protocol.name]).items()
-            }
-            for one in asked
-        ]
-        found = {
-            f"{name}/{one.request.id}": tensor
-            for one, each in zip(asked, frozen, strict=True)
-            for name, tensor in each.items()
+        # All protocols are asked everything, as at later measurements: equal batches give equal
+        # bits, so that without an edit locality is exactly 1.
+        batch = self._questions(requests)
+        answers = self._answers(model, batch, None)
+        frozen = {
+            protocol.name: [
+                protocol.freeze(questions, answers[protocol.name]) for questions in batch
+            ]
+            for protocol in self._chosen()
         }
-        judged, _ = self._assess(asked, said, frozen)
-        return (
-            found
-            | {score_key(BEFORE, metric): as_rows(each) for metric, each in judged.items()}
-            | {IDS: to_bytes([one.id for one in requests])}
-        )
+        tensors = {
+            frozen_key(protocol, name, request): tensor
+            for protocol in self._chosen()
+            for request, own in zip(requests, frozen[protocol.name], strict=True)
+            for name, tensor in own.items()
+        }
+        judged, _ = self._assess(batch, answers, frozen)
+        scores = {score_key(BEFORE, metric): as_rows(tally) for metric, tally in judged.items()}
+        return tensors | scores | {IDS: to_bytes([request.id for request in requests])}
 
     def evaluate(
         self,
@@ -164,117 +160,105 @@ class EditingEvaluator(AbstractEditEvaluator):
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
     ) -> list[Measurement | Samples]:
-        return self.measure(
-            model, requests, baseline, Moment(view="", positions=tuple(range(1, len(requests) + 1)))
-        )
+        moment = Moment(view="", positions=tuple(range(1, len(requests) + 1)))
+        return self.measure(model, requests, baseline, {}, moment)
 
     def measure(
         self,
         model: EditableModel,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
     ) -> list[Measurement | Samples]:
         if not requests or not self.protocols:
             return []
-        before = self._before(requests, baseline)
-        if moment.is_before:  # asked already
+        before = self._ordered(scores_before(requests, baseline))
+        if moment.is_before:  # the baseline holds the scores
             judged, samples = before, self._samples_before(requests, baseline)
         else:
             judged, samples = self._judge(model, requests, baseline)
-        noted = self._noted(baseline, moment)
-        found: list[Measurement | Samples] = [
+        noted = self._ordered(noted_scores(notes, moment))
+        results: list[Measurement | Samples] = [
             *self._measurements(breakdown.everything(judged, self._statistics)),
             *self._measurements(
                 breakdown.blocks(judged, moment.positions, self.block_size, self._statistics)
             ),
         ]
         if not moment.is_before:
-            found += self._measurements(breakdown.succeeded(judged, self._statistics))
-            found += self._measurements(breakdown.known_before(judged, before, self._statistics))
+            results += self._measurements(breakdown.succeeded(judged, self._statistics))
+            results += self._measurements(breakdown.known_before(judged, before, self._statistics))
         if noted:
-            found += self._measurements(breakdown.forgetting(judged, noted, self._statistics))
-            found += self._measurements(
+            results += self._measurements(breakdown.forgetting(judged, noted, self._statistics))
+            results += self._measurements(
                 breakdown.everything(noted, self._statistics), timing="immediate"
             )
-        return found + list(samples)
+        return results + list(samples)
 
     def note(
         self,
         model: EditableModel,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
     ) -> dict[str, torch.Tensor]:
-        """Adds a row for each request, (edits so far, 3), under each metric; `moment.positions` go
-        on where the last note ended.
+        """Adds a row for each request, (edits so far, 3), under each metric. `moment.positions`
+        continue the last note.
 
-        Of edits that are alone in the model, which nothing will ask again, the samples are kept
-        too.
+        With rollback the samples are noted too: the model never holds these edits again.
         """
         judged, samples = self._judge(model, requests, baseline)
-        past = {
-            metric: baseline[score_key(f"{NOTED}/{moment.view}", metric)]
-            for metric in metrics_in(baseline, f"{NOTED}/{moment.view}")
-        }
+        where = f"{NOTED}/{moment.view}"
+        past = {metric: notes[score_key(where, metric)] for metric in metrics_in(notes, where)}
         num_past = moment.positions[0] - 1
-        found = dict(baseline)
+        added = dict(notes)
         for metric in (*past, *(metric for metric in judged if metric not in past)):
             former_R3 = past.get(metric, as_rows([Tally()] * num_past))
             new_R3 = as_rows(judged.get(metric, [Tally()] * len(requests)))
             assert len(former_R3) == num_past, "a batch was not noted"
-            found[score_key(f"{NOTED}/{moment.view}", metric)] = torch.cat([former_R3, new_R3])
-        for each in samples if moment.is_alone else ():
+            added[score_key(where, metric)] = torch.cat([former_R3, new_R3])
+        for sample in samples if moment.is_alone else ():
             for request in requests:
-                rows = [row for row in each.rows if row["request"] == request.id]
-                found[f"{ROWS}/{moment.view}/{each.name}/{request.id}"] = to_bytes(rows)
-        return found
+                rows = [row for row in sample.rows if row["request"] == request.id]
+                added[f"{ROWS}/{moment.view}/{sample.name}/{request.id}"] = to_bytes(rows)
+        return added
 
     def noted(
         self,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
         *,
         timing: str,
     ) -> list[Measurement | Samples]:
-        judged, before = self._noted(baseline, moment), self._before(requests, baseline)
+        judged = self._ordered(noted_scores(notes, moment))
+        before = self._ordered(scores_before(requests, baseline))
         parts = (
             breakdown.everything(judged, self._statistics),
             breakdown.succeeded(judged, self._statistics),
             breakdown.known_before(judged, before, self._statistics),
         )
-        found: list[Measurement | Samples] = [
-            each for part in parts for each in self._measurements(part, timing=timing)
+        results: list[Measurement | Samples] = [
+            measurement for part in parts for measurement in self._measurements(part, timing=timing)
         ]
         for name in map(samples_name, self.protocols):
             keys = (f"{ROWS}/{moment.view}/{name}/{request.id}" for request in requests)
-            if rows := tuple(
-                row for key in keys if key in baseline for row in from_bytes(baseline[key])
-            ):
-                found.append(Samples(name=name, rows=rows))
-        return found
-
-    # What was measured before
-
-    def _before(
-        self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
-    ) -> Judged:
-        return self._ordered(scores_before(requests, baseline))
-
-    def _noted(self, baseline: Mapping[str, torch.Tensor], moment: Moment) -> Judged:
-        return self._ordered(noted_scores(baseline, moment))
+            rows = tuple(row for key in keys if key in notes for row in from_bytes(notes[key]))
+            if rows:
+                results.append(Samples(name=name, rows=rows))
+        return results
 
     def _samples_before(
         self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
     ) -> Sequence[Samples]:
-        asked, frozen = self._questions(requests), self._frozen(requests, baseline)
+        batch, frozen = self._questions(requests), self._frozen(requests, baseline)
         verdicts = {
-            protocol.name: protocol.assess_before(asked, frozen) for protocol in self._chosen()
+            protocol.name: protocol.assess_before(batch, frozen[protocol.name])
+            for protocol in self._chosen()
         }
-        return samples_of({name: each for name, each in verdicts.items() if each is not None})
-
-    # Asking and judging
+        return samples_of({name: own for name, own in verdicts.items() if own is not None})
 
     def _judge(
         self,
@@ -282,39 +266,40 @@ class EditingEvaluator(AbstractEditEvaluator):
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
     ) -> tuple[Judged, Sequence[Samples]]:
-        asked, frozen = self._questions(requests), self._frozen(requests, baseline)
-        return self._assess(asked, self._answers(model, asked, frozen), frozen)
+        batch, frozen = self._questions(requests), self._frozen(requests, baseline)
+        return self._assess(batch, self._answers(model, batch, frozen), frozen)
 
     def _assess(
         self,
-        asked: Sequence[Questions],
-        said: Mapping[str, Said],
-        frozen: Sequence[Mapping[str, torch.Tensor]],
+        batch: Sequence[Questions],
+        answers: Mapping[str, Answers],
+        frozen: Mapping[str, Sequence[Frozen]],
     ) -> tuple[Judged, Sequence[Samples]]:
         verdicts = {
-            protocol.name: protocol.assess(asked, said[protocol.name], frozen)
+            protocol.name: protocol.assess(batch, answers[protocol.name], frozen[protocol.name])
             for protocol in self._chosen()
         }
-        return self._ordered(
-            {metric: found for each in verdicts.values() for metric, found in each.judged.items()}
-        ), samples_of(verdicts)
+        judged = {
+            metric: tallies for own in verdicts.values() for metric, tallies in own.judged.items()
+        }
+        return self._ordered(judged), samples_of(verdicts)
 
     def _answers(
         self,
         model: EditableModel,
-        asked: Sequence[Questions],
-        frozen: Sequence[Mapping[str, torch.Tensor]] | None,
-    ) -> dict[str, Said]:
+        batch: Sequence[Questions],
+        frozen: Mapping[str, Sequence[Frozen]] | None,
+    ) -> dict[str, Answers]:
         budget = self.tokens_per_batch
-        return ask_all(model, self._chosen(), asked, frozen, tokens_per_batch=budget)
+        return ask_all(model, self._chosen(), batch, frozen, tokens_per_batch=budget)
 
     def probes(self, requests: Sequence[EditRequest]) -> Iterator[Iterator[Probe]]:
-        """All that is scored of each request, possibly more than once."""
+        """The answers of each request that are scored, possibly more than once."""
         yield from map(self._probes, self._questions(requests))
 
-    def _probes(self, asked: Questions) -> Iterator[Probe]:
+    def _probes(self, questions: Questions) -> Iterator[Probe]:
         for protocol in self._chosen():
-            yield from protocol.probes(asked)
+            yield from protocol.probes(questions)
 
     def _questions(self, requests: Sequence[EditRequest]) -> list[Questions]:
         return [
@@ -324,16 +309,22 @@ class EditingEvaluator(AbstractEditEvaluator):
 
     def _frozen(
         self, requests: Sequence[EditRequest], baseline: Mapping[str, torch.Tensor]
-    ) -> list[dict[str, torch.Tensor]]:
-        names = [name for protocol in self._chosen() for name in protocol.frozen]
-        return [
-            {name: baseline[key] for name in names if (key := f"{name}/{request.id}") in baseline}
-            for request in requests
-        ]
+    ) -> dict[str, list[Frozen]]:
+        return {
+            protocol.name: [
+                {
+                    name: baseline[key]
+                    for name in protocol.frozen
+                    if (key := frozen_key(protocol, name, request)) in baseline
+                }
+                for request in requests
+            ]
+            for protocol in self._chosen()
+        }
 
     def _ordered(self, judged: Judged) -> Judged:
-        """Protocols as chosen, headlines first. A saved state forgets the order of its tensors;
-        records must not depend on it.
+        """Protocols as chosen, headlines first. Records must not depend on the order of tensors,
+        which a checkpoint does not keep.
         """
 
         def place(metric: Metric) -> tuple[int, int, str, str]:
@@ -357,8 +348,6 @@ class EditingEvaluator(AbstractEditEvaluator):
         known = {protocol.name: protocol for protocol in self._known()}
         return [known[name] for name in dict.fromkeys(self.protocols)]
 
-    # Saying
-
     @property
     def _statistics(self) -> Statistics:
         return Statistics(aggregation=self.aggregation, resamples=self.bootstrap)
@@ -367,13 +356,13 @@ class EditingEvaluator(AbstractEditEvaluator):
         self, found: Iterator[breakdown.Found], *, timing: str | None = None
     ) -> Iterator[Measurement]:
         protocols = {protocol.name: protocol for protocol in self._chosen()}
-        for each in found:
-            estimate, protocol = each.estimate, protocols[each.metric.protocol]
+        for result in found:
+            estimate, protocol = result.estimate, protocols[result.metric.protocol]
             yield Measurement(
                 kind="editing",
-                protocol=each.metric.protocol,
-                metric=each.metric.name,
-                task=each.metric.task,
+                protocol=protocol.name,
+                metric=result.metric.name,
+                task=result.metric.task,
                 value=estimate.value,
                 stderr=estimate.stderr,
                 n=estimate.n,
@@ -381,16 +370,17 @@ class EditingEvaluator(AbstractEditEvaluator):
                 low=estimate.low,
                 high=estimate.high,
                 timing=timing,
-                block=each.block,
-                subset=each.subset,
+                block=result.block,
+                subset=result.subset,
                 aggregation=self.aggregation,
                 context=self.context,
                 max_new_tokens=protocol.decoding.max_new_tokens if protocol.decoding else None,
-                variant=protocol.variant(each.metric.name),
+                variant=protocol.variant(result.metric.name),
             )
 
 
 def probes_of(request: EditRequest, protocols: Sequence[str]) -> Iterator[Probe]:
-    """All that must be scored for a request, possibly more than once."""
-    (found,) = EditingEvaluator(protocols=tuple(protocols), tokens_per_batch=1).probes([request])
-    yield from found
+    """The answers of a request that are scored, possibly more than once."""
+    evaluator = EditingEvaluator(protocols=tuple(protocols), tokens_per_batch=1)
+    (probes,) = evaluator.probes([request])
+    yield from probes

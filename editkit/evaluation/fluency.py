@@ -165,6 +165,7 @@ class Fluency(AbstractEditEvaluator):
         model: EditableModel,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
     ) -> list[Measurement | Samples]:
         return self.evaluate(model, requests, baseline)
@@ -174,6 +175,7 @@ class Fluency(AbstractEditEvaluator):
         model: EditableModel,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
     ) -> dict[str, torch.Tensor]:
         """Adds the texts and scores of each request that is among the first `limit`, as JSON."""
@@ -182,18 +184,19 @@ class Fluency(AbstractEditEvaluator):
             request for request, position in placed if self.limit is None or position <= self.limit
         ]
         rows = self._rows(model, chosen, baseline)
-        return {**baseline, **{_key(moment, row["request"]): to_bytes(row) for row in rows}}
+        return {**notes, **{_key(moment, row["request"]): to_bytes(row) for row in rows}}
 
     def noted(
         self,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
         *,
         timing: str,
     ) -> list[Measurement | Samples]:
         keys = (_key(moment, request.id) for request in requests)
-        found = self._found([from_bytes(baseline[key]) for key in keys if key in baseline])
+        found = self._found([from_bytes(notes[key]) for key in keys if key in notes])
         return [
             replace(each, timing=timing) if isinstance(each, Measurement) else each
             for each in found

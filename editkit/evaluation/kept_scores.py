@@ -1,5 +1,6 @@
-"""Scores of edits in a run's state: those before the first edit, and those noted right after each
-edit. A state holds tensors only, so that scores are rows under keys that name the metric.
+"""Scores of edits in a run's state: those before the first edit in its baseline, and those right
+after each edit in its notes. A state holds tensors only: scores are rows under keys that name the
+metric.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ def scores_before(requests: Sequence[EditRequest], baseline: Mapping[str, torch.
     }
 
 
-def noted_scores(baseline: Mapping[str, torch.Tensor], moment: Moment) -> Judged:
-    """The scores of the moment's edits that were noted right after each of them."""
+def noted_scores(notes: Mapping[str, torch.Tensor], moment: Moment) -> Judged:
+    """The scores of the moment's edits right after each of them."""
     chosen = [position - 1 for position in moment.positions]
     where = f"{NOTED}/{moment.view}"
     return {
-        metric: from_rows(baseline[score_key(where, metric)][chosen])
-        for metric in metrics_in(baseline, where)
+        metric: from_rows(notes[score_key(where, metric)][chosen])
+        for metric in metrics_in(notes, where)
     }
 
 
@@ -42,13 +43,9 @@ def score_key(where: str, metric: Metric) -> str:
     return f"{where}/{metric.protocol}/{metric.name}/{metric.task or ''}"
 
 
-def metrics_in(baseline: Mapping[str, torch.Tensor], where: str) -> list[Metric]:
-    """The metrics that the baseline has scores of; a request's own tensors are found under other
-    names.
-    """
+def metrics_in(kept: Mapping[str, torch.Tensor], where: str) -> list[Metric]:
+    """The metrics that a baseline or notes have scores of. Tensors of requests have other names."""
     names = [
-        key.removeprefix(f"{where}/").split("/", 2)
-        for key in baseline
-        if key.startswith(f"{where}/")
+        key.removeprefix(f"{where}/").split("/", 2) for key in kept if key.startswith(f"{where}/")
     ]
     return [Metric(protocol, name, task or None) for protocol, name, task in names]

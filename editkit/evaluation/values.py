@@ -56,15 +56,15 @@ class Values(AbstractSuite, AbstractEditEvaluator):
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
     ) -> list[Measurement | Samples]:
-        return self.measure(
-            model, requests, baseline, Moment(view="", positions=tuple(range(1, len(requests) + 1)))
-        )
+        moment = Moment(view="", positions=tuple(range(1, len(requests) + 1)))
+        return self.measure(model, requests, baseline, {}, moment)
 
     def measure(
         self,
         model: EditableModel,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
     ) -> list[Measurement | Samples]:
         first = [
@@ -74,7 +74,7 @@ class Values(AbstractSuite, AbstractEditEvaluator):
         ]
         if moment.is_before or not first:
             return []
-        now_NO, current_NO = values(model, first), baseline.get(f"{CURRENT}/{moment.view}")
+        now_NO, current_NO = values(model, first), notes.get(f"{CURRENT}/{moment.view}")
         rows = []
         for place, request in enumerate(first):
             current = (
@@ -97,6 +97,7 @@ class Values(AbstractSuite, AbstractEditEvaluator):
         model: EditableModel,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
     ) -> Mapping[str, torch.Tensor]:
         fresh = [
@@ -105,15 +106,16 @@ class Values(AbstractSuite, AbstractEditEvaluator):
             if position <= self.count
         ]
         if not fresh:
-            return baseline
+            return notes
         key = f"{CURRENT}/{moment.view}"
-        known = [baseline[key]] if key in baseline else []
-        return {**baseline, key: torch.cat([*known, values(model, fresh)])}
+        known = [notes[key]] if key in notes else []
+        return {**notes, key: torch.cat([*known, values(model, fresh)])}
 
     def noted(
         self,
         requests: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
         moment: Moment,
         *,
         timing: str,

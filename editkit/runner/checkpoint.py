@@ -8,7 +8,7 @@ the lengths of the record files at that step. Both are written under a temporary
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ LATEST = "latest.json"
 POINTER = {"file": str, "sha256": str, "step": int, "record_bytes": dict}  # the types of its keys
 KEPT = 2  # checkpoints on disk: the newest, and an earlier one that a person can return to
 ANEW = "start anew with resume=never"
+# How the keys of notes begin that earlier versions of editkit kept among the baselines.
+FORMER_NOTES = ("noted/", "rows/", "current/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +138,12 @@ class RunState:
     contexts: tuple[str, ...]
     editor: TensorState
     solve: TensorState  # of the restraint on the solve
-    baselines: Mapping[str, TensorState]  # what the unedited model answered, by evaluator
+    baselines: Mapping[str, TensorState]  # frozen answers of the unedited model, by evaluator
     spectra: Mapping[str, Spectrum]  # where the next spectrum starts from, by module
     base_sigma_max: Mapping[str, float]  # sigma_max(W_0), by module
     rng: TensorState  # of torch's global generators
+    # observations right after each edit, by evaluator; evaluators that note nothing are absent
+    notes: Mapping[str, TensorState] = field(default_factory=dict)
     # digests of what the run reads besides its configuration
     inputs: Mapping[str, str] = field(default_factory=dict)
     # the totals before a restraint was put in at the end; empty until then
@@ -156,6 +160,7 @@ class RunState:
         groups |= {f"before_end/{name}": total.state() for name, total in self.before_end.items()}
         groups |= {f"spectrum/{name}": spectrum.state() for name, spectrum in self.spectra.items()}
         groups |= {f"baseline/{name}": tensors for name, tensors in self.baselines.items()}
+        groups |= {f"notes/{name}": tensors for name, tensors in self.notes.items()}
         facts = {
             "contexts": self.contexts,
             "modules": {module: total.shape for module, total in self.totals.items()},
@@ -176,13 +181,15 @@ class RunState:
             return Total.from_state(shape, groups.get(f"{group}/{module}", {}))
 
         modules = facts["modules"]
+        baselines, notes = _baselines_and_notes(groups, facts["evaluators"])
         return cls(
             step=checkpoint.step,
             totals={module: total(module, "total") for module in modules},
             contexts=tuple(facts["contexts"]),
             editor=groups.get("editor", {}),
             solve=groups.get("solve", {}),
-            baselines={name: groups.get(f"baseline/{name}", {}) for name in facts["evaluators"]},
+            baselines=baselines,
+            notes=notes,
             spectra={
                 module: Spectrum.from_state(groups[f"spectrum/{module}"]) for module in modules
             },
@@ -194,6 +201,21 @@ class RunState:
                 for module in facts.get("before_end", ())  # absent in old checkpoints
             },
         )
+
+
+def _baselines_and_notes(
+    groups: Mapping[str, TensorState], evaluators: Iterable[str]
+) -> tuple[dict[str, TensorState], dict[str, TensorState]]:
+    """Both by evaluator. Earlier versions of editkit kept notes among the baselines."""
+    baselines: dict[str, TensorState] = {}
+    notes: dict[str, TensorState] = {}
+    for name in evaluators:
+        kept = groups.get(f"baseline/{name}", {})
+        former = {key: tensor for key, tensor in kept.items() if key.startswith(FORMER_NOTES)}
+        baselines[name] = {key: tensor for key, tensor in kept.items() if key not in former}
+        if of_evaluator := former | dict(groups.get(f"notes/{name}", {})):
+            notes[name] = of_evaluator
+    return baselines, notes
 
 
 def save_state(state: RunState, folder: Path, record_bytes: Mapping[str, int]) -> None:

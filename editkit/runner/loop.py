@@ -15,7 +15,7 @@ from editkit.errors import keys_under
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.runner.checkpoint import RunState, generator_states, restore_generators
-from editkit.runner.measure import evaluate, measure, note, tell_batch, weigh
+from editkit.runner.measure import evaluate, measure, measure_batch, measure_weights, note
 from editkit.runner.plan import Collapse, Trajectory
 from editkit.runner.step import describe, restrain_trajectory, take_step
 from editkit.types import EvalRecord, SampleRecord, StepRecord, TensorState
@@ -53,7 +53,7 @@ def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]
         state = note(run, state_after) if run.notes_every_step else state_after
         yield record
         if run.rollback and run.schedule.batch_size > 1:
-            yield from tell_batch(run, state)
+            yield from measure_batch(run, state)
         if run.schedule.is_measured(step):
             yield from evaluate(run, state)
         if step == run.schedule.last_step:
@@ -63,7 +63,7 @@ def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]
                     restrain_trajectory(run, restraint, state)
                     state = replace(state, totals=run.model.totals(), before_end=unrestrained)
                     yield from measure(run, state, name)
-                    yield from weigh(run, state, name)
+                    yield from measure_weights(run, state, name)
         stopping = run.should_stop()  # asked once: the answer may change while the state is written
         if run.schedule.has_checkpoint(step) or stopping:
             yield state

@@ -14,7 +14,7 @@ from editkit.errors import ConfigError
 from editkit.evaluation.base import Samples, harmonic_mean, mean_and_stderr
 from editkit.evaluation.editing import EditingEvaluator, probes_of
 from editkit.evaluation.protocols.argmax import Argmax
-from editkit.evaluation.protocols.base import AbstractProtocol, Questions, Said
+from editkit.evaluation.protocols.base import AbstractProtocol, Answers, Questions
 from editkit.evaluation.protocols.probability import Probability
 from editkit.evaluation.protocols.token import Token
 from editkit.evaluation.scoring.teacher_forcing import Score
@@ -71,7 +71,7 @@ def assessed(
         for each in requests
     ]
     verdicts = protocol.assess(
-        [Questions(each, with_attributes=True) for each in requests], Said(scores, {}), baselines
+        [Questions(each, with_attributes=True) for each in requests], Answers(scores, {}), baselines
     )
     found = list(everything(verdicts.judged, Statistics()))
     assert all(each.metric.protocol == protocol.name for each in found)
@@ -402,11 +402,11 @@ def test_kinds_of_prompts_are_told_apart_and_out_of_distribution_is_never_in_loc
     requests = [request("A", neighbours=1, locality=locality)]
     scores = scores_of(requests, scored(-1.0), {})
     questions = Questions(requests[0], with_attributes=False)
-    assert questions.stays == (*requests[0].neighbours, near, far)
+    assert questions.unchanged_probes == (*requests[0].neighbours, near, far)
     found = list(
         everything(
             Argmax()
-            .assess([questions], Said(scores, {}), [{"greedy": torch.tensor([1, 0, 0])}])
+            .assess([questions], Answers(scores, {}), [{"greedy": torch.tensor([1, 0, 0])}])
             .judged,
             Statistics(),
         )

@@ -1,5 +1,5 @@
-"""A protocol of one's own is one file and one yaml; it freezes under names of its own, and its
-distributions do not disturb those of the shipped protocol.
+"""A protocol of one's own is one file and one yaml. Its frozen tensors and its distributions do not
+disturb those of other protocols.
 """
 
 from __future__ import annotations
@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
-from editkit.errors import OptionError
+from editkit.evaluation.base import Moment
 from editkit.evaluation.editing import EditingEvaluator
-from editkit.evaluation.protocols.base import AbstractProtocol, Frozen, Questions, Said, Verdicts
+from editkit.evaluation.protocols.base import (
+    AbstractProtocol,
+    Answers,
+    Frozen,
+    Questions,
+    Verdicts,
+    tallies,
+)
 from editkit.evaluation.protocols.distribution import Distribution
+from editkit.evaluation.statistics.tally import Outcome
 from tests.support.helpers import requests, tiny_model
 
 YAML = """# @package evaluation.margin
@@ -38,22 +47,23 @@ from editkit.evaluation.statistics.tally import Outcome
 @dataclass(frozen=True, kw_only=True)
 class Margin(AbstractProtocol):
     name: ClassVar[str] = "margin"
-    frozen: ClassVar[tuple[str, ...]] = ("margin_before",)
+    frozen: ClassVar[tuple[str, ...]] = ("before",)
     scale: float
 
-    def probes(self, asked):
-        return asked.new["efficacy", None]
+    def probes(self, questions):
+        return questions.expected["efficacy", None]
 
-    def freeze(self, asked, said):
-        return {"margin_before": torch.tensor([said.scores[p].mean_log_prob for p in self.probes(asked)])}
+    def freeze(self, questions, answers):
+        scores = [answers.scores[probe].mean_log_prob for probe in self.probes(questions)]
+        return {"before": torch.tensor(scores)}
 
-    def assess(self, asked, said, frozen):
+    def assess(self, batch, answers, frozen):
         return Verdicts(tallies(self.name, [
             {("efficacy", None): [
-                Outcome(self.scale * (said.scores[probe].mean_log_prob - float(before)))
-                for probe, before in zip(self.probes(each), tensors["margin_before"], strict=True)
+                Outcome(self.scale * (answers.scores[probe].mean_log_prob - float(before)))
+                for probe, before in zip(self.probes(questions), tensors["before"], strict=True)
             ]}
-            for each, tensors in zip(asked, frozen, strict=True)
+            for questions, tensors in zip(batch, frozen, strict=True)
         ]))
 """
 
@@ -104,27 +114,11 @@ def test_an_option_of_ones_own_protocol_is_checked_by_its_key(folder: Path) -> N
 
 
 class Wide(Distribution):
-    """A second protocol that needs distributions, over more tokens."""
+    """A second protocol that needs distributions, over more tokens. It freezes under the names of
+    the shipped one.
+    """
 
     name: ClassVar[str] = "wide"
-    frozen: ClassVar[tuple[str, ...]] = ("wide_top", "wide_log_probs", "wide_sizes")
-
-    def closer_look(self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None):
-        return super().closer_look(asked, frozen if frozen is None else list(map(inner, frozen)))
-
-    def freeze(self, asked: Questions, said: Said) -> Frozen:
-        return {f"wide_{name}": tensor for name, tensor in super().freeze(asked, said).items()}
-
-    def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
-        return super().assess(asked, said, list(map(inner, frozen)))
-
-
-def inner(frozen: Frozen) -> Frozen:
-    return {
-        name.removeprefix("wide_"): tensor
-        for name, tensor in frozen.items()
-        if name.startswith("wide_")
-    }
 
 
 def values(protocols: tuple[str, ...]) -> dict[tuple[str | None, str, str | None], float | None]:
@@ -151,16 +145,41 @@ def test_two_protocols_that_need_distributions_both_get_theirs() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thief(AbstractProtocol):
-    """Freezes under a name that another protocol owns."""
+class Namesake(AbstractProtocol):
+    """Freezes the request's number under the names of everything else in a baseline."""
 
-    name: ClassVar[str] = "thief"
-    frozen: ClassVar[tuple[str, ...]] = ("greedy",)
+    name: ClassVar[str] = "namesake"
+    frozen: ClassVar[tuple[str, ...]] = ("greedy", "before", "ids", "noted", "rows")
 
-    def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
-        return Verdicts({})
+    def freeze(self, questions: Questions, answers: Answers) -> Frozen:
+        number = float(questions.request.id.rpartition("/")[2])
+        return {name: torch.tensor([number]) for name in self.frozen}
+
+    def assess(
+        self, batch: Sequence[Questions], answers: Answers, frozen: Sequence[Frozen]
+    ) -> Verdicts:
+        for questions, tensors in zip(batch, frozen, strict=True):
+            expected = self.freeze(questions, answers)
+            assert tensors.keys() == expected.keys()
+            assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+        outcomes = [{("efficacy", None): [Outcome(1.0)]} for _ in batch]
+        return Verdicts(tallies(self.name, outcomes))
 
 
-def test_a_frozen_name_has_one_owner() -> None:
-    with pytest.raises(OptionError, match="Thief and AbstractTeacherForced both freeze 'greedy'"):
-        EditingEvaluator(protocols=("thief",), tokens_per_batch=64, own=(Thief(),))
+def test_the_frozen_tensors_of_a_protocol_are_its_own() -> None:
+    model, asked = tiny_model("gpt2"), requests()
+    evaluator = EditingEvaluator(
+        protocols=("token", "namesake"), tokens_per_batch=512, own=(Namesake(),)
+    )
+    baseline = evaluator.baseline(model, asked)
+    moment = Moment(view="v", positions=tuple(range(1, len(asked) + 1)))
+    notes = evaluator.note(model, asked, baseline, {}, moment)
+    results = evaluator.measure(model, asked, baseline, notes, moment)
+    values = {
+        (each.protocol, each.metric): each.value
+        for each in results
+        if getattr(each, "subset", "") is None and each.timing is None and each.task is None
+    }
+    assert values["token", "locality"] == 1.0
+    assert values["namesake", "efficacy"] == 1.0
+    assert values["namesake", "efficacy_forgetting"] == 0.0

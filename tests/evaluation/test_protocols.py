@@ -18,14 +18,14 @@ from editkit.datasets.world import WorldDataset
 from editkit.errors import ConfigError
 from editkit.evaluation.base import Moment, Samples
 from editkit.evaluation.editing import EditingEvaluator
-from editkit.evaluation.protocols.base import Questions, Said, in_context
+from editkit.evaluation.protocols.base import Answers, Questions, in_context
 from editkit.evaluation.protocols.distribution import Distribution
 from editkit.evaluation.protocols.generate import Generate
 from editkit.evaluation.protocols.judge import AbstractJudge, Generated, StringJudge
 from editkit.evaluation.protocols.matching import contains, is_match, normalise
 from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
 from editkit.evaluation.scoring.greedy import continue_greedily
-from editkit.evaluation.scoring.teacher_forcing import Asks, score
+from editkit.evaluation.scoring.teacher_forcing import DistributionRequest, score
 from editkit.evaluation.statistics.subsets import everything
 from editkit.evaluation.statistics.tally import Statistics
 from editkit.model.generate import generate_texts
@@ -51,13 +51,13 @@ REQUEST = EditRequest(
 )
 
 
-def said(request: EditRequest, *texts: str) -> Said:
+def answers_of(request: EditRequest, *texts: str) -> Answers:
     prompts = dict.fromkeys(Generate().prompts(Questions(request, with_attributes=False)))
-    return Said({}, dict(zip(prompts, texts, strict=True)))
+    return Answers({}, dict(zip(prompts, texts, strict=True)))
 
 
 def values(
-    protocol: Generate, request: EditRequest, now: Said, before: Said
+    protocol: Generate, request: EditRequest, now: Answers, before: Answers
 ) -> dict[tuple[str, str | None], float | None]:
     questions = Questions(request, with_attributes=False)
     verdicts = protocol.assess([questions], now, [protocol.freeze(questions, before)])
@@ -88,8 +88,8 @@ def test_matching_is_squads() -> None:
 
 
 def test_generate_tells_exact_match_containment_and_the_judges_verdict_apart() -> None:
-    before = said(REQUEST, "Paris.", "Paris", "Paris", "rome, of course")
-    now = said(REQUEST, "the New York", "New York, not Paris", "NYC", "Rome of course!")
+    before = answers_of(REQUEST, "Paris.", "Paris", "Paris", "rome, of course")
+    now = answers_of(REQUEST, "the New York", "New York, not Paris", "NYC", "Rome of course!")
     found = values(Generate(), REQUEST, now, before)
     assert (
         found["efficacy", None],
@@ -106,7 +106,7 @@ def test_generate_tells_exact_match_containment_and_the_judges_verdict_apart() -
     )
     assert found["locality", None] == 1.0, "the same but for punctuation and case"
     other = values(
-        Generate(), REQUEST, said(REQUEST, "", "Paris, not New York", "Rome", ""), before
+        Generate(), REQUEST, answers_of(REQUEST, "", "Paris, not New York", "Rome", ""), before
     )
     assert (
         other["efficacy", None],
@@ -121,12 +121,14 @@ def test_generate_tells_exact_match_containment_and_the_judges_verdict_apart() -
 
 
 def test_every_generation_is_kept_with_what_was_expected() -> None:
-    now = said(REQUEST, "New York", "x", "NYC", "Rome")
+    now = answers_of(REQUEST, "New York", "x", "NYC", "Rome")
     questions = Questions(REQUEST, with_attributes=False)
     rows = (
         Generate()
         .assess(
-            [questions], now, [Generate().freeze(questions, said(REQUEST, "a", "b", "c", "Rome"))]
+            [questions],
+            now,
+            [Generate().freeze(questions, answers_of(REQUEST, "a", "b", "c", "Rome"))],
         )
         .rows
     )
@@ -173,8 +175,8 @@ class Unsure(AbstractJudge):
 
 def test_a_judge_of_ones_own_is_asked_everything_at_once_and_no_verdict_is_a_failure() -> None:
     judge = Unsure(seen=[])
-    before = said(REQUEST, "", "", "", "")
-    found = values(Generate(judge=judge), REQUEST, said(REQUEST, "x", "", "y", ""), before)
+    before = answers_of(REQUEST, "", "", "", "")
+    found = values(Generate(judge=judge), REQUEST, answers_of(REQUEST, "x", "", "y", ""), before)
     assert (found["efficacy_judged", None], found["generalization_judged", None]) == (0.5, 0.0)
     assert [(each.text, each.old_answer) for each in judge.seen] == [
         ("x", "Paris"),
@@ -324,12 +326,12 @@ def test_asked_distributions_are_the_same_whatever_the_size_of_the_pieces(
         Probe(prompt="Apple is in Los", answer="Angeles and Rome"),
     ]
     probes += [Probe(prompt=f"{index} is in", answer="Paris and Rome") for index in range(5)]
-    asks = Asks(top=3, probes=dict.fromkeys(probes))
-    whole_scores = score(model, probes, tokens_per_batch=512, asks=asks)
+    request = DistributionRequest(top=3, probes=dict.fromkeys(probes))
+    whole_scores = score(model, probes, tokens_per_batch=512, distributions=request)
     monkeypatch.setattr(
         "editkit.evaluation.scoring.teacher_forcing.LOGITS_AT_ONCE", 2 * len(model.tokenizer)
     )
-    in_pieces = score(model, probes, tokens_per_batch=512, asks=asks)
+    in_pieces = score(model, probes, tokens_per_batch=512, distributions=request)
     for probe in probes:
         one, other = whole_scores[probe].next_tokens, in_pieces[probe].next_tokens
         assert one is not None and other is not None
@@ -425,9 +427,9 @@ def test_before_the_first_edit_nothing_is_asked_twice(world: Sequence[EditReques
     baseline = evaluator.baseline(model, world)
     moment = Moment(view="unrestrained", positions=tuple(range(1, 7)), is_before=True)
     silent: Any = None  # a model that cannot be asked
-    before = evaluator.measure(silent, world[:6], baseline, moment)
+    before = evaluator.measure(silent, world[:6], baseline, {}, moment)
     asked = evaluator.measure(
-        model, world[:6], baseline, dataclasses.replace(moment, is_before=False)
+        model, world[:6], baseline, {}, dataclasses.replace(moment, is_before=False)
     )
     again = whole(asked)
     assert len(whole(before)) == len(again)

@@ -110,13 +110,13 @@ def test_values_are_the_edited_matrixs_outputs_as_noted_then_and_as_they_are_now
         keys_and_outputs(model, request, module=module, contexts=("{}",))[0][0] for request in asked
     ]
     before = values(model, asked[:2])
-    state = evaluator.note(model, asked[:2], {}, Moment(view="v", positions=(1, 2)))
+    notes = evaluator.note(model, asked[:2], {}, {}, Moment(view="v", positions=(1, 2)))
     update = LowRank(torch.ones(model.weight(module).shape[0], 1), keys[0][:, None].float())
     model.apply(module, update)
-    state = evaluator.note(
-        model, asked[2:], state, Moment(view="v", positions=(3,))
+    notes = evaluator.note(
+        model, asked[2:], {}, notes, Moment(view="v", positions=(3,))
     )  # the third is beyond the count
-    (found,) = evaluator.measure(model, asked, state, Moment(view="v", positions=(1, 2, 3)))
+    (found,) = evaluator.measure(model, asked, {}, notes, Moment(view="v", positions=(1, 2, 3)))
     assert isinstance(found, Samples) and [row["request"] for row in found.rows] == [
         request.id for request in asked[:2]
     ]
@@ -131,7 +131,7 @@ def test_before_the_first_edit_and_without_notes_there_is_nothing_to_compare() -
     evaluator = Values(name="values", count=2, every=1)
     assert (
         evaluator.measure(
-            model, requests(2), {}, Moment(view="v", positions=(1, 2), is_before=True)
+            model, requests(2), {}, {}, Moment(view="v", positions=(1, 2), is_before=True)
         )
         == []
     )

@@ -439,7 +439,7 @@ def test_with_rollback_texts_are_written_while_their_batch_is_in_the_model(
     assert bits[1].requests == digest_of(world[:2])
     sequential = dataclasses.replace(made(), rollback=False, timings=("milestone", "immediate"))
     (*_, state) = (event for event in run_edits(sequential) if isinstance(event, RunState))
-    assert state.baselines["fluency"].keys() == {"tf_idf"}, (
+    assert state.baselines["fluency"].keys() == {"tf_idf"} and not state.notes, (
         "texts cost too much to be written after every edit"
     )
 
@@ -464,14 +464,13 @@ def test_rollback_tells_generations_and_parts_as_other_runs_do(
     noted = {EFFICACY: [1.0, 0.0, 1.0], LOCALITY: [0.5, 1.0, 1.0]}
     evaluator = EditingEvaluator(protocols=("token",), tokens_per_batch=512)
     baseline: dict[str, torch.Tensor] = {"ids": to_bytes([each.id for each in world[:3]])}
+    notes: dict[str, torch.Tensor] = {}
     for metric, scores in noted.items():
-        key = f"token/{metric}/"
-        baseline |= {f"noted/v/{key}": as_rows([tally([Outcome(score)]) for score in scores])}
-        baseline |= {
-            f"before/{key}": as_rows([tally([Outcome(float(place == 0))]) for place in range(3)])
-        }
+        key, first = f"token/{metric}/", [1.0, 0.0, 0.0]
+        notes[f"noted/v/{key}"] = as_rows([tally([Outcome(score)]) for score in scores])
+        baseline[f"before/{key}"] = as_rows([tally([Outcome(score)]) for score in first])
     found = evaluator.noted(
-        world[:3], baseline, Moment(view="v", positions=(1, 2, 3)), timing="rollback"
+        world[:3], baseline, notes, Moment(view="v", positions=(1, 2, 3)), timing="rollback"
     )
     parts = {
         (each.metric, each.subset): each.value for each in found if isinstance(each, Measurement)

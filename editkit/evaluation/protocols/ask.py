@@ -1,4 +1,6 @@
-"""The model's answers for several protocols at once: what two of them need is computed once."""
+"""The model's answers for several protocols at once. Answers that two protocols need are computed
+once.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ from typing import TYPE_CHECKING
 from editkit.evaluation.base import Samples
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
+    Answers,
     Decoding,
     Frozen,
     Questions,
-    Said,
     Verdicts,
 )
 from editkit.evaluation.scoring.greedy import continue_greedily
-from editkit.evaluation.scoring.teacher_forcing import score
+from editkit.evaluation.scoring.teacher_forcing import DistributionRequest, score
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -23,45 +25,47 @@ if TYPE_CHECKING:
 
 def ask_all(
     model: EditableModel,
-    chosen: Sequence[AbstractProtocol],
-    asked: Sequence[Questions],
-    frozen: Sequence[Frozen] | None,
+    protocols: Sequence[AbstractProtocol],
+    batch: Sequence[Questions],
+    frozen: Mapping[str, Sequence[Frozen]] | None,
     *,
     tokens_per_batch: int,
-) -> dict[str, Said]:
+) -> dict[str, Answers]:
     """The model's answers by protocol.
 
     One pass scores the probes of all protocols. It also yields the distributions of the first
-    protocol that needs some; each further one has a pass of its own, as it may need others at the
+    protocol that needs some. Each further one has a pass of its own, as it may need others at the
     same probes. Prompts that are decoded alike are continued together.
 
     Args:
-        frozen: by request, what the protocols froze; None for the unedited model.
+        frozen: by protocol and request; None for the unedited model.
     """
-    looks = {
-        protocol.name: look
-        for protocol in chosen
-        if (look := protocol.closer_look(asked, frozen)) is not None
-    }
-    first = next(iter(looks), None)
-    probes = [probe for each in asked for protocol in chosen for probe in protocol.probes(each)]
+    needed: dict[str, DistributionRequest] = {}
+    for protocol in protocols:
+        own = None if frozen is None else frozen[protocol.name]
+        if (distributions := protocol.distributions(batch, own)) is not None:
+            needed[protocol.name] = distributions
+    first = needed.pop(next(iter(needed), ""), None)
+    probes = [
+        probe
+        for questions in batch
+        for protocol in protocols
+        for probe in protocol.probes(questions)
+    ]
     budget = tokens_per_batch
-    scores = score(
-        model, probes, tokens_per_batch=budget, asks=None if first is None else looks[first]
-    )
+    scores = score(model, probes, tokens_per_batch=budget, distributions=first)
     further = {
-        name: scores | score(model, list(look.probes), tokens_per_batch=budget, asks=look)
-        for name, look in looks.items()
-        if name != first
+        name: scores | score(model, [*own.probes], tokens_per_batch=budget, distributions=own)
+        for name, own in needed.items()
     }
     texts: dict[Decoding, dict[str, str]] = {}
-    for decoding in dict.fromkeys(each.decoding for each in chosen if each.decoding):
+    for decoding in dict.fromkeys(protocol.decoding for protocol in protocols if protocol.decoding):
         prompts = [
             prompt
-            for each in asked
-            for protocol in chosen
+            for questions in batch
+            for protocol in protocols
             if protocol.decoding == decoding
-            for prompt in protocol.prompts(each)
+            for prompt in protocol.prompts(questions)
         ]
         texts[decoding] = continue_greedily(
             model,
@@ -71,18 +75,20 @@ def ask_all(
             tokens_per_batch=budget,
         )
     return {
-        each.name: Said(
-            further.get(each.name, scores), texts[each.decoding] if each.decoding else {}
+        protocol.name: Answers(
+            scores=further.get(protocol.name, scores),
+            texts=texts[protocol.decoding] if protocol.decoding else {},
         )
-        for each in chosen
+        for protocol in protocols
     }
 
 
 def samples_of(verdicts: Mapping[str, Verdicts]) -> tuple[Samples, ...]:
+    """The samples of the protocols that have some."""
     return tuple(
-        Samples(name=samples_name(name), rows=each.rows)
-        for name, each in verdicts.items()
-        if each.rows
+        Samples(name=samples_name(protocol), rows=verdict.rows)
+        for protocol, verdict in verdicts.items()
+        if verdict.rows
     )
 
 

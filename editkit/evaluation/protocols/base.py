@@ -1,20 +1,20 @@
-"""What a protocol is: a way of judging an edit from what the model says.
+"""The interface of protocols. A protocol turns a model's answers into metrics of edits.
 
-What is asked of the model is gathered from all protocols first and asked once; then each protocol
-judges the answers. Metrics have the same names under every protocol, and are told apart by the
-protocol's name.
+The needs of all protocols are collected and answered in one pass; each protocol then assesses the
+answers. Metrics have the same names under every protocol; records name the protocol.
 """
 
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from editkit.errors import message
-from editkit.evaluation.scoring.teacher_forcing import Asks, Score
+from editkit.evaluation.scoring.teacher_forcing import DistributionRequest, Score
 from editkit.evaluation.statistics.tally import Metric, Outcome, Tally, tally
 from editkit.model.tokens import PLACE
 from editkit.types import EditRequest, Probe
@@ -25,60 +25,58 @@ if TYPE_CHECKING:
 SHIPPED = ("probability", "argmax", "token", "generate", "distribution")
 OUT_OF_DISTRIBUTION = "out_of_distribution"
 NEIGHBOURS = "neighbours"
-Frozen = Mapping[str, "torch.Tensor"]  # what a request's baseline holds, by name
+Frozen = Mapping[str, "torch.Tensor"]  # what a protocol froze of one request, by name
 Kind = tuple[str, str | None]  # a metric and a kind of its prompts; None: all kinds together
 
 
 @dataclass(frozen=True)
 class Questions:
-    """All that can be asked about one request, by metric and kind."""
+    """The prompts of one request, by metric and kind."""
 
     request: EditRequest
     with_attributes: bool
 
     @cached_property
-    def new(self) -> dict[Kind, tuple[Probe, ...]]:
-        """What the edited model should say, and the unedited one need not."""
+    def expected(self) -> dict[Kind, tuple[Probe, ...]]:
+        """The prompts with the answers that the edited model should give."""
         request = self.request
         answer = Probe(prompt=request.full_prompt, answer=request.target)
-        found: dict[Kind, tuple[Probe, ...]] = {
+        probes: dict[Kind, tuple[Probe, ...]] = {
             ("efficacy", None): (answer,),
             ("generalization", None): tuple(
                 Probe(prompt=prompt, answer=request.target) for prompt in request.paraphrases
             ),
-            ("portability", None): tuple(
-                probe for probes in request.portability.values() for probe in probes
-            ),
+            ("portability", None): tuple(itertools.chain(*request.portability.values())),
         }
-        found |= {("portability", kind): probes for kind, probes in request.portability.items()}
-        found["hop", None] = request.hops
+        probes |= {("portability", kind): of_kind for kind, of_kind in request.portability.items()}
+        probes["hop", None] = request.hops
         if self.with_attributes:
-            found["attribute", None] = request.attribute_prompts
-        return {kind: probes for kind, probes in found.items() if probes}
+            probes["attribute", None] = request.attribute_prompts
+        return {kind: of_kind for kind, of_kind in probes.items() if of_kind}
 
     @cached_property
-    def kept(self) -> dict[Kind, tuple[Probe, ...]]:
-        """What must stay as the unedited model has it: in distribution all kinds but one, which is
-        counted apart.
+    def unchanged(self) -> dict[Kind, tuple[Probe, ...]]:
+        """The prompts whose answers must stay those of the unedited model (locality). The
+        out-of-distribution kind has a metric of its own.
         """
         kinds = {NEIGHBOURS: self.request.neighbours, **self.request.locality}
         inside = {kind: probes for kind, probes in kinds.items() if kind != OUT_OF_DISTRIBUTION}
-        found: dict[Kind, tuple[Probe, ...]] = {
-            ("locality", None): tuple(probe for probes in inside.values() for probe in probes)
+        probes: dict[Kind, tuple[Probe, ...]] = {
+            ("locality", None): tuple(itertools.chain(*inside.values()))
         }
-        found |= {("locality", kind): probes for kind, probes in inside.items()}
-        found[f"locality_{OUT_OF_DISTRIBUTION}", None] = kinds.get(OUT_OF_DISTRIBUTION, ())
-        return {kind: probes for kind, probes in found.items() if probes}
+        probes |= {("locality", kind): of_kind for kind, of_kind in inside.items()}
+        probes[f"locality_{OUT_OF_DISTRIBUTION}", None] = kinds.get(OUT_OF_DISTRIBUTION, ())
+        return {kind: of_kind for kind, of_kind in probes.items() if of_kind}
 
     @cached_property
-    def stays(self) -> tuple[Probe, ...]:
-        """The different probes of `kept`, in the order in which a baseline holds them."""
-        return tuple(dict.fromkeys(probe for probes in self.kept.values() for probe in probes))
+    def unchanged_probes(self) -> tuple[Probe, ...]:
+        """The different probes of `unchanged`, in the order in which protocols freeze them."""
+        return tuple(dict.fromkeys(itertools.chain(*self.unchanged.values())))
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the model said to all that was asked."""
+class Answers:
+    """A model's answers to everything that a protocol needs."""
 
     scores: Mapping[Probe, Score]
     texts: Mapping[str, str]  # greedy continuations, by prompt
@@ -86,7 +84,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a protocol found: a tally for each request under each metric, and rows to look at."""
+    """The result of a protocol: a tally for each request under each metric, and rows of samples."""
 
     judged: Mapping[Metric, Sequence[Tally]]
     rows: tuple[Mapping[str, Any], ...] = ()
@@ -113,8 +111,8 @@ class AbstractProtocol(abc.ABC):
     """
 
     name: ClassVar[str]  # in records and in `evaluation.protocols`
-    # The names of the tensors that `freeze` returns, which the run's state keeps for each request.
-    # A class owns its names: two protocols share a name only if they inherit it.
+    # The names of the tensors that `freeze` returns. A run's state keeps them for each request,
+    # under the name of the protocol.
     frozen: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -122,34 +120,36 @@ class AbstractProtocol(abc.ABC):
         """How `prompts` are continued; None if there are none."""
         return None
 
-    def probes(self, asked: Questions) -> Iterable[Probe]:
+    def probes(self, questions: Questions) -> Iterable[Probe]:
         """The answers to score, possibly more than once."""
         return ()
 
-    def prompts(self, asked: Questions) -> Iterable[str]:
+    def prompts(self, questions: Questions) -> Iterable[str]:
         """The prompts to continue freely, possibly more than once."""
         return ()
 
-    def closer_look(
-        self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None
-    ) -> Asks | None:
-        """The probes, among its own, whose distributions are needed.
+    def distributions(
+        self, batch: Sequence[Questions], frozen: Sequence[Frozen] | None
+    ) -> DistributionRequest | None:
+        """The probes, among its own, whose next-token distributions are needed.
 
         Args:
             frozen: by request, as `freeze` returned it; None for the unedited model.
         """
         return None
 
-    def freeze(self, asked: Questions, said: Said) -> Frozen:
+    def freeze(self, questions: Questions, answers: Answers) -> Frozen:
         """What the protocol keeps of the unedited model's answers, under the names in `frozen`."""
         return {}
 
     @abc.abstractmethod
-    def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
+    def assess(
+        self, batch: Sequence[Questions], answers: Answers, frozen: Sequence[Frozen]
+    ) -> Verdicts:
         """The verdicts, from the answers and those of the unedited model."""
 
     def assess_before(
-        self, asked: Sequence[Questions], frozen: Sequence[Frozen]
+        self, batch: Sequence[Questions], frozen: Sequence[Frozen]
     ) -> Verdicts | None:
         """The unedited model's verdicts with their samples, from what was frozen; None if the
         protocol has no samples.
@@ -172,18 +172,12 @@ def unknown_protocols(names: Sequence[object], own: Iterable[AbstractProtocol] =
     ]
 
 
-def frozen_conflicts(protocols: Iterable[AbstractProtocol]) -> list[str]:
-    """Problems of frozen names that two classes declare, as of an OptionError."""
-    owners: dict[str, type] = {}
-    problems = []
-    for protocol in protocols:
-        for name in protocol.frozen:
-            kinds = reversed(type(protocol).__mro__)
-            owner = next(kind for kind in kinds if name in vars(kind).get("frozen", ()))
-            if owners.setdefault(name, owner) is not owner:
-                problem = f"{owner.__name__} and {owners[name].__name__} both freeze {name!r}"
-                problems.append(message("protocols", problem, fix="rename one of them"))
-    return problems
+def frozen_key(protocol: AbstractProtocol, name: str, request: EditRequest) -> str:
+    """The key of a frozen tensor in a baseline. Shipped protocols have no prefix, as in earlier
+    checkpoints: `argmax` and `token` share their greedy tokens.
+    """
+    prefix = "" if protocol.name in SHIPPED else f"{protocol.name}:"
+    return f"{prefix}{name}/{request.id}"
 
 
 def in_context(request: EditRequest, context: str) -> EditRequest:
@@ -210,12 +204,12 @@ def in_context(request: EditRequest, context: str) -> EditRequest:
 
 
 def tallies(
-    protocol: str, found: Iterable[Mapping[Kind, Sequence[Outcome]]]
+    protocol: str, outcomes_of: Iterable[Mapping[Kind, Sequence[Outcome]]]
 ) -> dict[Metric, list[Tally]]:
-    """From the outcomes of each request to a tally for each request under each metric that any of
+    """From the outcomes of each request to a tally for each request, under each metric that any of
     them has.
     """
-    by_request = list(found)
+    by_request = list(outcomes_of)
     kinds = list(dict.fromkeys(kind for outcomes in by_request for kind in outcomes))
     nothing = Tally()
     return {
@@ -227,7 +221,7 @@ def tallies(
 
 
 def pieces(values: Sequence[Any], sizes: Iterable[int]) -> Iterator[Sequence[Any]]:
-    """Consecutive parts of so many values each; they must use all of them up."""
+    """Consecutive parts of these sizes, which add up to the number of values."""
     start = 0
     for size in sizes:
         yield values[start : start + size]

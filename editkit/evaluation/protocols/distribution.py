@@ -26,14 +26,14 @@ from typing import ClassVar
 from editkit.errors import OptionError, message
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
+    Answers,
     Frozen,
     Kind,
     Questions,
-    Said,
     Verdicts,
     tallies,
 )
-from editkit.evaluation.scoring.teacher_forcing import Asks, NextTokens, Score
+from editkit.evaluation.scoring.teacher_forcing import DistributionRequest, NextTokens, Score
 from editkit.evaluation.statistics.tally import Outcome
 from editkit.lazy import torch
 from editkit.types import Probe
@@ -56,45 +56,48 @@ class Distribution(AbstractProtocol):
             expected = f"1 to kept={self.kept}"
             raise OptionError(message("top_k", "out of range", got=self.top_k, expected=expected))
 
-    def probes(self, asked: Questions) -> tuple[Probe, ...]:
-        return asked.stays
+    def probes(self, questions: Questions) -> tuple[Probe, ...]:
+        return questions.unchanged_probes
 
-    def closer_look(
-        self, asked: Sequence[Questions], frozen: Sequence[Frozen] | None
-    ) -> Asks | None:
+    def distributions(
+        self, batch: Sequence[Questions], frozen: Sequence[Frozen] | None
+    ) -> DistributionRequest | None:
         if frozen is None:
-            return Asks(
-                top=self.kept, probes={probe: None for each in asked for probe in each.stays}
-            )
+            probes = [probe for questions in batch for probe in questions.unchanged_probes]
+            return DistributionRequest(top=self.kept, probes=dict.fromkeys(probes))
         ids: dict[Probe, torch.Tensor | None] = {}
-        for each, baseline in zip(asked, frozen, strict=True):
-            parts = baseline["top"].split(baseline["sizes"].tolist())
-            ids |= dict(zip(each.stays, parts, strict=True))
-        return Asks(top=self.top_k, probes=ids)
+        for questions, tensors in zip(batch, frozen, strict=True):
+            parts = tensors["top"].split(tensors["sizes"].tolist())
+            ids |= dict(zip(questions.unchanged_probes, parts, strict=True))
+        return DistributionRequest(top=self.top_k, probes=ids)
 
-    def freeze(self, asked: Questions, said: Said) -> Frozen:
-        """Ids int32 and log-probabilities float32, (positions, kept), one answer after another, and
-        how many positions each has.
+    def freeze(self, questions: Questions, answers: Answers) -> Frozen:
+        """Ids int32 and log-probabilities float32, (positions, kept), of all answers one after
+        another, and the number of positions of each answer.
         """
-        found = [_look(said.scores[probe]) for probe in asked.stays]
-        if not found:
+        distributions = [
+            _distribution(answers.scores[probe]) for probe in questions.unchanged_probes
+        ]
+        if not distributions:
             return {
                 "top": torch.empty(0, 0, dtype=torch.int32),
                 "log_probs": torch.empty(0, 0),
                 "sizes": torch.empty(0, dtype=torch.int32),
             }
         return {
-            "top": torch.cat([each.top_MK for each in found]),
-            "log_probs": torch.cat([each.top_log_probs_MK for each in found]),
-            "sizes": torch.tensor([len(each.top_MK) for each in found], dtype=torch.int32),
+            "top": torch.cat([tokens.top_MK for tokens in distributions]),
+            "log_probs": torch.cat([tokens.top_log_probs_MK for tokens in distributions]),
+            "sizes": torch.tensor(
+                [len(tokens.top_MK) for tokens in distributions], dtype=torch.int32
+            ),
         }
 
-    def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
+    def assess(
+        self, batch: Sequence[Questions], answers: Answers, frozen: Sequence[Frozen]
+    ) -> Verdicts:
+        pairs = zip(batch, frozen, strict=True)
         return Verdicts(
-            tallies(
-                self.name,
-                [dict(self._outcomes(*each, said)) for each in zip(asked, frozen, strict=True)],
-            )
+            tallies(self.name, [dict(self._outcomes(*pair, answers)) for pair in pairs])
         )
 
     def variant(self, metric: str) -> str | None:
@@ -102,28 +105,27 @@ class Distribution(AbstractProtocol):
         return f"top{self.kept}+rest" if metric.endswith("_kl_nats") else None
 
     def _outcomes(
-        self, asked: Questions, frozen: Frozen, said: Said
+        self, questions: Questions, frozen: Frozen, answers: Answers
     ) -> Iterator[tuple[Kind, list[Outcome]]]:
         sizes = frozen["sizes"].tolist()
         before = zip(frozen["top"].split(sizes), frozen["log_probs"].split(sizes), strict=True)
-        found = {
-            probe: self._compare(said.scores[probe], *each)
-            for probe, each in zip(asked.stays, before, strict=True)
+        compared = {
+            probe: self._compare(answers.scores[probe], *tensors)
+            for probe, tensors in zip(questions.unchanged_probes, before, strict=True)
         }
-        for (metric, task), probes in asked.kept.items():
+        for (metric, task), probes in questions.unchanged.items():
             for name in ("probability", f"top{self.top_k}", "kl_nats"):
-                yield (f"{metric}_{name}", task), [found[probe][name] for probe in probes]
+                yield (f"{metric}_{name}", task), [compared[probe][name] for probe in probes]
 
     def _compare(
         self, score: Score, base_MK: torch.Tensor, base_log_probs_MK: torch.Tensor
     ) -> dict[str, Outcome]:
-        now = _look(score)
-        # The unedited model itself is compared with what was frozen of it: all it has is its own
-        # most probable tokens.
-        asked = (
-            now.asked_log_probs_MK if now.asked_log_probs_MK is not None else now.top_log_probs_MK
-        )
-        log_probs_MK, frozen_MK = asked.double(), base_log_probs_MK.double()
+        now = _distribution(score)
+        # The unedited model is compared with itself when it is frozen. Its most probable tokens are
+        # then the frozen ones.
+        requested_MK = now.requested_log_probs_MK
+        log_probs_MK = (now.top_log_probs_MK if requested_MK is None else requested_MK).double()
+        frozen_MK = base_log_probs_MK.double()
         is_finite = score.is_finite and bool(torch.isfinite(log_probs_MK).all())
         if not is_finite:
             failed = Outcome(0.0, is_finite=False)
@@ -148,6 +150,6 @@ class Distribution(AbstractProtocol):
         }
 
 
-def _look(score: Score) -> NextTokens:
-    assert score.next_tokens is not None, "not asked for"
+def _distribution(score: Score) -> NextTokens:
+    assert score.next_tokens is not None, "not requested"
     return score.next_tokens

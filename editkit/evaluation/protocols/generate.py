@@ -1,5 +1,4 @@
-"""The protocol `generate`: the model continues each prompt by itself, greedily, and stops where it
-likes.
+"""The protocol `generate`: greedy decoding of each prompt, with an end that the model chooses.
 
 The end is the end token, a newline (`until`) or the cap of `max_new_tokens`, which does not depend
 on the answer. Efficacy, generalization, portability, hop and attribute: exact match after SQuAD's
@@ -8,8 +7,8 @@ generation's words; `_judged`: the judge's verdict. Locality: the normalised gen
 the unedited model, frozen at step 0. A text is never "not finite": what a broken model says is
 judged like anything else.
 
-Nothing tells the model the answer or its length, as teacher forcing does: 96.8 % there can be 38.5
-% here (Yang et al. 2025, "The Mirage of Model Editing", arXiv 2502.11177).
+Unlike teacher forcing, nothing reveals the answer or its length: 96.8 % there can be 38.5 % here
+(Yang et al. 2025, "The Mirage of Model Editing", arXiv 2502.11177).
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from typing import Any, ClassVar
 from editkit.errors import OptionError, message
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
+    Answers,
     Decoding,
     Frozen,
     Kind,
     Questions,
-    Said,
     Verdicts,
     tallies,
 )
@@ -36,7 +35,7 @@ from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
 from editkit.evaluation.statistics.tally import Outcome
 from editkit.types import Probe
 
-Case = tuple[int, Kind, Probe]  # which request, what is asked
+Case = tuple[int, Kind, Probe]  # the index of the request, the metric and the prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,89 +66,89 @@ class Generate(AbstractProtocol):
     def decoding(self) -> Decoding:
         return Decoding(max_new_tokens=self.max_new_tokens, until=self.until)
 
-    def prompts(self, asked: Questions) -> Iterator[str]:
-        for probes in (*asked.new.values(), asked.stays):
+    def prompts(self, questions: Questions) -> Iterator[str]:
+        for probes in (*questions.expected.values(), questions.unchanged_probes):
             yield from (probe.prompt for probe in probes)
 
-    def freeze(self, asked: Questions, said: Said) -> Frozen:
-        """The generations after all of the request's different prompts, in their order, as JSON."""
-        return {
-            "texts": to_bytes([said.texts[prompt] for prompt in dict.fromkeys(self.prompts(asked))])
-        }
+    def freeze(self, questions: Questions, answers: Answers) -> Frozen:
+        """The generations of the request's different prompts, in their order, as JSON."""
+        prompts = dict.fromkeys(self.prompts(questions))
+        return {"texts": to_bytes([answers.texts[prompt] for prompt in prompts])}
 
-    def thaw(self, asked: Questions, frozen: Frozen) -> dict[str, str]:
+    def thaw(self, questions: Questions, frozen: Frozen) -> dict[str, str]:
         """The unedited model's generations by prompt."""
-        return dict(
-            zip(dict.fromkeys(self.prompts(asked)), from_bytes(frozen["texts"]), strict=True)
-        )
+        prompts = dict.fromkeys(self.prompts(questions))
+        return dict(zip(prompts, from_bytes(frozen["texts"]), strict=True))
 
-    def assess_before(self, asked: Sequence[Questions], frozen: Sequence[Frozen]) -> Verdicts:
+    def assess_before(self, batch: Sequence[Questions], frozen: Sequence[Frozen]) -> Verdicts:
         texts = {
             prompt: text
-            for questions, tensors in zip(asked, frozen, strict=True)
+            for questions, tensors in zip(batch, frozen, strict=True)
             for prompt, text in self.thaw(questions, tensors).items()
         }
-        return self.assess(asked, Said({}, texts), frozen)
+        return self.assess(batch, Answers({}, texts), frozen)
 
-    def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
+    def assess(
+        self, batch: Sequence[Questions], answers: Answers, frozen: Sequence[Frozen]
+    ) -> Verdicts:
         cases = [
             (index, kind, probe)
-            for index, each in enumerate(asked)
-            for kind, probes in each.new.items()
+            for index, questions in enumerate(batch)
+            for kind, probes in questions.expected.items()
             for probe in probes
         ]
-        verdicts = self._verdicts(asked, cases, said)
-        found: list[dict[Kind, list[Outcome]]] = [{} for _ in asked]
+        verdicts = self._verdicts(batch, cases, answers)
+        outcomes: list[dict[Kind, list[Outcome]]] = [{} for _ in batch]
         rows: list[dict[str, Any]] = []
         for number, (index, (metric, task), probe) in enumerate(cases):
-            text, answers = said.texts[probe.prompt], (probe.answer, *probe.aliases)
+            text, right = answers.texts[probe.prompt], (probe.answer, *probe.aliases)
             scores = {
-                metric: float(is_match(text, answers)),
-                f"{metric}_contains": float(contains(text, answers)),
+                metric: float(is_match(text, right)),
+                f"{metric}_contains": float(contains(text, right)),
             }
             if verdicts is not None:
                 scores[f"{metric}_judged"] = verdicts[number]
             for name, value in scores.items():
                 outcome = Outcome(value) if math.isfinite(value) else Outcome(0.0, is_finite=False)
-                found[index].setdefault((name, task), []).append(outcome)
-            if task is None:  # the kinds hold the same probes once more
+                outcomes[index].setdefault((name, task), []).append(outcome)
+            if task is None:  # the kinds hold the same probes again
                 rows.append(
-                    _row(asked[index], metric, probe, text, answers=list(answers), **_plain(scores))
+                    _row(batch[index], metric, probe, text, answers=list(right), **_plain(scores))
                 )
-        for index, each in enumerate(asked):
-            before = self.thaw(each, frozen[index])
-            for kind, probes in each.kept.items():
+        for index, questions in enumerate(batch):
+            before = self.thaw(questions, frozen[index])
+            for kind, probes in questions.unchanged.items():
                 same = [
-                    float(normalise(said.texts[probe.prompt]) == normalise(before[probe.prompt]))
+                    float(normalise(answers.texts[probe.prompt]) == normalise(before[probe.prompt]))
                     for probe in probes
                 ]
-                found[index][kind] = [Outcome(value) for value in same]
+                outcomes[index][kind] = [Outcome(value) for value in same]
                 if kind[1] is None:
                     rows += [
                         _row(
-                            each,
+                            questions,
                             kind[0],
                             probe,
-                            said.texts[probe.prompt],
+                            answers.texts[probe.prompt],
                             unedited=before[probe.prompt],
                             **{kind[0]: value},
                         )
                         for probe, value in zip(probes, same, strict=True)
                     ]
-        return Verdicts(tallies(self.name, found), tuple(rows))
+        return Verdicts(tallies(self.name, outcomes), tuple(rows))
 
     def _verdicts(
-        self, asked: Sequence[Questions], cases: Sequence[Case], said: Said
+        self, batch: Sequence[Questions], cases: Sequence[Case], answers: Answers
     ) -> Sequence[float] | None:
-        """The judge's, a case each; None without a judge."""
+        """The judge's verdicts by case; None without a judge."""
         if self.judge is None:
             return None
         generated = [
             Generated(
                 prompt=probe.prompt,
                 answers=(probe.answer, *probe.aliases),
-                text=said.texts[probe.prompt],
-                old_answer=asked[index].request.target_old
+                text=answers.texts[probe.prompt],
+                old_answer=batch[index].request.target_old
                 if metric in ("efficacy", "generalization")
                 else None,
             )
@@ -157,12 +156,12 @@ class Generate(AbstractProtocol):
         ]
         different = list(dict.fromkeys(generated))
         verdicts = dict(zip(different, self.judge.judge(different), strict=True))
-        return [verdicts[each] for each in generated]
+        return [verdicts[generation] for generation in generated]
 
 
-def _row(asked: Questions, metric: str, probe: Probe, text: str, **more: Any) -> dict[str, Any]:
+def _row(questions: Questions, metric: str, probe: Probe, text: str, **more: Any) -> dict[str, Any]:
     return {
-        "request": asked.request.id,
+        "request": questions.request.id,
         "metric": metric,
         "prompt": probe.prompt,
         "generation": text,

@@ -16,10 +16,10 @@ from typing import ClassVar
 
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
+    Answers,
     Frozen,
     Kind,
     Questions,
-    Said,
     Verdicts,
     tallies,
 )
@@ -30,27 +30,27 @@ from editkit.types import Probe
 Pair = tuple[Probe, Probe]  # what should be more probable, and than what
 
 
-def comparisons(asked: Questions) -> dict[str, list[Pair]]:
+def comparisons(questions: Questions) -> dict[str, list[Pair]]:
     """The pairs by metric. Without an old target, or where the target is a neighbour's true answer,
     there is nothing to compare.
     """
-    request = asked.request
-    found: dict[str, list[Pair]] = {"efficacy": [], "generalization": [], "attribute": []}
+    request = questions.request
+    by_metric: dict[str, list[Pair]] = {"efficacy": [], "generalization": [], "attribute": []}
     if (old := request.target_old) is not None:
-        for metric, pairs in found.items():
-            for probe in asked.new.get((metric, None), ()):
+        for metric, pairs in by_metric.items():
+            for probe in questions.expected.get((metric, None), ()):
                 pairs.append(
                     (
                         Probe(prompt=probe.prompt, answer=request.target),
                         Probe(prompt=probe.prompt, answer=old),
                     )
                 )
-    found["locality"] = [
+    by_metric["locality"] = [
         (probe, Probe(prompt=probe.prompt, answer=request.target))
         for probe in request.neighbours
         if probe.answer != request.target
     ]
-    return {metric: pairs for metric, pairs in found.items() if pairs}
+    return {metric: pairs for metric, pairs in by_metric.items() if pairs}
 
 
 class Probability(AbstractProtocol):
@@ -58,17 +58,21 @@ class Probability(AbstractProtocol):
 
     name: ClassVar[str] = "probability"
 
-    def probes(self, asked: Questions) -> Iterator[Probe]:
-        for pairs in comparisons(asked).values():
+    def probes(self, questions: Questions) -> Iterator[Probe]:
+        for pairs in comparisons(questions).values():
             for pair in pairs:
                 yield from pair
 
-    def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
-        found: list[dict[Kind, list[Outcome]]] = []
-        for each in asked:
+    def assess(
+        self, batch: Sequence[Questions], answers: Answers, frozen: Sequence[Frozen]
+    ) -> Verdicts:
+        results: list[dict[Kind, list[Outcome]]] = []
+        for questions in batch:
             pairs = {
-                metric: [(said.scores[better], said.scores[worse]) for better, worse in compared]
-                for metric, compared in comparisons(each).items()
+                metric: [
+                    (answers.scores[better], answers.scores[worse]) for better, worse in compared
+                ]
+                for metric, compared in comparisons(questions).items()
             }
             outcomes: dict[Kind, list[Outcome]] = {
                 (metric, None): [_is_greater(*pair) for pair in scored]
@@ -78,8 +82,8 @@ class Probability(AbstractProtocol):
                 (f"{metric}_magnitude", None): [_difference(*pair) for pair in scored]
                 for metric, scored in pairs.items()
             }
-            found.append(outcomes)
-        return Verdicts(tallies(self.name, found))
+            results.append(outcomes)
+        return Verdicts(tallies(self.name, results))
 
 
 def _is_greater(better: Score, worse: Score) -> Outcome:

@@ -1,8 +1,8 @@
-"""What the protocols `argmax` and `token` share: the model reads each answer as if it had said it,
-and its greedy choices are compared.
+"""The common part of the protocols `argmax` and `token`: teacher forcing. The model reads each
+answer, and its greedy choices are compared.
 
-So the model is told an answer's length and all of it but its last token (Yang et al. 2025, "The
-Mirage of Model Editing", arXiv 2502.11177); `generate` tells it nothing.
+Teacher forcing reveals the length of an answer and all of its tokens but the last (Yang et al.
+2025, "The Mirage of Model Editing", arXiv 2502.11177). The protocol `generate` reveals nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import ClassVar
 
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
+    Answers,
     Frozen,
     Kind,
     Questions,
-    Said,
     Verdicts,
     pieces,
     tallies,
@@ -28,51 +28,48 @@ from editkit.types import Probe
 
 
 class AbstractTeacherForced(AbstractProtocol):
-    """Judges an answer's greedy tokens against its own, and where something must stay, against the
-    unedited model's.
+    """Compares greedy tokens with those of the answer; for locality, with those of the unedited
+    model.
     """
 
     frozen: ClassVar[tuple[str, ...]] = ("greedy",)
 
     @abc.abstractmethod
     def grade(self, greedy: Sequence[int], expected: Sequence[int]) -> float:
-        """How well an answer's greedy tokens agree with as many others, in [0, 1]."""
+        """The agreement of greedy tokens with as many expected ones, in [0, 1]."""
 
-    def probes(self, asked: Questions) -> Iterator[Probe]:
-        for probes in asked.new.values():
+    def probes(self, questions: Questions) -> Iterator[Probe]:
+        for probes in questions.expected.values():
             yield from probes
-        yield from asked.stays
+        yield from questions.unchanged_probes
 
-    def freeze(self, asked: Questions, said: Said) -> Frozen:
-        """The greedy tokens at all answers that must stay, one answer after another: int32,
-        (tokens,).
-        """
-        return {
-            "greedy": torch.tensor(
-                [token for probe in asked.stays for token in said.scores[probe].greedy],
-                dtype=torch.int32,
-            )
-        }
+    def freeze(self, questions: Questions, answers: Answers) -> Frozen:
+        """The greedy tokens at all answers that must stay, concatenated: int32, (tokens,)."""
+        scores = [answers.scores[probe] for probe in questions.unchanged_probes]
+        tokens = [token for score in scores for token in score.greedy]
+        return {"greedy": torch.tensor(tokens, dtype=torch.int32)}
 
-    def assess(self, asked: Sequence[Questions], said: Said, frozen: Sequence[Frozen]) -> Verdicts:
-        return Verdicts(
-            tallies(
-                self.name, [self._outcomes(*each, said) for each in zip(asked, frozen, strict=True)]
-            )
-        )
+    def assess(
+        self, batch: Sequence[Questions], answers: Answers, frozen: Sequence[Frozen]
+    ) -> Verdicts:
+        pairs = zip(batch, frozen, strict=True)
+        return Verdicts(tallies(self.name, [self._outcomes(*pair, answers) for pair in pairs]))
 
-    def _outcomes(self, asked: Questions, frozen: Frozen, said: Said) -> dict[Kind, list[Outcome]]:
-        found = {
-            kind: [self._graded(said.scores[probe], None) for probe in probes]
-            for kind, probes in asked.new.items()
+    def _outcomes(
+        self, questions: Questions, frozen: Frozen, answers: Answers
+    ) -> dict[Kind, list[Outcome]]:
+        outcomes = {
+            kind: [self._graded(answers.scores[probe], None) for probe in probes]
+            for kind, probes in questions.expected.items()
         }
-        sizes = [len(said.scores[probe].greedy) for probe in asked.stays]
-        before = dict(zip(asked.stays, pieces(frozen["greedy"].tolist(), sizes), strict=True))
-        found |= {
-            kind: [self._graded(said.scores[probe], before[probe]) for probe in probes]
-            for kind, probes in asked.kept.items()
+        unchanged = questions.unchanged_probes
+        sizes = [len(answers.scores[probe].greedy) for probe in unchanged]
+        before = dict(zip(unchanged, pieces(frozen["greedy"].tolist(), sizes), strict=True))
+        outcomes |= {
+            kind: [self._graded(answers.scores[probe], before[probe]) for probe in probes]
+            for kind, probes in questions.unchanged.items()
         }
-        return found
+        return outcomes
 
     def _graded(self, score: Score, before: Sequence[int] | None) -> Outcome:
         if not score.is_finite:

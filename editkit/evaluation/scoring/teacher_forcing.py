@@ -1,10 +1,9 @@
-"""One engine for everything that is judged under teacher forcing: log-probabilities and greedy
-choices of answers after their prompts.
+"""Scores under teacher forcing: log-probabilities and greedy choices of answers after prompts.
 
 An answer's tokens are predicted from the prompt and the answer without its last token, its context.
-Contexts are run as trees (`editkit.model.prefix_tree`): what several of them begin with, in one
-record or in a thousand, is run once, so that two one-token answers of a prompt cost one row, and so
-do all protocols that ask the same thing. Logits exist at the answers' positions alone.
+Contexts are run as trees (`editkit.model.prefix_tree`): a prefix that several contexts share is
+computed once. Two one-token answers of a prompt cost one row, and so do several protocols that need
+the same score. Logits are computed at the answers' positions alone.
 
 Shape letters: B rows, T tokens, D width of the residual stream, V vocabulary, P different
 positions, M answer tokens, K chosen tokens.
@@ -39,12 +38,12 @@ TOKENS_OF_A_TREE = 64
 
 @dataclass(frozen=True)
 class Score:
-    """What the model says of one answer, token by token."""
+    """The scores of one answer, token by token."""
 
     tokens: Ids  # the answer's
     log_probs: tuple[float, ...]  # nats
     greedy: Ids  # the most probable tokens at the same places
-    next_tokens: NextTokens | None = None  # where it was asked for
+    next_tokens: NextTokens | None = None  # if it was requested
 
     @cached_property
     def mean_log_prob(self) -> float:
@@ -73,23 +72,25 @@ class Score:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NextTokens:
-    """The most probable next tokens at each place of an answer, and what was asked about others. On
-    the CPU, log-probabilities in nats.
+    """The most probable next tokens at each position of an answer, and the log-probabilities of
+    requested tokens. On the CPU, log-probabilities in nats.
     """
 
     top_MK: torch.Tensor  # ids, int32, the most probable first
     top_log_probs_MK: torch.Tensor  # float32
-    asked_log_probs_MK: torch.Tensor | None  # float32, of the ids that were asked about
+    requested_log_probs_MK: torch.Tensor | None  # float32, of the requested ids
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Asks:
-    """Of which probes the distributions are wanted too: the `top` most probable tokens, and the
-    log-probabilities of given ones.
+class DistributionRequest:
+    """The probes whose next-token distributions are needed: the `top` most probable tokens, and the
+    log-probabilities of given tokens.
     """
 
     top: int
-    probes: Mapping[Probe, torch.Tensor | None]  # (M, K) ids, as many for each; or None for each
+    probes: Mapping[
+        Probe, torch.Tensor | None
+    ]  # given ids (M, K), the same K for all; or None for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +107,17 @@ def score(
     probes: Iterable[Probe],
     *,
     tokens_per_batch: int,
-    asks: Asks | None = None,
+    distributions: DistributionRequest | None = None,
 ) -> dict[Probe, Score]:
     """The score of each different probe. Answers follow their prompts after one blank.
 
     A context longer than the model's positions loses its beginning.
 
     Args:
-        tokens_per_batch: rows times width of a batch, padding included, on a CPU at most 512; a
-        longer row runs alone. Halved, for the rest
-            of the call, whenever memory runs out. It changes no score beyond rounding.
-        asks: which of the probes are looked at more closely.
+        tokens_per_batch: rows times width of a batch, padding included, on a CPU at most 512. A
+            longer row runs alone. It is halved for the rest of the call if memory runs out, and
+            changes no score beyond rounding.
+        distributions: the probes whose next-token distributions are returned too.
 
     Raises:
         ConfigError: an answer is blank, or longer than the model's positions.
@@ -125,21 +126,15 @@ def score(
     sequences = encode_with_targets(
         model.tokenizer, [(probe.prompt, probe.answer) for probe in unique]
     )
-    wanted = (
-        {index: asks.probes[probe] for index, probe in enumerate(unique) if probe in asks.probes}
-        if asks is not None
-        else {}
+    wanted: dict[int, torch.Tensor | None] = {}
+    top = 0
+    if distributions is not None:
+        given, top = distributions.probes, min(distributions.top, len(model.tokenizer))
+        wanted = {index: given[probe] for index, probe in enumerate(unique) if probe in given}
+    scores = score_sequences(
+        model, sequences, tokens_per_batch=tokens_per_batch, wanted=wanted, top=top
     )
-    top = 0 if asks is None else min(asks.top, len(model.tokenizer))
-    return dict(
-        zip(
-            unique,
-            score_sequences(
-                model, sequences, tokens_per_batch=tokens_per_batch, wanted=wanted, top=top
-            ),
-            strict=True,
-        )
-    )
+    return dict(zip(unique, scores, strict=True))
 
 
 def score_sequences(
@@ -150,7 +145,9 @@ def score_sequences(
     wanted: Mapping[int, torch.Tensor | None] | None = None,
     top: int = 0,
 ) -> list[Score]:
-    """`score` of what is tokenised already; `wanted` are the `Asks` by the sequence's index."""
+    """`score` of tokenised prompts and answers. `wanted` and `top` are a `DistributionRequest` with
+    indices of sequences instead of probes.
+    """
     if tokens_per_batch < 1:
         raise ConfigError(f"tokens_per_batch: {tokens_per_batch} - a whole number of at least 1")
     if model.device.type == "cpu":
@@ -169,7 +166,7 @@ def score_sequences(
             done : done + max(1, tokens_per_batch // len(trees[done].ids))
         ]  # the first is the largest
         try:
-            found = _run(model, batch, answers, wanted or {}, top)
+            batch_scores = _run(model, batch, answers, wanted or {}, top)
         except RuntimeError as error:
             if not is_out_of_memory(error) or (len(batch) == 1 and len(batch[0].branches) == 1):
                 raise
@@ -177,7 +174,7 @@ def score_sequences(
             left = [ids for tree in trees[done:] for ids in tree.sequences]
             trees, done = build_trees(left, limit=min(largest, tokens_per_batch)), 0
             continue
-        scores.update(found)
+        scores.update(batch_scores)
         done += len(batch)
     return [scores[index] for index in range(len(sequences))]
 
@@ -204,35 +201,37 @@ def _run(
     top: int,
 ) -> list[tuple[int, Score]]:
     places: dict[tuple[int, int], int] = {}  # (row, position) -> which of the P
-    asked: list[tuple[int, int]] = []  # (which of the P, token), M of them
+    tokens: list[tuple[int, int]] = []  # (which of the P, token), M of them
     read: list[_Answer] = []
     for row, tree in enumerate(trees):
         for ids, path in zip(tree.sequences, tree.paths, strict=True):
             for answer in answers[ids]:
                 read.append(answer)
                 for offset, token in enumerate(answer.tokens):
-                    asked.append(
+                    tokens.append(
                         (places.setdefault((row, path[answer.first + offset]), len(places)), token)
                     )
     rows_P, positions_P = torch.tensor(list(places), device=model.device).T
-    places_M, tokens_M = torch.tensor(asked, device=model.device).T
+    places_M, tokens_M = torch.tensor(tokens, device=model.device).T
     starts = list(itertools.accumulate((len(answer.tokens) for answer in read), initial=0))
     ends = [start + len(answer.tokens) for start, answer in zip(starts, read, strict=False)]
     looked_at = [number for number, answer in enumerate(read) if answer.index in wanted]
-    closer = _Closer(
+    reader = _DistributionReader(
         top,
-        [place for number in looked_at for place, _ in asked[starts[number] : ends[number]]],
+        [place for number in looked_at for place, _ in tokens[starts[number] : ends[number]]],
         [ids_MK for number in looked_at if (ids_MK := wanted[read[number].index]) is not None],
         model.device,
     )
     with torch.no_grad():
         hidden_BTD = model.final_hidden(tree_batch(trees, device=model.device, dtype=model.dtype))
         log_probs_M, greedy_M = _read(
-            model, hidden_BTD[rows_P, positions_P], places_M, tokens_M, closer
+            model, hidden_BTD[rows_P, positions_P], places_M, tokens_M, reader
         )
     log_probs, greedy = log_probs_M.tolist(), greedy_M.tolist()
     sizes = [len(read[number].tokens) for number in looked_at]
-    distributions = dict(zip(looked_at, closer.found(sizes), strict=True)) if looked_at else {}
+    distributions = (
+        dict(zip(looked_at, reader.next_tokens(sizes), strict=True)) if looked_at else {}
+    )
     return [
         (
             answer.index,
@@ -252,7 +251,7 @@ def _read(
     hidden_PD: torch.Tensor,
     places_M: torch.Tensor,
     tokens_M: torch.Tensor,
-    closer: _Closer,
+    reader: _DistributionReader,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(M,) log-probabilities of the tokens, float32, and (M,) the greedy choices at their places;
     the vocabulary in bounded memory.
@@ -268,13 +267,13 @@ def _read(
         here = places_M[inside_M] - start
         log_probs_M[inside_M] = log_probs_PV[here, tokens_M[inside_M]]
         greedy_M[inside_M] = log_probs_PV.argmax(-1)[here]
-        closer.look(log_probs_PV, start)
+        reader.read(log_probs_PV, start)
     return log_probs_M, greedy_M
 
 
-class _Closer:
-    """Reads the distributions of one pass: Q places of the P, those of an answer behind one
-    another.
+class _DistributionReader:
+    """Reads the distributions of one pass at Q places of the P. The places of an answer are
+    consecutive.
     """
 
     def __init__(
@@ -284,31 +283,31 @@ class _Closer:
         self.ids_QK = torch.cat(list(ids)).long().to(device) if ids else None
         self.top_QK = torch.empty(len(places), top, dtype=torch.int32, device=device)
         self.top_log_probs_QK = torch.empty(len(places), top, device=device)
-        self.asked_QK = (
+        self.requested_QK = (
             None if self.ids_QK is None else torch.empty(self.ids_QK.shape, device=device)
         )
 
-    def look(self, log_probs_PV: torch.Tensor, start: int) -> None:
-        """Takes what it wants from the log-probabilities at the places from `start` on."""
+    def read(self, log_probs_PV: torch.Tensor, start: int) -> None:
+        """Keeps what is needed of the log-probabilities at the places from `start` on."""
         inside_Q = (self.places_Q >= start) & (self.places_Q < start + len(log_probs_PV))
         if not bool(inside_Q.any()):
             return
         log_probs_QV = log_probs_PV[self.places_Q[inside_Q] - start]
         values_QK, ids_QK = log_probs_QV.topk(self.top_QK.shape[1])
         self.top_QK[inside_Q], self.top_log_probs_QK[inside_Q] = ids_QK.int(), values_QK
-        if self.asked_QK is not None and self.ids_QK is not None:
-            self.asked_QK[inside_Q] = log_probs_QV.gather(-1, self.ids_QK[inside_Q])
+        if self.requested_QK is not None and self.ids_QK is not None:
+            self.requested_QK[inside_Q] = log_probs_QV.gather(-1, self.ids_QK[inside_Q])
 
-    def found(self, sizes: Sequence[int]) -> list[NextTokens]:
-        """A distribution for each answer, of so many tokens each."""
+    def next_tokens(self, sizes: Sequence[int]) -> list[NextTokens]:
+        """The distributions of each answer. `sizes` are the answers' numbers of tokens."""
         top, log_probs = (
             self.top_QK.cpu().split(list(sizes)),
             self.top_log_probs_QK.cpu().split(list(sizes)),
         )
-        asked = (
-            [None] * len(sizes) if self.asked_QK is None else self.asked_QK.cpu().split(list(sizes))
-        )
-        return [NextTokens(*each) for each in zip(top, log_probs, asked, strict=True)]
+        requested: Sequence[torch.Tensor | None] = [None] * len(sizes)
+        if self.requested_QK is not None:
+            requested = self.requested_QK.cpu().split(list(sizes))
+        return [NextTokens(*parts) for parts in zip(top, log_probs, requested, strict=True)]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
