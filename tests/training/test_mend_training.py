@@ -222,7 +222,9 @@ def test_a_chain_edits_what_was_edited_before_and_begins_anew_after_its_length()
 def test_training_makes_the_loss_smaller_and_keeps_the_best() -> None:
     events = list(learning(tiny_model("gpt2"), steps=30, validate_every=5, lr=0.01).run())
     losses = [
-        event.value for event in events if isinstance(event, EvalRecord) and event.metric == "loss"
+        event.measurement.value
+        for event in events
+        if isinstance(event, EvalRecord) and event.measurement.metric == "loss"
     ]
     state = events[-1]
     assert isinstance(state, LearningState)
