@@ -353,10 +353,10 @@ class EditingEvaluator(AbstractEditEvaluator):
         return Statistics(aggregation=self.aggregation, resamples=self.bootstrap)
 
     def _measurements(
-        self, found: Iterator[breakdown.Found], *, timing: str | None = None
+        self, results: Iterator[breakdown.SubsetEstimate], *, timing: str | None = None
     ) -> Iterator[Measurement]:
         protocols = {protocol.name: protocol for protocol in self._chosen()}
-        for result in found:
+        for result in results:
             estimate, protocol = result.estimate, protocols[result.metric.protocol]
             yield Measurement(
                 kind="editing",

@@ -10,14 +10,15 @@ fact.
                    references.
 
 Texts are sampled from the `top_k` most probable tokens, as in Meng et al.'s code, up to
-`max_tokens` tokens with the prompt; the draws are the same at every milestone. Requests without
-prompts for it are continued from their own (as EasyEdit does). Differs from the authors' code:
-words as NLTK's Treebank tokenizer has them without cutting sentences first, which would need a
+`max_tokens` tokens with the prompt. The draws are the same at every milestone. Requests without
+generation prompts are continued from their own prompt, as in EasyEdit. Differs from the authors'
+code: words are those of NLTK's Treebank tokenizer without a sentence splitter, which would need a
 download; inverse document frequencies are those of the run's own references instead of Wikipedia's.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -40,14 +41,14 @@ WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # by n; their mean weighs 1
 
 
 def ngram_entropy(words: Sequence[str], n: int) -> float:
-    """Bits; 0 for texts without an n-gram."""
+    """The entropy of the n-grams in bits; 0 if there is none."""
     counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
     total = sum(counts.values())
     return -math.fsum(count / total * math.log2(count / total) for count in counts.values()) + 0.0
 
 
 def fluency(texts: Sequence[str]) -> float:
-    """Bits: the mean over the texts of their weighted entropies."""
+    """The mean of the texts' weighted entropies in bits."""
     return math.fsum(_fluency(_words(text)) for text in texts) / len(texts)
 
 
@@ -86,7 +87,7 @@ class TfIdf:
         )
 
     def cosine(self, text: str, other: str) -> float:
-        """Of the two texts' vectors; 0 where one has no term."""
+        """The cosine of the two texts' vectors; 0 if a text has no term."""
         left, right = self._vector(text), self._vector(other)
         product = math.fsum(value * right.get(term, 0.0) for term, value in left.items())
         lengths = [
@@ -112,8 +113,8 @@ class Fluency(AbstractEditEvaluator):
     # texts cost too much to be written after every edit; where all is taken back, there is no later
     is_immediate: ClassVar[bool] = False
 
-    limit: int | None  # requests; 0: none, null: all
-    max_tokens: int  # of a text, the prompt's included
+    limit: int | None  # requests; 0: none, None: all
+    max_tokens: int  # of a text, its prompt included
     top_k: int
     seed: int
     tokens_per_batch: int = 4096
@@ -145,11 +146,9 @@ class Fluency(AbstractEditEvaluator):
     def baseline(
         self, model: EditableModel, requests: Sequence[EditRequest]
     ) -> Mapping[str, torch.Tensor]:
-        """The document frequencies of all references, as JSON: those of a part of the requests
-        would differ.
-        """
-        found = TfIdf.of(text for request in requests for text in request.references)
-        return {"tf_idf": to_bytes([found.documents, dict(found.containing)])}
+        """The document frequencies of all references, as JSON. They depend on all requests."""
+        tf_idf = TfIdf.of(text for request in requests for text in request.references)
+        return {"tf_idf": to_bytes([tf_idf.documents, dict(tf_idf.containing)])}
 
     def evaluate(
         self,
@@ -158,7 +157,7 @@ class Fluency(AbstractEditEvaluator):
         baseline: Mapping[str, torch.Tensor],
     ) -> list[Measurement | Samples]:
         chosen = list(requests if self.limit is None else requests[: self.limit])
-        return self._found(self._rows(model, chosen, baseline))
+        return self._results(self._rows(model, chosen, baseline))
 
     def measure(
         self,
@@ -196,10 +195,10 @@ class Fluency(AbstractEditEvaluator):
         timing: str,
     ) -> list[Measurement | Samples]:
         keys = (_key(moment, request.id) for request in requests)
-        found = self._found([from_bytes(notes[key]) for key in keys if key in notes])
+        results = self._results([from_bytes(notes[key]) for key in keys if key in notes])
         return [
-            replace(each, timing=timing) if isinstance(each, Measurement) else each
-            for each in found
+            replace(result, timing=timing) if isinstance(result, Measurement) else result
+            for result in results
         ]
 
     def _rows(
@@ -208,43 +207,40 @@ class Fluency(AbstractEditEvaluator):
         chosen: Sequence[EditRequest],
         baseline: Mapping[str, torch.Tensor],
     ) -> list[dict[str, Any]]:
-        """What each request's texts are and how they score, as plain JSON values."""
+        """The texts and scores of each request, as plain JSON values."""
         if not chosen:
             return []
         prompts = [list(request.generation_prompts) or [request.full_prompt] for request in chosen]
-        texts = iter(
-            self._texts(model, [prompt for of_request in prompts for prompt in of_request])
-        )
-        written = [[next(texts) for _ in of_request] for of_request in prompts]
-        fluencies = [fluency(each) for each in written]
+        texts = iter(self._texts(model, [*itertools.chain(*prompts)]))
+        texts_by_request = [[next(texts) for _ in of_request] for of_request in prompts]
+        fluencies = [fluency(of_request) for of_request in texts_by_request]
         tf_idf = TfIdf(*from_bytes(baseline["tf_idf"]))
-        likeness = {
-            request.id: tf_idf.cosine(" ".join(each), " ".join(request.references))
-            for request, each in zip(chosen, written, strict=True)
+        consistencies = {
+            request.id: tf_idf.cosine(" ".join(of_request), " ".join(request.references))
+            for request, of_request in zip(chosen, texts_by_request, strict=True)
             if request.references
         }
         return [
             {
                 "request": request.id,
-                "texts": each,
+                "texts": of_request,
                 "fluency_bits": bits,
-                "consistency": likeness.get(request.id),
+                "consistency": consistencies.get(request.id),
             }
-            for request, each, bits in zip(chosen, written, fluencies, strict=True)
+            for request, of_request, bits in zip(chosen, texts_by_request, fluencies, strict=True)
         ]
 
-    def _found(self, rows: Sequence[dict[str, Any]]) -> list[Measurement | Samples]:
+    def _results(self, rows: Sequence[dict[str, Any]]) -> list[Measurement | Samples]:
         if not rows:
             return []
-        found: list[Measurement | Samples] = [
-            self._measurement("fluency_bits", [row["fluency_bits"] for row in rows])
-        ]
-        if likeness := [row["consistency"] for row in rows if row["consistency"] is not None]:
-            found.append(self._measurement("consistency", likeness))
-        return [*found, Samples(name="editing-fluency", rows=tuple(rows))]
+        measurements = [self._measurement("fluency_bits", [row["fluency_bits"] for row in rows])]
+        scores = [row["consistency"] for row in rows if row["consistency"] is not None]
+        if scores:
+            measurements.append(self._measurement("consistency", scores))
+        return [*measurements, Samples(name="editing-fluency", rows=tuple(rows))]
 
     def _texts(self, model: EditableModel, prompts: Sequence[str]) -> list[str]:
-        """Each prompt with its continuation; equal prompts get draws of their own."""
+        """Each prompt with its continuation. Equal prompts have different draws."""
         longest = min(self.max_tokens, model.max_length)
         rows = [ids[-(longest - 1) :] for ids in encode_prompts(model.tokenizer, prompts)]
         generator = torch.Generator().manual_seed(self.seed)

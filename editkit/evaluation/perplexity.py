@@ -1,12 +1,14 @@
-"""Perplexity on running text: does the edited model still model language at all?
+"""Perplexity on running text, which shows whether the edited model still models language.
 
-The text is tokenised whole and cut into windows of `window` tokens, which do not overlap; a
-tokenizer that puts a start token in front puts one before every window. Each token but a window's
-first, where nothing precedes it, is predicted from those before it in its window: exp(mean negative
-log-likelihood a token), the `perplexity_per_token`. It is comparable between views and milestones,
-not between tokenizers. The mean is a ratio, of the windows' losses to their numbers of tokens, and
-so is its standard error over windows (Cochran 1977, Sampling Techniques, 6.4): a window counts by
-its tokens, a short last one for little. The perplexity's follows (delta method).
+The text is tokenised as a whole and cut into windows of `window` tokens without overlap. If the
+tokenizer adds a start token, every window begins with one. Each token is predicted from those
+before it in its window, except a first token that nothing precedes. `perplexity_per_token` is
+exp(mean negative log-likelihood per token). It is comparable between views and milestones, not
+between tokenizers.
+
+The mean is the ratio of the windows' losses to their numbers of tokens. Its standard error over
+windows is that of a ratio (Cochran 1977, Sampling Techniques, 6.4): a window is weighted by its
+tokens. The standard error of the perplexity follows by the delta method.
 
 Shape letters: B windows, T tokens, D width of the residual stream, V vocabulary.
 """
@@ -55,7 +57,7 @@ class Perplexity(AbstractEvaluator):
             raise OptionError(problems)
 
     def inputs(self, model: EditableModel) -> dict[str, str]:
-        """The files' bytes."""
+        """The digest of the files."""
         content = (
             b"\n".join(file.read_bytes() for file in self._files())
             if self.path is not None
@@ -70,7 +72,7 @@ class Perplexity(AbstractEvaluator):
     def baseline(
         self, model: EditableModel, requests: Sequence[EditRequest]
     ) -> dict[str, torch.Tensor]:
-        """Nothing: the text brings its answers along."""
+        """Nothing is frozen: the text has the right tokens."""
         return {}
 
     def evaluate(
@@ -83,7 +85,7 @@ class Perplexity(AbstractEvaluator):
         if self.path is None:
             return []
         windows, num_special = self._windows(model)
-        losses: list[float] = []  # nats a token, a window each
+        losses: list[float] = []  # nats per token, of each window
         counts: list[int] = []
         bound = (
             min(self.tokens_per_batch, TOKENS_ON_CPU)
@@ -115,24 +117,21 @@ class Perplexity(AbstractEvaluator):
     def _files(self) -> list[Path]:
         path = Path(self.path or "").expanduser()
         if path.is_dir():
-            return sorted(each for each in path.iterdir() if each.suffix in (".txt", ".raw"))
+            return sorted(file for file in path.iterdir() if file.suffix in (".txt", ".raw"))
         return [path] if path.is_file() else []
 
     def _windows(self, model: EditableModel) -> tuple[list[tuple[int, ...]], int]:
-        """The windows' ids with their special tokens, and how many of these each begins with. At
-        least two tokens a window.
+        """The windows' ids with their special tokens, and the number of special tokens of each
+        window. A window has at least two tokens.
         """
-        characters = (
-            None if self.max_tokens is None else 20 * self.max_tokens
-        )  # more than that many tokens ever stand for
+        # A token stands for less than 20 characters on average.
+        characters = None if self.max_tokens is None else 20 * self.max_tokens
         text = "\n".join(
             file.read_text(encoding="utf-8", errors="replace") for file in self._files()
         )[:characters]
-        found = encode(model.tokenizer, [text])[0]
-        special, ids = (
-            found.ids[: found.num_special],
-            found.ids[found.num_special :][: self.max_tokens],
-        )
+        encoded = encode(model.tokenizer, [text])[0]
+        special = encoded.ids[: encoded.num_special]
+        ids = encoded.ids[encoded.num_special :][: self.max_tokens]
         size = min(self.window, model.max_length) - len(special)
         windows = [special + ids[start : start + size] for start in range(0, len(ids), size)]
         windows = [window for window in windows if len(window) > max(1, len(special))]
@@ -147,8 +146,8 @@ class Perplexity(AbstractEvaluator):
     def _losses(
         self, model: EditableModel, windows: Sequence[tuple[int, ...]], first: int
     ) -> list[float]:
-        """The mean negative log-likelihood of each window's tokens from `first` on, nats a token;
-        logits in bounded memory.
+        """The mean negative log-likelihood of each window's tokens from `first` on, in nats per
+        token. The logits take bounded memory.
         """
         with torch.no_grad():
             hidden_BTD = model.final_hidden(pad(windows, device=model.device))
@@ -168,8 +167,8 @@ class Perplexity(AbstractEvaluator):
 
 
 def _ratio_stderr(losses: Sequence[float], counts: Sequence[int], mean: float) -> float | None:
-    """The standard error of the mean a token; that of a plain mean where all windows have as many.
-    None for fewer than two windows.
+    """The standard error of the mean per token; None for fewer than two windows. It is that of a
+    plain mean if all windows have the same number of tokens.
     """
     n = len(losses)
     if n < 2 or not math.isfinite(mean):

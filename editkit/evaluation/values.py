@@ -1,9 +1,9 @@
-"""The values of edited facts: what an edited matrix gives at the subject's last token, right after
-the edit and after later ones.
+"""The values of edited facts: the output of an edited matrix at the subject's last token, right
+after the edit and after later edits.
 
-PRUNE (Ma et al. 2024, arXiv 2405.16821, Figure 5) draws the first 100 of them, on their two
-principal components: as each edit left its own, after N edits, and after N edits with PRUNE.
-Nothing is scored here; what is seen goes into the run's samples, for `editkit report`.
+PRUNE (Ma et al. 2024, arXiv 2405.16821, Figure 5) shows the first 100 of them on their two
+principal components: right after each edit, after N edits, and after N edits with PRUNE. Nothing is
+scored here. The values are written to the run's samples, for `editkit report`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from editkit.targets.keys import keys_and_outputs
 from editkit.types import EditRequest, Measurement
 
 SAMPLES = "values"
-CURRENT = "current"  # a view's values as each edit left its own: (requests so far, O)
+CURRENT = "current"  # key of a view's values right after each edit: (requests so far, O)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Values(AbstractSuite, AbstractEditEvaluator):
-    """In the place of a suite. `evaluation.timings` must hold `immediate`, or nothing is known of
-    the moment right after an edit.
+    """It takes the place of a suite. Without `immediate` in `evaluation.timings`, the values right
+    after an edit are unknown.
     """
 
     name: str
-    count: int  # of the first edits
+    count: int  # number of first edits
     every: int
 
     def __post_init__(self) -> None:
@@ -124,15 +124,15 @@ class Values(AbstractSuite, AbstractEditEvaluator):
 
 
 def values(model: EditableModel, requests: Sequence[EditRequest]) -> torch.Tensor:
-    """(N, O) float32 on the CPU: the output of the last edited matrix at each subject's last token,
-    the bare prompt alone.
+    """(N, O) float32 on the CPU: the last edited matrix's outputs at each subject's last token, for
+    the prompt without a context template.
     """
     module = edited(model)
-    found = [
+    outputs = [
         keys_and_outputs(model, request, module=module, contexts=("{}",))[1][0]
         for request in requests
     ]
-    return torch.stack(found).to(torch.float32).cpu()
+    return torch.stack(outputs).to(torch.float32).cpu()
 
 
 def edited(model: EditableModel) -> str:

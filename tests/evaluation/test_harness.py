@@ -210,7 +210,9 @@ def test_numbers_that_are_not_finite_come_back_as_such() -> None:
 
 def test_an_answer_longer_than_the_model_is_an_error() -> None:
     model = tiny_model("gpt2")
-    with pytest.raises(ConfigError, match="128 positions"):
+    with pytest.raises(
+        ConfigError, match=r"answer: exceeds the model's context length .*expected at most 128\)"
+    ):
         harness_model(model, tokens_per_batch=256).loglikelihood(
             [instance("loglikelihood", "x", PROMPTS[3] * 3)], disable_tqdm=True
         )

@@ -14,7 +14,7 @@ import torch
 from editkit.errors import ConfigError
 from editkit.evaluation.base import Samples
 from editkit.evaluation.harness.lm import harness_model, quiet
-from editkit.evaluation.harness.load_tasks import Chosen, load_tasks
+from editkit.evaluation.harness.load_tasks import LoadedTasks, load_tasks
 from editkit.evaluation.harness.suite import LoadedSuite, Suite
 from editkit.evaluation.statistics.paired import compare
 from editkit.linalg.lowrank import LowRank
@@ -122,10 +122,10 @@ def test_an_edited_model_is_asked_anew_about_the_same_items_and_compared_with_th
     chosen = suite("world_entailment_likelihood", "world_summary", limit=20).prepare(model)
     baseline = chosen.baseline(model, ())
     before = chosen.evaluate(model, (), baseline)
-    asked = chosen.asked
+    prepared = chosen.prepared
     model.apply(module, an_update(model, module))
     after = chosen.evaluate(model, (), baseline)
-    assert chosen.asked is asked
+    assert chosen.prepared is prepared
     rows = [
         [row["prompt"] for each in found if isinstance(each, Samples) for row in each.rows]
         for found in (before, after)
@@ -229,7 +229,7 @@ def a_task(texts: list[str], **changes: Any) -> Any:
 def suite_of(pooled: dict[str, bool] | None, *tasks: Any) -> LoadedSuite:
     """A suite of one name that stands for these tasks."""
     options = suite("mine", name="mine", limit=None)
-    return LoadedSuite(options, {"mine": Chosen(name="mine", tasks=tasks, pooled=pooled)})
+    return LoadedSuite(options, {"mine": LoadedTasks(name="mine", tasks=tasks, pooled=pooled)})
 
 
 TEXTS = [
@@ -299,7 +299,9 @@ def test_a_group_counts_the_items_of_its_tasks_together() -> None:
         load_tasks(["world_entailment"], data=None, shots={}, seed=0)["world_entailment"]
         for _ in range(2)
     ]
-    both = Chosen(name="both", tasks=parts[0].tasks + parts[1].tasks, pooled={"accuracy": True})
+    both = LoadedTasks(
+        name="both", tasks=parts[0].tasks + parts[1].tasks, pooled={"accuracy": True}
+    )
     group = LoadedSuite(suite("both"), {"both": both})
     (found,) = measured(group.evaluate(model, (), {}))
     assert (found.task, found.metric, found.n, found.value) == ("both", "accuracy", 6, alone.value)
@@ -379,14 +381,15 @@ def test_answers_longer_than_the_model_are_told_with_task_and_item_for_all_tasks
     with pytest.raises(ConfigError) as caught:
         suite_of(None, *tasks).baseline(model, ())
     first, *others, last = caught.value.problems
+    exceeds = "exceeds the model's context length"
     assert (
-        first.startswith("suite.tasks: one, item 5: an answer has ")
-        and "the model 128 positions" in first
+        first.startswith(f"suite.tasks: an answer of one, item 5, {exceeds} (got ")
+        and "expected at most 128" in first
     )
-    assert [problem.split(":")[1] for problem in others] == [
-        f" many, item {item}" for item in range(5)
+    assert [problem.split(" (got ")[0] for problem in others] == [
+        f"suite.tasks: an answer of many, item {item}, {exceeds}" for item in range(5)
     ]
-    assert last == "suite.tasks: many: 2 more such items"
+    assert last == "suite.tasks: 2 more such items of many."
 
 
 def test_no_tasks_measure_nothing_and_need_nothing() -> None:

@@ -140,11 +140,11 @@ def test_the_published_tasks_take_the_first_records(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"question": "Q", "answer": " "}', "record 0: answer is empty"),
         ("a.jsonl", '{"question": "Q", "answer": []}', "record 0: answer is empty"),
-        ("a.jsonl", '{"question": "Q"}', "record 0: has no column 'answer' - it has: question"),
-        ("a.jsonl", "[1]", "record 0: is not an object with columns but of type list"),
+        ("a.jsonl", '{"question": "Q"}', "record 0: has no column 'answer' (got 'question')."),
+        ("a.jsonl", "[1]", "record 0: not an object with columns (got 'list')."),
         ("a.jsonl", "{", "cannot be read"),
-        ("a.jsonl", "", "holds no records"),
-        ("a.json", '{"question": "Q"}', "holds one dict - a list of records is needed"),
+        ("a.jsonl", "", "has no records"),
+        ("a.json", '{"question": "Q"}', "not a list of records (got 'dict'; expected a list)."),
         ("a.tsv", "question\tanswer\nQ\tA\tB\n", "cannot be read"),
     ],
 )
@@ -161,7 +161,7 @@ def test_bad_data_is_named_with_file_record_and_column(
 def test_many_bad_records_are_counted_not_listed() -> None:
     problems = check_rows([{}] * 20, ["answer"], where="here")
     assert len(problems) == 6
-    assert problems[-1] == "here: 15 more problems"
+    assert problems[-1] == "here: 15 more problems."
 
 
 def test_missing_data_says_where_it_was_looked_for_and_what_to_do(

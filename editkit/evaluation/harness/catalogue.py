@@ -1,8 +1,8 @@
-"""Which tasks there are: ours (tasks/**/*.yaml), whose yamls are read here without the harness, and
-those that the harness brings along.
+"""The known tasks: editkit's own (tasks/**/*.yaml), which are read here without the harness, and
+those of the harness.
 
-A task of the harness reads its data from the hub. For some of them a local folder can stand in:
-LOCAL says which files, and how their records become those that the hub has.
+A task of the harness reads its data from the hub. LOCAL lists the tasks that a local folder can
+serve: the files, and the conversion of their records to those of the hub.
 """
 
 from __future__ import annotations
@@ -22,26 +22,22 @@ from editkit.lazy import missing_packages
 
 FOLDER = Path(__file__).parent.parent / "tasks"
 SPLITS = ("training", "validation", "test")
-NEW_TOKENS = (
-    "max_gen_toks",
-    "max_new_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-)  # one option of the harness, the first name that is given
-DEFAULT_NEW_TOKENS = 256  # the harness's
-# of the extra `tasks`: import name -> what messages call it; the last three compute metrics
+# The names of one option of the harness; the first that is given counts.
+NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+DEFAULT_NEW_TOKENS = 256  # of the harness
+# The packages of the extra `tasks`, with their names in messages. The last three compute metrics.
 PACKAGES = {
     "lm_eval": "lm-evaluation-harness",
     "nltk": "nltk",
     "rouge": "rouge",
     "rouge_score": "rouge-score",
 }
-# in a task's yaml: what `editkit.evaluation.tasks.data.read` is called with
+# the key in a task's yaml that holds the arguments of `editkit.evaluation.tasks.data.read`
 OPTIONS = "dataset_kwargs"
 
 
 def missing_harness(suite: str) -> str | None:
-    """The message on tasks whose packages are not installed; None where all are."""
+    """The problem that packages of the tasks are not installed; None if all are."""
     missing = [PACKAGES[name] for name in missing_packages(PACKAGES)]
     if not missing:
         return None
@@ -54,22 +50,23 @@ def missing_harness(suite: str) -> str | None:
 
 
 def own_tasks() -> dict[str, Mapping[str, Any]]:
-    """The content of each of our yamls by the task's name; functions stay names."""
+    """The content of each of editkit's yamls by the task's name. Functions stay names."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_constructor("!function", lambda loader, node: str(node.value))
-    found = (yaml.load(path.read_text(), Loader=Loader) for path in sorted(FOLDER.rglob("*.yaml")))
-    return {each["task"]: each for each in found}
+    paths = sorted(FOLDER.rglob("*.yaml"))
+    contents = (yaml.load(path.read_text(), Loader=Loader) for path in paths)
+    return {content["task"]: content for content in contents}
 
 
 def harness_folders(names: Iterable[str]) -> dict[str, Path]:
-    """Which of the harness's folders has the task or group of each name; names that none has, tags
-    among them, are absent.
+    """The harness's folder of the task or group of each name. Names without a folder, such as tags,
+    are absent.
 
-    Reading all of its 14,000 yamls as yamls takes seconds; looking for a line takes one.
+    Parsing all of its 14,000 yamls takes several seconds, searching for a line takes one.
     """
     wanted = set(names)
     (home,) = importlib.util.find_spec("lm_eval").submodule_search_locations  # type: ignore[union-attr,misc]
@@ -77,30 +74,28 @@ def harness_folders(names: Iterable[str]) -> dict[str, Path]:
     line = re.compile(
         r"""^["']?(?:task|group)["']?:[ \t]*["']?([\w.+-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE
     )
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for path in sorted(root.rglob("*.yaml")):
         for name in line.findall(path.read_text()):
             if name in wanted:
-                found.setdefault(name, root / path.relative_to(root).parts[0])
-    return found
+                folders.setdefault(name, root / path.relative_to(root).parts[0])
+    return folders
 
 
 def unknown_task(name: str, known: Iterable[str]) -> str:
-    """The sentence on a name that no task has."""
-    near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.5)
-    nearest = ", ".join(near) or "none"
-    return (
-        f"suite.tasks: {name!r} is no task. Nearest: {nearest}; `lm_eval ls tasks` lists the "
-        "harness's."
-    )
+    """The problem of a name that no task has."""
+    nearest = difflib.get_close_matches(name, list(known), n=4, cutoff=0.5)
+    expected = f"a task; nearest: {', '.join(nearest) or 'none'}"
+    fix = "choose one of the tasks that `lm_eval ls tasks` lists, or one of editkit's own"
+    return message("suite.tasks", "unknown task", got=name, expected=expected, fix=fix)
 
 
 def takes_examples_from_test(option: Callable[[str], Any]) -> bool:
-    """Whether examples before a question would be records that are asked about, by where the
-    harness takes either from.
+    """Whether the examples before a question would be tested records, by the splits that the
+    harness takes both from.
 
     Args:
-        option: the value of a task's option, None where it is not given.
+        option: the value of a task's option by its name; None if it is not given.
     """
     given = option("fewshot_config")
     split, samples = (
@@ -115,20 +110,16 @@ def takes_examples_from_test(option: Callable[[str], Any]) -> bool:
 
 
 def no_examples(name: str, shots: int, *, members: Sequence[str] = ()) -> str:
-    """The sentence on a task, or on members of a group, whose examples would be records that are
-    tested.
-    """
+    """The problem of a task, or of members of a group, whose examples would be tested records."""
     more = f" and {len(members) - 4} more" if len(members) > 4 else ""
     who = f"{', '.join(members[:4])}{more} have" if members else "the task has"
-    return (
-        f"suite.shots.{name}: {shots} was given; {who} no examples apart from the records that are "
-        "tested: 0."
-    )
+    problem = f"{who} no examples apart from the tested records"
+    return message(f"suite.shots.{name}", problem, got=shots, expected="0")
 
 
 def room_of(option: Callable[[str], Any]) -> int:
-    """How many tokens a task asks to be generated, 0 for one that asks for none; a single request
-    may ask for another number.
+    """The number of tokens that a task generates, 0 if it generates none. A single request may
+    differ.
     """
     if (option("output_type") or "generate_until") != "generate_until":
         return 0
@@ -139,11 +130,12 @@ def room_of(option: Callable[[str], Any]) -> int:
 
 
 def no_room(name: str, room: int, positions: int) -> str:
-    """The sentence on a task that generates more than a model has positions for."""
-    return (
-        f"suite.max_new_tokens: {name} generates up to {room} tokens, which leaves no room for a "
-        "prompt: the model has "
-        f"{positions} positions. Set suite.max_new_tokens={positions // 2}, or leave the task out."
+    """The problem of a task that generates more tokens than the model's context length."""
+    return message(
+        "suite.max_new_tokens",
+        f"{name} generates up to {room} tokens, which leaves no room for a prompt",
+        expected=f"less than the model's context length of {positions}",
+        fix=f"set suite.max_new_tokens={positions // 2}, or leave the task out",
     )
 
 
@@ -152,8 +144,8 @@ class Local:
     """A local stand-in for a hub dataset."""
 
     files: Mapping[str, str]  # the hub's split -> file below the data folder
-    columns: tuple[str, ...]  # what every record must have
-    adapt: Callable[[Row], Row] = dict  # a record of the file -> one of the hub
+    columns: tuple[str, ...]  # that every record must have
+    adapt: Callable[[Row], Row] = dict  # from a record of the file to one of the hub
 
 
 def _with_label(*names: object, column: str = "label") -> Callable[[Row], Row]:
@@ -166,8 +158,8 @@ def _mmlu_row(row: Row) -> Row:
 
 
 def local_data(path: str | None, name: str | None) -> Local | None:
-    """What stands in for the hub dataset `path`, configuration `name`; None where we know no local
-    layout of it.
+    """The local stand-in for the configuration `name` of the hub dataset `path`; None if no local
+    layout is known.
     """
     if path == "cais/mmlu":
         files = {split: f"mmlu/{split}/{name}_{split}.csv" for split in ("dev", "test")}

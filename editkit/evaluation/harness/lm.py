@@ -1,11 +1,12 @@
-"""lm-evaluation-harness on the model that is being edited: one HFLM over the very network.
+"""lm-evaluation-harness on the model that is being edited: an HFLM over the same network.
 
-The HFLM shares the network, so it sees every edit; it loads nothing, copies nothing and never asks
-the harness's request cache, whose key knows nothing of the weights. Three things are our own: texts
-are tokenised once and for all; continuations are scored by
-`editkit.evaluation.scoring.teacher_forcing`, which needs no logits but theirs; generations come
-from `editkit.model.generate`, greedy whatever a checkpoint's generation_config says. Both are
-batched by tokens, and padding changes no result. What comes out is what a bare HFLM gives.
+The HFLM shares the network and with it every edit. It loads and copies nothing, and does not use
+the harness's request cache, whose key does not cover the weights. Three things differ from a plain
+HFLM. Texts are tokenised once. Continuations are scored by
+`editkit.evaluation.scoring.teacher_forcing`, which computes only the logits that it needs.
+Generations come from `editkit.model.generate` and are greedy, whatever the generation_config of a
+checkpoint says. Both are batched by tokens, and padding changes no result. The results are those of
+a plain HFLM.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from editkit.errors import message
 from editkit.evaluation.harness.catalogue import no_room
 from editkit.evaluation.scoring.teacher_forcing import score_sequences
 from editkit.evaluation.tasks.data import MAX_SHOWN
@@ -26,14 +28,14 @@ from editkit.model.tokens import Encoded, TargetSequence
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-NO_LIMIT = 10**30  # transformers' word for it
-ROWS_OF_A_GENERATION = 64  # more gain little, and all of them wait for the last one
+NO_LIMIT = 10**30  # as in transformers
+ROWS_OF_A_GENERATION = 64  # more rows gain little, and all of them wait for the longest
 
 
 def harness_model(
     model: EditableModel, *, tokens_per_batch: int, max_new_tokens: int | None = None
 ) -> Any:
-    """The HFLM over `model`'s own network; `max_new_tokens` bounds what any task may ask for."""
+    """The HFLM over `model`'s network; `max_new_tokens` bounds the generations of all tasks."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import (
         handle_stop_sequences,
@@ -46,9 +48,7 @@ def harness_model(
         def __init__(self) -> None:
             self.encoded: dict[tuple[str, bool | None], list[int]] = {}
             tokenizer = copy.deepcopy(model.tokenizer)  # HFLM gives it a padding token
-            tokenizer.model_max_length = (
-                NO_LIMIT  # prompts are cut here, so there is nothing to warn of
-            )
+            tokenizer.model_max_length = NO_LIMIT  # prompts are cut here, without a warning
             super().__init__(
                 pretrained=model.network,
                 tokenizer=tokenizer,
@@ -73,7 +73,7 @@ def harness_model(
         def _loglikelihood_tokens(
             self, requests: Sequence[Any], *_: object, **__: object
         ) -> list[tuple[float, bool]]:
-            found = score_sequences(
+            scores = score_sequences(
                 model,
                 [
                     TargetSequence(Encoded((*context, *answer), (), 0), len(context))
@@ -81,15 +81,15 @@ def harness_model(
                 ],
                 tokens_per_batch=tokens_per_batch,
             )
-            return [(each.sum_log_prob, each.is_greedy) for each in found]
+            return [(score.sum_log_prob, score.is_greedy) for score in scores]
 
         def settings(self, request: Any) -> tuple[list[str], int]:
-            """The texts that end a generation, and how many tokens it may have."""
-            asked = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            """The texts that end a generation, and its largest number of tokens."""
+            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
             until = handle_stop_sequences(
-                asked["until"], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+                options["until"], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
             )
-            return until, min(asked["max_gen_toks"], max_new_tokens or asked["max_gen_toks"])
+            return until, min(options["max_gen_toks"], max_new_tokens or options["max_gen_toks"])
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
             texts: dict[int, str] = {}
@@ -114,8 +114,8 @@ def harness_model(
             return [texts[index] for index in range(len(requests))]
 
         def prompt_ids(self, request: Any) -> list[int]:
-            """Cut from the left so that what is generated fits behind; an empty prompt is the token
-            that begins texts.
+            """The prompt without its beginning if the generation would not fit otherwise. An empty
+            prompt is the token that begins texts.
             """
             _, room = self.settings(request)
             return self.tok_encode(request.args[0], left_truncate_len=model.max_length - room) or [
@@ -123,7 +123,7 @@ def harness_model(
             ]
 
         def cut(self, request: Any) -> int:
-            """How many tokens of a request's prompt do not fit."""
+            """The number of tokens of a request's prompt that do not fit."""
             if request.request_type == "generate_until":
                 return max(0, len(self.tok_encode(request.args[0])) - len(self.prompt_ids(request)))
             if request.request_type == "loglikelihood" and request.args[0]:
@@ -133,7 +133,7 @@ def harness_model(
             return 0
 
         def answer_tokens(self, request: Any) -> int:
-            """How many tokens the answer of a request for a likelihood has."""
+            """The number of tokens of the answer of a request for a likelihood."""
             context, answer = request.args
             return len(
                 self._encode_pair(context, answer)[1]
@@ -146,9 +146,7 @@ def harness_model(
 
 
 def check_room(lm: Any, task: Any, *, positions: int) -> str | None:
-    """What keeps a task's requests from being asked: a generation that leaves no room for its
-    prompt.
-    """
+    """The problem of a task whose generations leave no room for a prompt; None if it has none."""
     room = max(
         (
             lm.settings(request)[1]
@@ -161,7 +159,7 @@ def check_room(lm: Any, task: Any, *, positions: int) -> str | None:
 
 
 def check_answers(lm: Any, task: Any, *, positions: int) -> list[str]:
-    """The items whose answer, which is never cut, is longer than the model."""
+    """The problems of items whose answer, which is never cut, exceeds the context length."""
     longest: dict[int, int] = {}
     for request in task.instances:
         if (
@@ -169,22 +167,27 @@ def check_answers(lm: Any, task: Any, *, positions: int) -> list[str]:
             and (tokens := lm.answer_tokens(request)) > positions
         ):
             longest[request.doc_id] = max(tokens, longest.get(request.doc_id, 0))
+    name = task.config.task
     problems = [
-        f"suite.tasks: {task.config.task}, item {item}: an answer has {tokens} tokens, the model "
-        f"{positions} positions - "
-        "leave the task out, or take fewer items with suite.limit."
+        message(
+            "suite.tasks",
+            f"an answer of {name}, item {item}, exceeds the model's context length",
+            got=f"{tokens} tokens",
+            expected=f"at most {positions}",
+            fix="leave the task out, or measure fewer items with suite.limit",
+        )
         for item, tokens in sorted(longest.items())
     ]
     hidden = len(problems) - MAX_SHOWN
     return [
         *problems[:MAX_SHOWN],
-        *([f"suite.tasks: {task.config.task}: {hidden} more such items"] if hidden > 0 else []),
+        *([message("suite.tasks", f"{hidden} more such items of {name}")] if hidden > 0 else []),
     ]
 
 
 def _chunks(prompts: Mapping[int, Sequence[int]], *, room: int, tokens: int) -> Iterator[list[int]]:
-    """The prompts in order of length, so many at once that with what follows they have at most so
-    many tokens, padding included.
+    """Batches of prompts in order of length. With their generations and with padding, a batch has
+    at most `tokens` tokens.
     """
     chunk: list[int] = []
     for index in sorted(prompts, key=lambda index: len(prompts[index])):
@@ -201,7 +204,7 @@ def _chunks(prompts: Mapping[int, Sequence[int]], *, room: int, tokens: int) -> 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the harness's remarks, which are about its command line, to itself."""
+    """Silences the harness's log, which is about its command line."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

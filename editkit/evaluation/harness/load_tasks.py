@@ -1,5 +1,5 @@
-"""Tasks of lm-evaluation-harness by name, ours and its own, with their data and as a suite wants
-them.
+"""Tasks of lm-evaluation-harness and editkit's own, loaded by name with their data and with the
+options of a suite.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.evaluation.harness.catalogue import (
     FOLDER,
     SPLITS,
@@ -28,32 +28,33 @@ from editkit.evaluation.tasks.data import DATA_FOLDER, advice, locate, places, r
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
+class LoadedTasks:
     """One name of a suite's tasks, loaded: a task, or a group whose items count together."""
 
     name: str
     tasks: tuple[Any, ...]  # of lm-eval
-    # A group's metrics, and whether a task counts by its items (each item the same) or each task
-    # the same; None for what is no such group
+    # A group's metrics, and whether its tasks are weighted by their numbers of items or all the
+    # same; None if it is not such a group.
     pooled: Mapping[str, bool] | None = None
 
 
 def load_tasks(
     names: Sequence[str], *, data: str | None, shots: Mapping[str, int], seed: int
-) -> dict[str, Chosen]:
+) -> dict[str, LoadedTasks]:
     """The tasks of these names, with their data.
 
     Args:
-        data: the folder that `suite.data` names. shots: by name, how many examples stand before
-        each question; otherwise as the task says, or none. seed: of the examples' choice.
+        data: the folder of `suite.data`.
+        shots: the number of examples before each question, by name; otherwise that of the task's
+            yaml, or none.
+        seed: of the choice of examples.
 
     Raises:
-        ConfigError: a name that nothing has, data that is missing or malformed, a task that cannot
-        be measured here, examples that it has
-            not; all of them at once.
+        ConfigError: a name is unknown, data is missing or malformed, a task cannot be measured or
+            has no examples. All problems are reported together.
     """
     problems: list[str] = []
-    loaded: dict[str, Chosen] = {}
+    loaded: dict[str, LoadedTasks] = {}
     with quiet():
         manager = _manager(names, data=data)
         for name in names:
@@ -72,8 +73,8 @@ def load_tasks(
 
 
 def _manager(names: Sequence[str], *, data: str | None) -> Any:
-    """Knows our tasks and, of the harness's, those in the folders of the names; all of them where
-    that does not do.
+    """A manager of editkit's tasks and of the harness's tasks in the folders of these names; of all
+    tasks if these do not suffice.
     """
     from lm_eval.tasks import TaskManager
 
@@ -88,10 +89,10 @@ def _manager(names: Sequence[str], *, data: str | None) -> Any:
 
 
 def _is_complete(manager: Any, name: str) -> bool:
-    """Whether the manager knows the name, and all members of what it stands for."""
+    """Whether the manager knows the name and all of its members."""
     members = _members(manager, name) if name in manager.task_index else None
     return members is not None and all(
-        _is_complete(manager, each) for each in members if each != name
+        _is_complete(manager, member) for member in members if member != name
     )
 
 
@@ -109,12 +110,12 @@ def _members(manager: Any, name: str) -> list[str]:
     )
     return (
         members
-        if isinstance(members, list) and all(isinstance(each, str) for each in members)
+        if isinstance(members, list) and all(isinstance(member, str) for member in members)
         else [name]
     )
 
 
-def _load(manager: Any, name: str, *, data: str | None, shots: int | None) -> Chosen:
+def _load(manager: Any, name: str, *, data: str | None, shots: int | None) -> LoadedTasks:
     entry = manager.task_index.get(name)
     if entry is None:
         raise ConfigError(unknown_task(name, manager.all_tasks))
@@ -125,14 +126,14 @@ def _load(manager: Any, name: str, *, data: str | None, shots: int | None) -> Ch
     )
     pooled = (entry.cfg or {}).get("aggregate_metric_list") if name in manager.all_groups else None
     metrics = {
-        each["metric"]: bool(each.get("weight_by_size", True))
-        for each in ([pooled] if isinstance(pooled, Mapping) else pooled or ())
+        metric["metric"]: bool(metric.get("weight_by_size", True))
+        for metric in ([pooled] if isinstance(pooled, Mapping) else pooled or ())
     }
-    return Chosen(name=name, tasks=tasks, pooled=metrics or None)
+    return LoadedTasks(name=name, tasks=tasks, pooled=metrics or None)
 
 
 def _leaves(manager: Any, name: str) -> Iterator[str]:
-    """The tasks that a name stands for, whatever groups and tags lie between."""
+    """The tasks of a name, through groups and tags."""
     for member in _members(manager, name):
         if member == name:
             yield name
@@ -141,57 +142,56 @@ def _leaves(manager: Any, name: str) -> Iterator[str]:
 
 
 def _leaf(manager: Any, leaf: str, *, name: str, data: str | None, shots: int | None) -> list[Any]:
-    """The lm-eval tasks of a name that cannot be taken apart, from local files where there are
-    some.
-    """
+    """The lm-eval tasks of a name without members, from local files if there are some."""
     entry = manager.task_index[leaf]
     config = entry.cfg or {}
-    told = f"suite.tasks: {name}" + (f" ({leaf})" if leaf != name else "")
+    where = f"suite.tasks: {name}" + (f" ({leaf})" if leaf != name else "")
     known = local_data(config.get("dataset_path"), config.get("dataset_name"))
     folder = data or os.environ.get(DATA_FOLDER)
     if known is not None and folder and locate(folder, known.files):
-        return [_stand_in(manager, leaf, known, folder=folder, told=told, shots=shots)]
+        return [_stand_in(manager, leaf, known, folder=folder, where=where, shots=shots)]
     if data is not None and known is not None:
-        looked = " or ".join(map(str, places(data, known.files)))
-        raise ConfigError(f"{told}: no data - {looked} (not there) - {advice(known.files)}")
+        expected = " or ".join(map(str, places(data, known.files)))
+        raise ConfigError(message(where, "no data", expected=expected, fix=advice(known.files)))
     try:
         return list(manager.load([leaf])["tasks"].values())
-    except ConfigError as error:  # of our own tasks' data
-        raise ConfigError([f"{told}: {problem}" for problem in error.problems]) from None
-    except (
-        Exception
-    ) as error:  # the hub's clients raise errors of many libraries; any of them means the same here
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        where = (
-            f"hub dataset {config['dataset_path']}" if config.get("dataset_path") else "its data"
-        )
+    except ConfigError as error:  # of the data of editkit's own tasks
+        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
+    except Exception as error:  # the hub's clients raise errors of many libraries
+        path = config.get("dataset_path")
+        source = f"hub dataset {path}" if path else "its data"
         raise ConfigError(
-            f"{told}: {where} cannot be read ({said}) - {advice(known.files if known else {})}"
+            message(
+                where,
+                f"{source} cannot be read",
+                got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                fix=advice(known.files if known else {}),
+            )
         ) from None
 
 
 def _stand_in(
-    manager: Any, leaf: str, known: Local, *, folder: str, told: str, shots: int | None
+    manager: Any, leaf: str, known: Local, *, folder: str, where: str, shots: int | None
 ) -> Any:
-    """A task of the harness, as it is but for its data."""
+    """A task of the harness with local data."""
     import datasets
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(manager.task_index[leaf].yaml_path)
     try:
         splits = read(files=known.files, columns=known.columns, data=folder)
-        rows = {split: [known.adapt(row) for row in each] for split, each in splits.items()}
-    except (ConfigError, ValueError) as error:  # ValueError: a label that there is not
+        rows = {
+            split: [known.adapt(record) for record in records] for split, records in splits.items()
+        }
+    except (ConfigError, ValueError) as error:  # ValueError: an unknown label
         raise ConfigError(
-            [f"{told}: {problem}" for problem in getattr(error, "problems", [str(error)])]
+            [f"{where}: {problem}" for problem in getattr(error, "problems", [str(error)])]
         ) from None
     examples = config.get("fewshot_split") or config.get("training_split")
     wanted = shots if shots is not None else config.get("num_fewshot") or 0
     if wanted and examples and examples not in rows:
-        raise ConfigError(
-            f"{told}: {wanted} examples before each question come from the split {examples!r}, "
-            f"which {folder} does not have."
-        )
+        problem = f"the split {examples!r}, which {folder} lacks, has the examples of each question"
+        raise ConfigError(message(where, problem, got=f"{wanted} examples", expected="0"))
     splits_kept = {
         key: config[key]
         for key in ("training_split", "validation_split", "test_split")
@@ -200,7 +200,7 @@ def _stand_in(
     config |= {"training_split": None, "validation_split": None, "test_split": None} | splits_kept
     config |= {
         "custom_dataset": lambda **_: {
-            split: datasets.Dataset.from_list(each) for split, each in rows.items()
+            split: datasets.Dataset.from_list(records) for split, records in rows.items()
         }
     }
     config |= {"dataset_kwargs": None}
@@ -209,8 +209,8 @@ def _stand_in(
 
 
 def _check_shots(name: str, tasks: Sequence[Any], *, shots: int | None) -> None:
-    """Raises ConfigError where examples were asked for and would be records that are tested; a
-    task's own yaml may do that.
+    """Raises ConfigError if requested examples would be tested records. The yaml of a task may do
+    that.
     """
     tested = [
         str(task.config.task)
@@ -222,38 +222,34 @@ def _check_shots(name: str, tasks: Sequence[Any], *, shots: int | None) -> None:
 
 
 def examples_are_tested(task: Any) -> bool:
-    """Whether the examples of a task of the harness come from the records that it is tested on."""
+    """Whether the examples of a task of the harness are tested records."""
 
     def option(key: str) -> Any:
         kind = key.removesuffix("_split")
         given = getattr(task.config, key, None)
-        return (
-            kind
-            if given is None and kind in SPLITS and getattr(task, f"has_{kind}_docs")()
-            else given
-        )  # a task that is a class
+        # A task that is a class has methods instead.
+        is_method = given is None and kind in SPLITS and getattr(task, f"has_{kind}_docs")()
+        return kind if is_method else given
 
     return takes_examples_from_test(option)
 
 
 def _prepare(task: Any, name: str, *, shots: int | None, seed: int) -> None:
-    """Sets what a command line of the harness would. Raises ConfigError for a task that editkit
-    does not measure.
+    """Sets the options that a command line of the harness would set. Raises ConfigError if editkit
+    does not support the task.
     """
     is_sampled = (
         bool((task.config.generation_kwargs or {}).get("do_sample"))
         or (task.config.repeats or 1) > 1
     )
     refusals = {
-        "needs to run code that a model wrote": getattr(task, "UNSAFE_CODE", False),
+        "executes code that a model wrote": getattr(task, "UNSAFE_CODE", False),
         "needs more than text": getattr(task, "MULTIMODAL", False),
         "samples its outputs, which would differ from one milestone to the next": is_sampled,
     }
     if reasons := [reason for reason, applies in refusals.items() if applies]:
-        raise ConfigError(
-            f"suite.tasks: {name}: {task.config.task} {' and '.join(reasons)} - choose another "
-            "task."
-        )
+        problem = f"{task.config.task} {' and '.join(reasons)}"
+        raise ConfigError(message(f"suite.tasks: {name}", problem, fix="choose another task"))
     if shots is not None:
         task.set_config("num_fewshot", shots)
     elif task.config.num_fewshot is None:

@@ -1,4 +1,4 @@
-"""What the model answers to a task of the harness, and how that task scores it, item by item."""
+"""A model's responses to a task of the harness, and the task's scores, item by item."""
 
 from __future__ import annotations
 
@@ -14,48 +14,43 @@ NO_FILTER = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Asked:
-    """One lm-eval task with its requests, made once. Its requests hold the responses of the last
-    time.
-    """
+class PreparedTask:
+    """One lm-eval task with its requests. The requests hold their last responses."""
 
     name: str
     task: Any
     items: Mapping[int, Sequence[Any]]  # the harness's requests by item
-    cut: Mapping[int, int]  # by item, how many tokens its longest prompt lost
+    cut: Mapping[int, int]  # by item, the tokens that its longest prompt lost
 
     @property
     def label(self) -> str:
-        """What records call it."""
+        """The name in records."""
         return str(self.task.config.task_alias or self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Answered:
-    """What the model made of one task."""
+class ScoredTask:
+    """The model's responses to one task, scored."""
 
-    asked: Asked
-    scores: Mapping[
-        Key, Mapping[int, Any]
-    ]  # by item; a metric may leave items out; None: not finite, and no number would say so
+    prepared: PreparedTask
+    # By item. A metric may leave items out. None: not finite, and no number stands for a failure.
+    scores: Mapping[Key, Mapping[int, Any]]
     nonfinite: frozenset[int]  # items
-    rows: tuple[
-        Mapping[str, Any], ...
-    ]  # prompt, output and scores of each item, as plain JSON values
+    rows: tuple[Mapping[str, Any], ...]  # prompt, output and scores of each item, as JSON values
 
     def in_order(self, key: Key) -> list[float]:
-        """A metric's score for each item: nan for one that it leaves out, inf for one whose score
-        is None.
+        """A metric's score for each item: nan if it leaves the item out, inf if the score is
+        None.
         """
         scores = self.scores.get(key, {})
         return [
             math.inf if (score := scores.get(item, math.nan)) is None else float(score)
-            for item in self.asked.items
+            for item in self.prepared.items
         ]
 
     @property
     def numbers(self) -> list[Key]:
-        """The metrics that give each item a number; others want all items together."""
+        """The metrics that score each item with a number. Others score all items together."""
         return [
             key
             for key, scores in self.scores.items()
@@ -63,10 +58,10 @@ class Answered:
         ]
 
 
-def ask(lm: Any, asked: Mapping[str, Sequence[Asked]]) -> dict[str, list[Answered]]:
-    """All requests of one kind together, as the harness does."""
+def respond(lm: Any, prepared: Mapping[str, Sequence[PreparedTask]]) -> dict[str, list[ScoredTask]]:
+    """The responses to all tasks. Requests of one kind are scored together, as in the harness."""
     by_kind: dict[str, list[Any]] = {}
-    for tasks in asked.values():
+    for tasks in prepared.values():
         for task in tasks:
             for requests in task.items.values():
                 for request in requests:
@@ -77,46 +72,44 @@ def ask(lm: Any, asked: Mapping[str, Sequence[Asked]]) -> dict[str, list[Answere
                 of_kind, getattr(lm, kind)(of_kind, disable_tqdm=True), strict=True
             ):
                 request.resps, request.filtered_resps = [response], {}
-        return {name: [score(task) for task in tasks] for name, tasks in asked.items()}
+        return {name: [score(task) for task in tasks] for name, tasks in prepared.items()}
 
 
-def score(asked: Asked) -> Answered:
+def score(prepared: PreparedTask) -> ScoredTask:
     """The task's own filters and metrics over the responses that its requests hold."""
-    asked.task.apply_filters()
+    prepared.task.apply_filters()
     scores: dict[Key, dict[int, Any]] = {}
     rows: list[dict[str, Any]] = []
     nonfinite = frozenset(
-        item for item, requests in asked.items.items() if not all(map(_is_finite, requests))
+        item for item, requests in prepared.items.items() if not all(map(_is_finite, requests))
     )
-    declared = [each["metric"] for each in asked.task.config.metric_list or ()]
-    for item, requests in asked.items.items():
+    declared = [metric["metric"] for metric in prepared.task.config.metric_list or ()]
+    for item, requests in prepared.items.items():
         first = requests[0]
         row = {
             "item": item,
             "prompt": first.args[0],
-            "target": plain(asked.task.doc_to_target(first.doc)),
+            "target": plain(prepared.task.doc_to_target(first.doc)),
             "output": _output(requests),
         }
-        row |= {"cut": asked.cut[item]} if asked.cut[item] else {}
+        row |= {"cut": prepared.cut[item]} if prepared.cut[item] else {}
         for name in first.filtered_resps:
-            for (
-                metric
-            ) in declared:  # one that leaves out every item is measured all the same, on none
+            for metric in declared:  # a metric that leaves out every item is measured on none
                 scores.setdefault((str(metric), name), {})
-            found = asked.task.process_results(
+            results = prepared.task.process_results(
                 first.doc, [request.filtered_resps[name] for request in requests]
             )
-            for metric, value in found.items():
-                kept = failure(asked.task, metric) if item in nonfinite else value
+            for metric, value in results.items():
+                kept = failure(prepared.task, metric) if item in nonfinite else value
                 scores.setdefault((metric, name), {})[item] = kept
                 row[title((metric, name), filters=len(first.filtered_resps))] = plain(kept)
         rows.append(row)
-    return Answered(asked=asked, scores=scores, nonfinite=nonfinite, rows=tuple(rows))
+    return ScoredTask(prepared=prepared, scores=scores, nonfinite=nonfinite, rows=tuple(rows))
 
 
 def rule_of(task: Any, metric: str) -> Callable[[list[Any]], float]:
-    """What makes the items' scores the task's value; the harness, too, takes the mean where a task
-    names nothing.
+    """The aggregation of the items' scores. It is the mean if the task names none, as in the
+    harness.
     """
     from lm_eval.api.metrics import mean
 
@@ -125,25 +118,25 @@ def rule_of(task: Any, metric: str) -> Callable[[list[Any]], float]:
 
 
 def is_mean(rule: Callable[[list[Any]], float]) -> bool:
-    """Also the one that leaves out what is nan."""
+    """Whether the rule is a mean, also the one without nan."""
     from lm_eval.api.metrics import mean, nanmean
 
     return rule in (mean, nanmean)
 
 
 def failure(task: Any, metric: str) -> float | None:
-    """The score of an item whose log-probabilities are not finite, whatever the task makes of them:
-    nan wins every argmax.
+    """The score of an item whose log-probabilities are not finite. It replaces the task's own: nan
+    wins every argmax.
 
-    0 where scores are averaged and more is better. Elsewhere, 0 could be the best of all (lambada's
-    perplexity is exp(-mean)): None.
+    It is 0 if scores are averaged and higher is better. Otherwise 0 could be the best score
+    (lambada's perplexity is exp(-mean)), and it is None.
     """
     return 0.0 if is_mean(rule_of(task, metric)) and task.higher_is_better().get(metric) else None
 
 
 def _output(requests: Sequence[Any]) -> Any:
-    """A generated text; or (continuation, log-probability, is greedy) of each choice; or a whole
-    text's log-probability.
+    """A generated text; or (continuation, log-probability, is greedy) of each choice; or the
+    log-probability of a whole text.
     """
     if requests[0].request_type == "loglikelihood":
         return [[request.args[1], *plain(request.resps[0])] for request in requests]
@@ -157,27 +150,27 @@ def _is_finite(request: Any) -> bool:
 
 
 def title(key: Key, *, filters: int) -> str:
-    """The metric's name, with the filter's where a task has several."""
+    """The metric's name, with the filter's name if the task has several."""
     metric, name = key
     return metric if filters == 1 or name == NO_FILTER else f"{metric}/{name}"
 
 
 def is_number(value: Any) -> bool:
-    """Python's or numpy's."""
+    """Whether it is a number of Python or numpy."""
     return isinstance(value, bool | int | float) or (
         getattr(value, "shape", None) == () and hasattr(value, "item")
     )
 
 
 def plain(value: Any) -> Any:
-    """As a JSON value; a number that is not finite becomes None."""
+    """The value as a JSON value. A number that is not finite becomes None."""
     if isinstance(value, str | bool | int | None):
         return value
     if is_number(value):
         number = float(value)
         return number if math.isfinite(number) else None
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [plain(item) for item in value]
     return str(value)

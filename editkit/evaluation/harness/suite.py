@@ -1,14 +1,14 @@
 """General abilities of the edited model: a suite of tasks of lm-evaluation-harness, in the same
-process, on the weights as they are.
+process and on the current weights.
 
-Tasks, items and requests are made once and are the same at every milestone and for every view; a
-measurement costs the forward passes and little else. The unedited model's scores, item by item, are
-frozen at step 0, and every later measurement is compared with them on the same items
+Tasks, items and requests are made once and are the same at every milestone and for every view. A
+measurement costs little more than its forward passes. The unedited model's scores are frozen at
+step 0, item by item. Every later measurement is compared with them on the same items
 (`editkit.evaluation.statistics.paired`).
 
-A log-probability that is not finite makes its item a failure, which is counted apart. Where no
-score means failure (a perplexity is best near 0) the value is None instead, and so are its error
-and comparison.
+A log-probability that is not finite makes its item a failure, which is counted in `nonfinite`. If
+no score stands for a failure (a perplexity is best near 0), the value is None, and so are its error
+and its comparison.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from editkit.evaluation.harness.catalogue import (
     takes_examples_from_test,
 )
 from editkit.evaluation.harness.lm import check_answers, check_room, harness_model
-from editkit.evaluation.harness.load_tasks import Chosen, build_requests, load_tasks
+from editkit.evaluation.harness.load_tasks import LoadedTasks, build_requests, load_tasks
 from editkit.evaluation.harness.metrics import frozen_scores, measurements
-from editkit.evaluation.harness.responses import Answered, Asked, ask
+from editkit.evaluation.harness.responses import PreparedTask, ScoredTask, respond
 from editkit.evaluation.tasks.data import read
 from editkit.lazy import torch
 from editkit.types import EditRequest, Measurement
@@ -70,14 +70,14 @@ class AbstractUnpreparedSuite(AbstractSuite):
 class Suite(AbstractUnpreparedSuite):
     """Tasks by name: editkit's own (`editkit/evaluation/tasks`) and any that the harness knows."""
 
-    name: str  # what records call the suite
+    name: str  # in records
     tasks: tuple[str, ...]
-    # By task, the examples before each question; other tasks as their yaml says.
+    # The number of examples before each question, by task; for other tasks that of their yaml.
     shots: dict[str, int] | None
-    limit: int | None  # the first so many items of each task; None: all
-    seed: int  # of the examples' choice
+    limit: int | None  # the number of first items of each task; None: all
+    seed: int  # of the choice of examples
     data: str | None  # a folder with the data; None: $EDITKIT_DATA, then the hub
-    max_new_tokens: int | None  # bounds the generations of all tasks; None: as each task says
+    max_new_tokens: int | None  # bounds the generations of all tasks; None: each task's own bound
     tokens_per_batch: int
     every: int
 
@@ -107,19 +107,19 @@ class Suite(AbstractUnpreparedSuite):
         if self.tasks and (missing := missing_harness(self.name)):
             raise ConfigError(missing)
         own = (
-            {name: found for name, found in own_tasks().items() if name in self.tasks}
+            {name: content for name, content in own_tasks().items() if name in self.tasks}
             if self.tasks
             else {}
         )
         problems: list[str] = []
-        for name, found in own.items():
+        for name, content in own.items():
             try:
-                read(**found[OPTIONS], data=self.data)
+                read(**content[OPTIONS], data=self.data)
             except ConfigError as error:
                 problems += [f"suite.tasks: {name}: {problem}" for problem in error.problems]
-            if (shots := (self.shots or {}).get(name)) and takes_examples_from_test(found.get):
+            if (shots := (self.shots or {}).get(name)) and takes_examples_from_test(content.get):
                 problems.append(no_examples(name, shots))
-        loaded: dict[str, Chosen] = {}
+        loaded: dict[str, LoadedTasks] = {}
         try:
             loaded = self.load([name for name in self.tasks if name not in own])
         except ConfigError as error:
@@ -127,7 +127,7 @@ class Suite(AbstractUnpreparedSuite):
         if positions is not None:
             tasks = [task.config for chosen in loaded.values() for task in chosen.tasks]
             rooms = {str(config.task): room_of(partial(getattr, config)) for config in tasks}
-            rooms |= {name: room_of(found.get) for name, found in own.items()}
+            rooms |= {name: room_of(content.get) for name, content in own.items()}
             bound = self.max_new_tokens or max(rooms.values(), default=0)
             problems += [
                 no_room(name, min(room, bound), positions)
@@ -138,7 +138,7 @@ class Suite(AbstractUnpreparedSuite):
             raise ConfigError(problems)
         return LoadedSuite(self, loaded)
 
-    def load(self, names: Sequence[str]) -> dict[str, Chosen]:
+    def load(self, names: Sequence[str]) -> dict[str, LoadedTasks]:
         """The tasks of these names, with their data."""
         if not names:
             return {}
@@ -152,9 +152,9 @@ class Suite(AbstractUnpreparedSuite):
 class LoadedSuite(AbstractUnpreparedSuite):
     """A suite with the tasks that its check has loaded."""
 
-    def __init__(self, options: Suite, chosen: Mapping[str, Chosen]) -> None:
-        """`chosen` may lack tasks of the suite, which are loaded when they are needed."""
-        self.options, self.chosen = options, chosen
+    def __init__(self, options: Suite, loaded: Mapping[str, LoadedTasks]) -> None:
+        """`loaded` may lack tasks of the suite, which are loaded when they are needed."""
+        self.options, self.loaded = options, loaded
         self.every = options.every
 
     def check(self, *, positions: int | None = None) -> LoadedSuite:
@@ -168,53 +168,51 @@ class LoadedSuite(AbstractUnpreparedSuite):
         options = self.options
         if not options.tasks:
             return PreparedSuite(options, {}, {}, None)
-        chosen = {
-            **self.chosen,
-            **options.load([name for name in options.tasks if name not in self.chosen]),
-        }
+        missing = [name for name in options.tasks if name not in self.loaded]
+        loaded = {**self.loaded, **options.load(missing)}
         lm = harness_model(
             model, tokens_per_batch=options.tokens_per_batch, max_new_tokens=options.max_new_tokens
         )
-        asked: dict[str, list[Asked]] = {}
+        prepared: dict[str, list[PreparedTask]] = {}
         problems: list[str] = []
         for name in options.tasks:
-            asked[name] = []
-            for task in chosen[name].tasks:
+            prepared[name] = []
+            for task in loaded[name].tasks:
                 items = build_requests(task, limit=options.limit)
                 if too_long := check_room(lm, task, positions=model.max_length):
                     problems.append(too_long)
                     continue
                 problems += check_answers(lm, task, positions=model.max_length)
                 cut = {item: max(map(lm.cut, requests)) for item, requests in items.items()}
-                asked[name].append(
-                    Asked(name=str(task.config.task), task=task, items=items, cut=cut)
+                prepared[name].append(
+                    PreparedTask(name=str(task.config.task), task=task, items=items, cut=cut)
                 )
         if problems:
             raise ConfigError(problems)
-        return PreparedSuite(options, chosen, asked, lm)
+        return PreparedSuite(options, loaded, prepared, lm)
 
 
 class PreparedSuite(AbstractSuite):
     """A suite with its questions for one model, the same at every milestone and for every view.
 
     Attributes:
-        last: the last answers. They are used again as long as the weights are the same, so that the
-            unedited model, and a view that restrains nothing, are measured in one pass.
+        last: the last scores. They are used again while the weights are the same: the unedited
+            model, and a view that restrains nothing, are measured in one pass.
     """
 
     def __init__(
         self,
         options: Suite,
-        chosen: Mapping[str, Chosen],
-        asked: Mapping[str, Sequence[Asked]],
+        loaded: Mapping[str, LoadedTasks],
+        prepared: Mapping[str, Sequence[PreparedTask]],
         lm: Any,
     ) -> None:
-        """`chosen` and `asked` are by the suite's names of the tasks; `lm` is the harness's view of
-        the model.
+        """`loaded` and `prepared` are by the suite's names of the tasks. `lm` is the harness's view
+        of the model.
         """
-        self.options, self.chosen, self.asked = options, chosen, asked
+        self.options, self.loaded, self.prepared = options, loaded, prepared
         self.every = options.every
-        self.last: LastAnswers | None = None
+        self.last: LastScores | None = None
         self._lm = lm
 
     def check(self, *, positions: int | None = None) -> PreparedSuite:
@@ -224,7 +222,7 @@ class PreparedSuite(AbstractSuite):
     def inputs(self, model: EditableModel) -> dict[str, str]:
         """The items and questions of each task."""
         return {
-            f"suite.tasks: {name}": _digest_of_items(asked) for name, asked in self.asked.items()
+            f"suite.tasks: {name}": _digest_of_items(tasks) for name, tasks in self.prepared.items()
         }
 
     def baseline(
@@ -233,8 +231,8 @@ class PreparedSuite(AbstractSuite):
         """The unedited model's scores, item by item."""
         return {
             name: scores
-            for answers in self._answers(model).values()
-            for name, scores in frozen_scores(answers).items()
+            for tasks in self._scored(model).values()
+            for name, scores in frozen_scores(tasks).items()
         }
 
     def evaluate(
@@ -252,47 +250,44 @@ class PreparedSuite(AbstractSuite):
             not torch.equal(model.weight(module), model.base(module))
             for module in model.edited_modules
         )
-        for task, answers in self._answers(model).items():
+        for task, scored_tasks in self._scored(model).items():
             frozen = baseline if is_edited else {}
-            results += measurements(name, self.chosen[task], answers, frozen)
-            for answered in answers:
-                short = answered.asked.name.removeprefix(f"{name}_")
-                results.append(Samples(name=f"{name}-{short}", rows=answered.rows))
+            results += measurements(name, self.loaded[task], scored_tasks, frozen)
+            for scored in scored_tasks:
+                short = scored.prepared.name.removeprefix(f"{name}_")
+                results.append(Samples(name=f"{name}-{short}", rows=scored.rows))
         return results
 
-    def _answers(self, model: EditableModel) -> Mapping[str, Sequence[Answered]]:
-        """The model's answers with its weights as they are, by the suite's names of the tasks."""
-        if not self.asked:
+    def _scored(self, model: EditableModel) -> Mapping[str, Sequence[ScoredTask]]:
+        """The scores of the model with its current weights, by the suite's names of the tasks."""
+        if not self.prepared:
             return {}
         digest = _digest(model)
         if self.last is None or self.last.weights != digest:
-            self.last = LastAnswers(weights=digest, answers=ask(self._lm, self.asked))
-        return self.last.answers
+            self.last = LastScores(weights=digest, tasks=respond(self._lm, self.prepared))
+        return self.last.tasks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LastAnswers:
-    """Answers by the suite's names of the tasks, and the digest of the weights that gave them."""
+class LastScores:
+    """Scored tasks by the suite's names, and the digest of the weights that gave the scores."""
 
     weights: str
-    answers: Mapping[str, Sequence[Answered]]
+    tasks: Mapping[str, Sequence[ScoredTask]]
 
 
-def _digest_of_items(asked: Sequence[Asked]) -> str:
-    """Of every question as the model gets it, and of the item that says what is right."""
+def _digest_of_items(prepared: Sequence[PreparedTask]) -> str:
+    """The digest of every question as the model gets it, and of its item with the right answer."""
     total = hashlib.sha256()
-    for each in asked:
-        for item, requests in each.items.items():
-            total.update(
-                repr(
-                    (each.name, item, requests[0].doc, [request.arguments for request in requests])
-                ).encode()
-            )
+    for task in prepared:
+        for item, requests in task.items.items():
+            arguments = [request.arguments for request in requests]
+            total.update(repr((task.name, item, requests[0].doc, arguments)).encode())
     return total.hexdigest()
 
 
 def _digest(model: EditableModel) -> str:
-    """Of the matrices that edits can change, as they are."""
+    """The digest of the current weights that edits can change."""
     total = hashlib.blake2b(digest_size=16)
     for module in model.edited_modules:
         total.update(model.weight(module).contiguous().view(torch.uint8).cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""The protocol `argmax`: every token of the answer is the greedy choice, teacher-forced.
+"""The protocol `argmax`: every token of the answer is the greedy choice under teacher forcing.
 
 Efficacy, generalization, portability, hop and attribute: the answer is the right one. Locality: the
 greedy tokens at the answer are all those of the unedited model, frozen at step 0, right or wrong.
@@ -13,7 +13,7 @@ from editkit.evaluation.protocols.teacher_forced import AbstractTeacherForced
 
 
 class Argmax(AbstractTeacherForced):
-    """All tokens or nothing."""
+    """All tokens must agree."""
 
     name: ClassVar[str] = "argmax"
 

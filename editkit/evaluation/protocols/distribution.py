@@ -1,5 +1,4 @@
-"""The protocol `distribution`: how far the next-token distributions have moved where nothing should
-have changed.
+"""The protocol `distribution`: the change of next-token distributions at answers that must stay.
 
 Every position of an answer that must stay (teacher forcing) is compared with the unedited model's
 distribution, frozen at step 0:

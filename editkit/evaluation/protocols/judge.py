@@ -1,8 +1,8 @@
-"""Who says whether a free generation is right, beyond exact match and containment.
+"""Judges of free generations, beyond exact match and containment.
 
-A judge is a class that `evaluation.generate.judge._target_` names, one's own or that of another
-package. It gets all questions of a measurement at once, so that one that asks a large model can
-batch or parallelise its calls; whether it uses a network is its own business.
+A judge is a class that `evaluation.generate.judge._target_` names: the user's own or that of
+another package. It gets all generations of a measurement at once. A judge that calls a large model
+can batch or parallelise its calls, and may use a network.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Generated:
 
     prompt: str
     answers: tuple[str, ...]  # any of them is right
-    text: str  # the model's, without the prompt
-    # what it would have said before the edit; known for an edit's own prompts only
+    text: str  # the generation, without the prompt
+    # the answer before the edit; known for an edit's own prompts only
     old_answer: str | None = None
 
 
@@ -31,24 +31,24 @@ class AbstractJudge(abc.ABC):
 
     @abc.abstractmethod
     def judge(self, generated: Sequence[Generated]) -> Sequence[float]:
-        """A verdict in [0, 1] for each, in their order; nan where there is none, which counts as a
-        failure and is counted apart.
+        """A verdict in [0, 1] for each generation, in their order. nan is no verdict: it is a
+        failure and is counted in `nonfinite`.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class StringJudge(AbstractJudge):
-    """Right where an answer begins among the first words, as whole words after SQuAD's
-    normalisation, and the old answer not before it.
+    """Right if an answer begins among the first words, as whole words after SQuAD's normalisation,
+    and the old answer does not come before it.
 
-    So "Paris, the capital of France" is right for "Paris", and "Rome, not Paris" is wrong if Rome
-    was the old answer.
+    "Paris, the capital of France" is right for "Paris". "Rome, not Paris" is wrong if Rome was the
+    old answer.
     """
 
-    words: int = 12  # an answer that comes later is none
+    words: int = 12  # an answer that begins later does not count
 
     def judge(self, generated: Sequence[Generated]) -> list[float]:
-        return [float(self._is_right(each)) for each in generated]
+        return [float(self._is_right(generation)) for generation in generated]
 
     def _is_right(self, generated: Generated) -> bool:
         places = [
@@ -59,5 +59,5 @@ class StringJudge(AbstractJudge):
         old = (
             None if generated.old_answer is None else place_of(generated.text, generated.old_answer)
         )
-        # An old answer at the very same place is a part of the new one, or the other way round.
+        # An old answer at the same place is a part of the new one, or the reverse.
         return bool(places) and min(places) < self.words and (old is None or min(places) <= old)

@@ -1,11 +1,11 @@
-"""The protocol `probability`: what is more probable than what.
+"""The protocol `probability`: comparisons of the probabilities of two answers.
 
 Meng et al. 2022 (arXiv 2202.05262), section 3.4; PRUNE (arXiv 2405.16821), section 5.1. P is the
 length-normalised probability exp(mean log-prob of the answer's tokens). Efficacy: P(target) > P(old
 target) after the prompt; generalization: the same after the paraphrases; attribute: the same after
 prompts of which the target has always been true; locality: P(true answer) > P(target) after the
-neighbours. A `_magnitude` is the mean difference of the two P, in [-1, 1]. Locality does not look
-at the unedited model here, and only neighbours have an answer that the target competes with.
+neighbours. A `_magnitude` is the mean difference of the two P, in [-1, 1]. Locality does not use
+the unedited model here, and only neighbours have an answer that the target competes with.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from editkit.evaluation.scoring.teacher_forcing import Score
 from editkit.evaluation.statistics.tally import Outcome
 from editkit.types import Probe
 
-Pair = tuple[Probe, Probe]  # what should be more probable, and than what
+Pair = tuple[Probe, Probe]  # the first should be more probable than the second
 
 
 def comparisons(questions: Questions) -> dict[str, list[Pair]]:
-    """The pairs by metric. Without an old target, or where the target is a neighbour's true answer,
-    there is nothing to compare.
+    """The pairs by metric. There is none without an old target, and none for a neighbour whose true
+    answer is the target.
     """
     request = questions.request
     by_metric: dict[str, list[Pair]] = {"efficacy": [], "generalization": [], "attribute": []}
@@ -92,7 +92,6 @@ def _is_greater(better: Score, worse: Score) -> Outcome:
 
 
 def _difference(better: Score, worse: Score) -> Outcome:
-    # There is no number that a failure would have: the mean becomes None where a probability is not
-    # finite.
+    # No number stands for a failure: the mean becomes None if a probability is not finite.
     is_finite = better.is_finite and worse.is_finite
     return Outcome(better.probability - worse.probability if is_finite else math.nan, is_finite)

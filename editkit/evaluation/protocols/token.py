@@ -1,10 +1,10 @@
-"""The protocol `token`: the share of the answer's tokens that are the greedy choice,
-teacher-forced. The literature's usual number.
+"""The protocol `token`: the share of the answer's tokens that are the greedy choice under teacher
+forcing. It is the usual number of the literature.
 
-EasyEdit's `rewrite_acc`, `rephrase_acc` and `portability` are this one, and so are most tables that
-print an "accuracy". Partly right answers count in part: an edit that writes nothing scores above
-zero wherever old and new answer share a token. Locality: the share of greedy tokens that are those
-of the unedited model, as EasyEdit has it.
+EasyEdit's `rewrite_acc`, `rephrase_acc` and `portability` are of this protocol, and so is the
+"accuracy" of most tables. Partly right answers count in part: without any edit the score is above
+zero if old and new answer share a token. Locality: the share of greedy tokens that are those of the
+unedited model, as in EasyEdit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,5 @@ class Token(AbstractTeacherForced):
     name: ClassVar[str] = "token"
 
     def grade(self, greedy: Sequence[int], expected: Sequence[int]) -> float:
-        return sum(one == other for one, other in zip(greedy, expected, strict=True)) / len(
-            expected
-        )
+        matches = sum(one == other for one, other in zip(greedy, expected, strict=True))
+        return matches / len(expected)

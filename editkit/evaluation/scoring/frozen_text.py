@@ -1,4 +1,4 @@
-"""Texts as tensors: a run's state holds nothing else."""
+"""Texts as tensors, for a run's state, which holds tensors only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Free-running answers: each different prompt continued once, greedily, up to an end token, a
-newline or a cap.
-"""
+"""Greedy continuations of prompts, up to an end token, a newline or a cap."""
 
 from __future__ import annotations
 
@@ -23,23 +21,22 @@ def continue_greedily(
     tokens_per_batch: int,
     until: Sequence[str] = ("\n",),
 ) -> dict[str, str]:
-    """The text that follows each different prompt, up to the first of `until`, without blanks
-    around it.
+    """The continuation of each different prompt, up to the first of `until`, without surrounding
+    blanks.
 
-    A prompt that would leave no position for an answer loses its beginning. `tokens_per_batch`
-    counts the positions of a batch, generated ones included; it is halved, for the rest of the
-    call, whenever memory runs out.
+    A prompt that leaves no position for an answer loses its beginning. `tokens_per_batch` counts
+    the positions of a batch, generated ones included. It is halved for the rest of the call if
+    memory runs out.
     """
     texts = list(dict.fromkeys(prompts))
     room = max(1, model.max_length - max_new_tokens)
     rows = [ids[-room:] for ids in encode_prompts(model.tokenizer, texts)]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
-    found: dict[int, tuple[int, ...]] = {}
+    continuations: dict[int, tuple[int, ...]] = {}
     done = 0
     while done < len(order):
-        size = max(
-            1, tokens_per_batch // (len(rows[order[done]]) + max_new_tokens)
-        )  # the first is the longest
+        longest = len(rows[order[done]]) + max_new_tokens
+        size = max(1, tokens_per_batch // longest)
         chosen = order[done : done + size]
         try:
             new = generate(
@@ -54,9 +51,9 @@ def continue_greedily(
                 raise
             tokens_per_batch //= 2
             continue
-        found |= zip(chosen, new, strict=True)
+        continuations |= zip(chosen, new, strict=True)
         done += len(chosen)
-    generations = decode(model, [found[index] for index in range(len(rows))])
+    generations = decode(model, [continuations[index] for index in range(len(rows))])
     return {
         text: _cut(generation, until).strip()
         for text, generation in zip(texts, generations, strict=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.prefix_tree import Ids, Tree, build_trees, supports_trees, tree_batch
 from editkit.model.tokens import TargetSequence, encode_with_targets
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
-# a CPU gains nothing from wider passes, and loses half its speed once a layer's values outgrow what
-# malloc keeps
+# A CPU gains nothing from wider passes, and loses half its speed once the values of a layer outgrow
+# the memory that malloc keeps.
 TOKENS_ON_CPU = 512
-# attention looks at all of a tree; larger ones share little more (1,000 records of CounterFact: 1
-# %)
+# Attention covers the whole tree. Larger trees share little more (1,000 records of CounterFact:
+# 1 %).
 TOKENS_OF_A_TREE = 64
 
 
@@ -111,7 +111,7 @@ def score(
 ) -> dict[Probe, Score]:
     """The score of each different probe. Answers follow their prompts after one blank.
 
-    A context longer than the model's positions loses its beginning.
+    A context that exceeds the model's context length loses its beginning.
 
     Args:
         tokens_per_batch: rows times width of a batch, padding included, on a CPU at most 512. A
@@ -120,7 +120,7 @@ def score(
         distributions: the probes whose next-token distributions are returned too.
 
     Raises:
-        ConfigError: an answer is blank, or longer than the model's positions.
+        ConfigError: an answer is blank, or exceeds the model's context length.
     """
     unique = list(dict.fromkeys(probes))
     sequences = encode_with_targets(
@@ -149,7 +149,9 @@ def score_sequences(
     indices of sequences instead of probes.
     """
     if tokens_per_batch < 1:
-        raise ConfigError(f"tokens_per_batch: {tokens_per_batch} - a whole number of at least 1")
+        raise ConfigError(
+            message("tokens_per_batch", "out of range", got=tokens_per_batch, expected="at least 1")
+        )
     if model.device.type == "cpu":
         tokens_per_batch = min(tokens_per_batch, TOKENS_ON_CPU)
     answers = _contexts(sequences, max_length=model.max_length)
@@ -185,9 +187,9 @@ def _contexts(sequences: Sequence[TargetSequence], *, max_length: int) -> dict[I
     for index, sequence in enumerate(sequences):
         cut = max(0, len(sequence.ids) - 1 - max_length)
         if cut > sequence.predicting.start:
-            raise ConfigError(
-                f"an answer has {len(sequence.target_ids)} tokens, the model {max_length} positions"
-            )
+            got, expected = f"{len(sequence.target_ids)} tokens", f"at most {max_length}"
+            problem = "exceeds the model's context length"
+            raise ConfigError(message("answer", problem, got=got, expected=expected))
         answer = _Answer(index, sequence.target_ids, sequence.predicting.start - cut)
         contexts.setdefault(sequence.ids[cut:-1], []).append(answer)
     return contexts

@@ -1,11 +1,11 @@
-"""The edited model against the unedited one on the same items: a difference, its standard error and
-how surprising it is.
+"""Comparison of the edited with the unedited model on the same items: the difference, its standard
+error and a p-value.
 
-The items are paired, so the error is that of the differences, which is smaller than what the two
-errors would make. Scores of 0 and 1 are compared by McNemar's exact test (1947), others by the
-paired bootstrap (Efron 1979). A metric that is no mean of its items' scores, such as a perplexity,
-is compared as what it is: the difference of the two aggregates, error and p from drawing the items
-anew.
+The items are paired: the error is that of the differences, which is smaller than an error of two
+independent samples. Scores of 0 and 1 are compared by McNemar's exact test (1947), others by the
+paired bootstrap (Efron 1979). A metric that is not a mean of its items' scores, such as a
+perplexity, is compared as a whole: the difference of the two aggregates, with error and p-value
+from resampled items.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RESAMPLES = 10_000
-ERROR_RESAMPLES = 200  # for a standard error, which needs fewer than a tail
-AGGREGATE_RESAMPLES = 1_000  # of a metric that is no mean, which has to be computed for each
+ERROR_RESAMPLES = 200  # of a standard error, which needs fewer than a tail probability
+AGGREGATE_RESAMPLES = 1_000  # of a metric that is not a mean, which is computed for each of them
 AT_ONCE = 2**22  # numbers
 
 
@@ -35,7 +35,7 @@ class Comparison:
 
     difference: float | None  # None: not finite
     stderr: float | None
-    # two-sided: how probable as large a difference is if the edits had no effect
+    # two-sided: the probability of a difference at least as large if the edits had no effect
     p_value: float | None
 
 
@@ -51,7 +51,7 @@ class Part:
 
 
 def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
-    """Of the scores of the same items."""
+    """The comparison of the scores of the same items."""
     differences = [new - old for old, new in zip(before, after, strict=True)]
     difference, stderr = mean_and_stderr(differences)
     if difference is None:
@@ -66,13 +66,13 @@ def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
 
 
 def compare_aggregates(parts: Sequence[Part]) -> Comparison:
-    """Of the weighted mean of the parts' values; items are drawn anew part by part. The smallest p
-    that it can find is 0.002.
+    """The comparison of the weighted means of the parts' values. Items are resampled part by part.
+    The smallest possible p-value is 0.002.
     """
     import numpy as np
 
     total = math.fsum(part.weight for part in parts)
-    # a rule could hide it: exp(-inf) is 0
+    # a rule could hide a score that is not finite: exp(-inf) is 0
     is_finite = all(math.isfinite(score) for part in parts for score in (*part.before, *part.after))
     rules = [part.rule or fmean for part in parts]
     changes = [
@@ -84,7 +84,7 @@ def compare_aggregates(parts: Sequence[Part]) -> Comparison:
     )
     if not math.isfinite(difference):
         return Comparison(difference=None, stderr=None, p_value=None)
-    generator = np.random.default_rng(0)  # the same items give the same p
+    generator = np.random.default_rng(0)  # the same items give the same p-value
     drawn = np.zeros(AGGREGATE_RESAMPLES)
     for part in parts:
         before, after = np.asarray(part.before, dtype=float), np.asarray(part.after, dtype=float)
@@ -107,7 +107,7 @@ def compare_aggregates(parts: Sequence[Part]) -> Comparison:
 
 
 def _drawn_means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """The means of as many values drawn with replacement, so many times."""
+    """The means of `resamples` bootstrap samples of the values."""
     import numpy as np
 
     rows = max(1, AT_ONCE // len(values))
@@ -116,8 +116,8 @@ def _drawn_means(values: np.ndarray, resamples: int, generator: np.random.Genera
 
 
 def aggregate(rule: Callable[[list[T]], float], scores: Sequence[T]) -> float:
-    """What the rule makes of the scores; nan where that is no number, or too large for one, as a
-    broken model's perplexity.
+    """The rule's value of the scores; nan if it is undefined or overflows, as the perplexity of a
+    broken model.
     """
     try:
         return float(rule(list(scores)))
@@ -126,8 +126,8 @@ def aggregate(rule: Callable[[list[T]], float], scores: Sequence[T]) -> float:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The two-sided p of the exact test: under the null hypothesis each changed item was as likely
-    to be gained as to be lost.
+    """The two-sided p-value of the exact test. Under the null hypothesis each changed item is
+    equally likely to be gained or lost.
     """
     changed, fewer = gained + lost, min(gained, lost)
     tail = sum(math.comb(changed, count) for count in range(fewer + 1))
@@ -136,14 +136,14 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def bootstrap(differences: Sequence[float], *, resamples: int = RESAMPLES) -> float:
-    """The two-sided p of the paired bootstrap: twice the smaller share of resampled means on either
-    side of 0, never 0 itself.
+    """The two-sided p-value of the paired bootstrap: twice the smaller share of resampled means on
+    either side of 0, never 0 itself.
     """
     if not any(differences):
         return 1.0
     import numpy as np
 
-    generator = np.random.default_rng(0)  # the same items give the same p
+    generator = np.random.default_rng(0)  # the same items give the same p-value
     return _two_sided(_drawn_means(np.asarray(differences), resamples, generator))
 
 
@@ -156,11 +156,11 @@ def _two_sided(drawn: np.ndarray) -> float:
 def bootstrap_stderr(
     items: Sequence[T], rule: Callable[[list[T]], float], *, resamples: int = ERROR_RESAMPLES
 ) -> float | None:
-    """The standard error of a metric that is no mean; None for fewer than two items."""
+    """The standard error of a metric that is not a mean; None for fewer than two items."""
     if len(items) < 2:
         return None
     generator = random.Random(0)
     values = [aggregate(rule, generator.choices(items, k=len(items))) for _ in range(resamples)]
     mean = math.fsum(values) / resamples
-    found = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (resamples - 1))
-    return found if math.isfinite(found) else None
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (resamples - 1))
+    return error if math.isfinite(error) else None

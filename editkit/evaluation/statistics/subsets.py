@@ -1,6 +1,4 @@
-"""From tallies to estimates: over all requests, and over the parts of them that are worth a number
-of their own.
-"""
+"""From tallies to estimates: over all requests, and over blocks and subsets of them."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from dataclasses import dataclass
 from editkit.evaluation.protocols.base import OUT_OF_DISTRIBUTION
 from editkit.evaluation.statistics.tally import Estimate, Judged, Metric, Statistics, Tally
 
-# The last is another locality, and the only one of zsRE.
+# The last is the locality of zsRE.
 HEADLINES = (
     "efficacy",
     "generalization",
@@ -23,8 +21,8 @@ ALL_PASSED = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """An estimate, and what of."""
+class SubsetEstimate:
+    """An estimate of a metric over all requests, a block or a subset of them."""
 
     metric: Metric
     estimate: Estimate
@@ -32,24 +30,22 @@ class Found:
     subset: str | None = None
 
 
-def everything(judged: Judged, statistics: Statistics) -> Iterator[Found]:
-    """Every metric over all requests; kinds of prompts apart where a metric has several; behind its
-    parts, the score of `probability`.
+def everything(judged: Judged, statistics: Statistics) -> Iterator[SubsetEstimate]:
+    """Every metric over all requests, with its kinds of prompts if it has several. The score of
+    `probability` follows its parts.
     """
     yield from _estimates(_without_lone_kinds(judged), statistics)
     parts = [judged.get(Metric("probability", name)) for name in SCORED]
     if all(part is not None for part in parts):
         estimate = statistics.harmonic([part for part in parts if part is not None])
         if estimate is not None:
-            yield Found(metric=Metric("probability", "score"), estimate=estimate)
+            yield SubsetEstimate(metric=Metric("probability", "score"), estimate=estimate)
 
 
 def blocks(
     judged: Judged, positions: Sequence[int], size: int | None, statistics: Statistics
-) -> Iterator[Found]:
-    """The headlines for each block of `size` consecutive edits; one that has only begun counts with
-    what there is of it.
-    """
+) -> Iterator[SubsetEstimate]:
+    """The headlines for each block of `size` consecutive edits. The last one may be incomplete."""
     if size is None:
         return
     for number in sorted({(position - 1) // size for position in positions}):
@@ -58,9 +54,9 @@ def blocks(
         yield from _estimates(_headlines(_part(judged, chosen)), statistics, block=label)
 
 
-def succeeded(judged: Judged, statistics: Statistics) -> Iterator[Found]:
-    """Locality on the requests whose edit took: by the same protocol, or where it has no efficacy,
-    by the first that has one.
+def succeeded(judged: Judged, statistics: Statistics) -> Iterator[SubsetEstimate]:
+    """Locality on the requests whose edit succeeded: by the same protocol, or by the first protocol
+    with an efficacy if it has none.
     """
     for metric, tallies in judged.items():
         if (
@@ -73,12 +69,14 @@ def succeeded(judged: Judged, statistics: Statistics) -> Iterator[Found]:
                 tally for tally, has_passed in zip(tallies, passed, strict=True) if has_passed
             ]
             if (estimate := statistics.estimate(chosen)) is not None:
-                yield Found(metric=metric, estimate=estimate, subset="succeeded")
+                yield SubsetEstimate(metric=metric, estimate=estimate, subset="succeeded")
 
 
-def known_before(judged: Judged, before: Judged, statistics: Statistics) -> Iterator[Found]:
-    """The headlines on requests that the unedited model passed already by the same protocol, and on
-    the others; unless either is empty.
+def known_before(
+    judged: Judged, before: Judged, statistics: Statistics
+) -> Iterator[SubsetEstimate]:
+    """The headlines on requests that the unedited model passed by the same protocol, and on the
+    others, unless one of the two is empty.
     """
     for protocol in dict.fromkeys(metric.protocol for metric in judged):
         known = _passed(before, protocol)
@@ -89,9 +87,9 @@ def known_before(judged: Judged, before: Judged, statistics: Statistics) -> Iter
                 yield from _estimates(_headlines(_part(own, chosen)), statistics, subset=subset)
 
 
-def forgetting(judged: Judged, noted: Judged, statistics: Statistics) -> Iterator[Found]:
-    """`<metric>_forgetting`: the score right after a request's own edit minus the score now, for
-    each headline.
+def forgetting(judged: Judged, noted: Judged, statistics: Statistics) -> Iterator[SubsetEstimate]:
+    """`<metric>_forgetting` of each headline: the score right after a request's own edit minus the
+    current score.
     """
     for metric, tallies in _headlines(judged).items():
         losses = [
@@ -99,22 +97,24 @@ def forgetting(judged: Judged, noted: Judged, statistics: Statistics) -> Iterato
             for then, now in zip(noted.get(metric, ()), tallies, strict=False)
         ]
         if (estimate := statistics.estimate(losses)) is not None:
-            yield Found(metric=metric._replace(name=f"{metric.name}_forgetting"), estimate=estimate)
+            yield SubsetEstimate(
+                metric=metric._replace(name=f"{metric.name}_forgetting"), estimate=estimate
+            )
 
 
 def _loss(then: Tally, now: Tally) -> Tally:
-    """A request's loss weighs as many prompts as it has, the same then and now: so the mean is the
-    difference of the two means.
+    """A request's loss, weighted by its number of prompts, which does not change. The mean is
+    therefore the difference of the two means.
     """
     return Tally(then.total - now.total, now.num, max(then.nonfinite, now.nonfinite))
 
 
 def _estimates(
     judged: Judged, statistics: Statistics, *, block: str | None = None, subset: str | None = None
-) -> Iterator[Found]:
+) -> Iterator[SubsetEstimate]:
     for metric, tallies in judged.items():
         if (estimate := statistics.estimate(tallies)) is not None:
-            yield Found(metric=metric, estimate=estimate, block=block, subset=subset)
+            yield SubsetEstimate(metric=metric, estimate=estimate, block=block, subset=subset)
 
 
 def _part(judged: Judged, rows: Sequence[int]) -> dict[Metric, list[Tally]]:
@@ -130,20 +130,20 @@ def _headlines(judged: Judged) -> Mapping[Metric, Sequence[Tally]]:
 
 
 def _without_lone_kinds(judged: Judged) -> Judged:
-    """A kind that is the only one of its metric says what the metric says."""
+    """The only kind of a metric has the metric's value, and is left out."""
     kinds: dict[tuple[str, str], set[str]] = {}
     for metric, tallies in judged.items():
         if metric.task is not None and any(tally.num for tally in tallies):
             kinds.setdefault(metric[:2], set()).add(metric.task)
     return {
-        metric: each
-        for metric, each in judged.items()
+        metric: tallies
+        for metric, tallies in judged.items()
         if metric.task is None or len(kinds.get(metric[:2], ())) > 1
     }
 
 
 def _passed(judged: Judged, protocol: str) -> list[bool]:
-    """Whether each request's edit took."""
+    """Whether each request's edit succeeded."""
     efficacies = [metric for metric in judged if metric.name == "efficacy" and metric.task is None]
     own = next((metric for metric in efficacies if metric.protocol == protocol), None) or next(
         iter(efficacies), None

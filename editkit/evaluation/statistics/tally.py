@@ -1,11 +1,12 @@
-"""From what was found prompt by prompt to means, their errors and confidence intervals.
+"""From the outcomes of prompts to means, standard errors and confidence intervals.
 
-A `Tally` holds one request's outcomes under one metric, in three numbers: enough for both ways of
-averaging, and small enough to be kept for every edit of a run. By request (Meng et al. 2022 and
-most since), a request's score is the mean over its prompts and n counts requests; by prompt, every
-prompt counts the same. The prompts of one request are not independent: in both the bootstrap (Efron
-1979) draws requests, and the standard error is that of requests (by prompt the cluster-robust one,
-Liang and Zeger 1986, a request being a cluster).
+A `Tally` sums one request's outcomes under one metric in three numbers. They suffice for both ways
+of averaging, and are small enough to be kept for every edit of a run.
+
+By request (Meng et al. 2022 and most since), a request's score is the mean over its prompts, and n
+counts requests. By prompt, every prompt counts the same. The prompts of one request are not
+independent: in both cases the bootstrap (Efron 1979) draws requests. The standard error is that
+over requests; by prompt it is cluster-robust (Liang and Zeger 1986) with a cluster per request.
 
 Shape letters: R requests, S bootstrap samples, G metrics.
 """
@@ -25,8 +26,8 @@ SAMPLES_AT_ONCE = 2**22  # numbers
 
 
 class Metric(NamedTuple):
-    """What was measured; `task` is a kind of prompts ("alias", "neighbours"), None for all kinds of
-    the metric together.
+    """A metric of a protocol. `task` is a kind of prompts ("alias", "neighbours"); None: all kinds
+    of the metric together.
     """
 
     protocol: str
@@ -44,11 +45,11 @@ class Outcome(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """One request's outcomes; none where it has no prompt for the metric."""
+    """The sum of one request's outcomes; empty if it has no prompt for the metric."""
 
     total: float = 0.0
-    num: float = 0.0  # of outcomes, a whole number
-    nonfinite: float = 0.0  # a whole number: how many outcomes were not finite
+    num: float = 0.0  # number of outcomes
+    nonfinite: float = 0.0  # number of outcomes that are not finite
 
     @property
     def mean(self) -> float:
@@ -59,7 +60,7 @@ Judged = Mapping[Metric, Sequence[Tally]]  # a tally for each request
 
 
 def tally(outcomes: Sequence[Outcome]) -> Tally:
-    """Adds up one request's outcomes."""
+    """The sum of one request's outcomes."""
     values = [outcome.value for outcome in outcomes]
     nonfinite = sum(not outcome.is_finite for outcome in outcomes)
     return Tally(math.fsum(values), len(values), nonfinite)
@@ -67,7 +68,7 @@ def tally(outcomes: Sequence[Outcome]) -> Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean and how sure it is; the fields are those of a `Measurement`."""
+    """A mean with its uncertainty. The fields are those of a `Measurement`."""
 
     value: float | None
     stderr: float | None
@@ -79,7 +80,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """How scores are averaged, and how often they are drawn anew for a confidence interval."""
+    """The averaging of scores, and the number of bootstrap resamples."""
 
     aggregation: Aggregation = "request"
     resamples: int = 0  # 0: no intervals
@@ -87,126 +88,119 @@ class Statistics:
 
     def estimate(self, tallies: Iterable[Tally]) -> Estimate | None:
         """The estimate, or None if no request has a prompt."""
-        judged = [each for each in tallies if each.num]
+        judged = [request for request in tallies if request.num]
         if not judged:
             return None
         if self.aggregation == "request":
-            mean, stderr = mean_and_stderr([each.mean for each in judged])
-            n, nonfinite = len(judged), sum(each.nonfinite > 0 for each in judged)
+            mean, stderr = mean_and_stderr([request.mean for request in judged])
+            n, nonfinite = len(judged), sum(request.nonfinite > 0 for request in judged)
         else:
-            n, nonfinite = (
-                round(sum(each.num for each in judged)),
-                round(sum(each.nonfinite for each in judged)),
-            )
-            mean = math.fsum(each.total for each in judged) / n
-            mean, stderr = (
-                (mean, _error(self._deviations(judged, mean)))
-                if math.isfinite(mean)
-                else (None, None)
-            )
-        low, high = (
-            self.interval([judged], lambda means: means[0]) if mean is not None else (None, None)
-        )
+            n = round(sum(request.num for request in judged))
+            nonfinite = round(sum(request.nonfinite for request in judged))
+            mean, stderr = math.fsum(request.total for request in judged) / n, None
+            if math.isfinite(mean):
+                stderr = _error(self._deviations(judged, mean))
+            else:
+                mean = None
+        low, high = None, None
+        if mean is not None:
+            low, high = self.interval([judged], lambda means: means[0])
         return Estimate(value=mean, stderr=stderr, n=n, nonfinite=nonfinite, low=low, high=high)
 
     def harmonic(self, groups: Sequence[Sequence[Tally]]) -> Estimate | None:
-        """The harmonic mean of several metrics' means, over the same requests in each; None unless
-        each metric was measured.
+        """The harmonic mean of several metrics' means over the same requests; None unless every
+        metric was measured.
 
-        Its standard error follows from the metrics' derivatives (delta method); there is none where
-        a metric has none. `n` is the smallest of the metrics'.
+        Its standard error follows by the delta method, and is None if that of a metric is. `n` is
+        the smallest of the metrics'.
         """
-        found = [self.estimate(tallies) for tallies in groups]
-        parts = [each for each in found if each is not None]
-        means = [each.value for each in parts if each.value is not None]
+        estimates = [self.estimate(tallies) for tallies in groups]
+        parts = [estimate for estimate in estimates if estimate is not None]
+        means = [part.value for part in parts if part.value is not None]
         if len(means) < len(groups):
             return None
         value = harmonic_mean(means)
         stderr = None
-        if value > 0 and all(each.stderr is not None for each in parts):
+        if value > 0 and all(part.stderr is not None for part in parts):
             # d value / d mean
             slopes = [value * value / (len(means) * mean * mean) for mean in means]
-            deviations = zip(
-                *(self._deviations(each, mean) for each, mean in zip(groups, means, strict=True)),
-                strict=True,
-            )
-            asked = [
-                each
-                for each, of_one in zip(deviations, zip(*groups, strict=True), strict=True)
-                if any(one.num for one in of_one)
+            by_metric = [
+                self._deviations(group, mean) for group, mean in zip(groups, means, strict=True)
             ]
+            requests = zip(zip(*by_metric, strict=True), zip(*groups, strict=True), strict=True)
             stderr = _error(
                 [
-                    math.fsum(slope * one for slope, one in zip(slopes, each, strict=True))
-                    for each in asked
+                    math.fsum(map(math.prod, zip(slopes, deviations, strict=True)))
+                    for deviations, tallies in requests
+                    if any(tally.num for tally in tallies)
                 ]
             )
         low, high = self.interval(groups, harmonic_mean) if value > 0 else (None, None)
-        n, nonfinite = min(each.n for each in parts), max(each.nonfinite for each in parts)
+        n, nonfinite = min(part.n for part in parts), max(part.nonfinite for part in parts)
         return Estimate(value=value, stderr=stderr, n=n, nonfinite=nonfinite, low=low, high=high)
 
     def interval(
         self, groups: Sequence[Sequence[Tally]], combine: Callable[[Sequence[float]], float]
     ) -> tuple[float | None, float | None]:
-        """The percentile bootstrap interval of what is combined from the groups' means; the draws
-        depend on the number of requests only.
+        """The percentile bootstrap interval of a combination of the groups' means. The draws depend
+        on the number of requests alone.
         """
         num_requests = len(groups[0])
         if not self.resamples or num_requests < 2:
             return None, None
         sums_GR = torch.tensor(
-            [[self._weighed(each)[0] for each in group] for group in groups], dtype=torch.float64
+            [[self._weighted(one)[0] for one in group] for group in groups], dtype=torch.float64
         )
         weights_GR = torch.tensor(
-            [[self._weighed(each)[1] for each in group] for group in groups], dtype=torch.float64
+            [[self._weighted(one)[1] for one in group] for group in groups], dtype=torch.float64
         )
         generator = torch.Generator().manual_seed(num_requests)
-        found: list[float] = []
-        while len(found) < self.resamples:
-            size = min(self.resamples - len(found), max(1, SAMPLES_AT_ONCE // num_requests))
+        values: list[float] = []
+        while len(values) < self.resamples:
+            size = min(self.resamples - len(values), max(1, SAMPLES_AT_ONCE // num_requests))
             drawn_SR = torch.randint(num_requests, (size, num_requests), generator=generator)
             means_GS = sums_GR[:, drawn_SR].sum(-1) / weights_GR[:, drawn_SR].sum(-1)
-            # a draw without a prompt is none
-            found += [
+            # A draw without a prompt is repeated.
+            values += [
                 combine(means) for means in means_GS.T.tolist() if all(map(math.isfinite, means))
             ]
-            if not found:
+            if not values:
                 return None, None
         tail = (1 - self.confidence) / 2
-        ends = torch.tensor(found, dtype=torch.float64).quantile(
+        ends = torch.tensor(values, dtype=torch.float64).quantile(
             torch.tensor([tail, 1 - tail], dtype=torch.float64)
         )
         return float(ends[0]), float(ends[1])
 
     def _deviations(self, tallies: Sequence[Tally], mean: float) -> list[float]:
-        """What each request adds to the mean's deviation from what it estimates; they add up to
+        """Each request's contribution to the mean's deviation from its expectation. They sum to
         0.
         """
-        weighed = [self._weighed(each) for each in tallies]
-        whole = math.fsum(weight for _, weight in weighed)
-        return [(total - weight * mean) / whole for total, weight in weighed]
+        weighted = [self._weighted(request) for request in tallies]
+        weights = math.fsum(weight for _, weight in weighted)
+        return [(total - weight * mean) / weights for total, weight in weighted]
 
-    def _weighed(self, each: Tally) -> tuple[float, float]:
+    def _weighted(self, request: Tally) -> tuple[float, float]:
         if self.aggregation == "prompt":
-            return each.total, each.num
-        return (each.mean, 1.0) if each.num else (0.0, 0.0)
+            return request.total, request.num
+        return (request.mean, 1.0) if request.num else (0.0, 0.0)
 
 
 def _error(deviations: Sequence[float]) -> float | None:
-    """The standard error of a mean, by its requests' deviations; None for fewer than two
-    requests.
-    """
+    """The standard error of a mean from its requests' deviations; None for fewer than two."""
     num_requests = len(deviations)
     if num_requests < 2:
         return None
     return math.sqrt(
-        num_requests / (num_requests - 1) * math.fsum(each * each for each in deviations)
+        num_requests
+        / (num_requests - 1)
+        * math.fsum(deviation * deviation for deviation in deviations)
     )
 
 
 def as_rows(tallies: Sequence[Tally]) -> torch.Tensor:
-    """(R, 3) float64: what a run's state can keep."""
-    return torch.tensor([list(each) for each in tallies], dtype=torch.float64).reshape(-1, 3)
+    """(R, 3) float64, for a run's state, which holds tensors only."""
+    return torch.tensor([list(request) for request in tallies], dtype=torch.float64).reshape(-1, 3)
 
 
 def from_rows(rows_R3: torch.Tensor) -> list[Tally]:

@@ -1,5 +1,5 @@
-"""How the generations of our tasks are scored. The tasks' yamls name these functions as
-`process_results`: from a record and the model's results to scores.
+"""Scores of editkit's own tasks. The tasks' yamls name these functions as `process_results`: from a
+record and the model's results to scores.
 
     normalise   lower case, without punctuation, articles and repeated blanks: SQuAD's (Rajpurkar
                 et al. 2016, arXiv 1606.05250), used for open-domain questions by Chen et al. 2017
@@ -26,7 +26,7 @@ def normalise(text: str) -> str:
 
 
 def exact_match(generation: str, answers: Iterable[str]) -> float:
-    """1 where it is one of the answers after normalisation."""
+    """1 if it is one of the answers after normalisation."""
     return float(normalise(generation) in map(normalise, answers))
 
 
@@ -36,18 +36,18 @@ def first_line(generation: str) -> str:
 
 
 def rouge_of(generation: str, reference: str) -> Scores:
-    """F-measures: rouge, the mean of ROUGE-1, -2 and -L, and the three."""
+    """F-measures: ROUGE-1, -2 and -L, and their mean `rouge`."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scores = RougeScorer(["rouge1", "rouge2", "rougeL"]).score(reference, generation)
-    found = {kind: float(score.fmeasure) for kind, score in scores.items()}
-    return {"rouge": sum(found.values()) / len(found), **found}
+    measures = {kind: float(score.fmeasure) for kind, score in scores.items()}
+    return {"rouge": sum(measures.values()) / len(measures), **measures}
 
 
 def is_most_likely(
     doc_choices: Sequence[str], answer: str, results: Sequence[tuple[float, bool]]
 ) -> float:
-    """1 where the answer is the choice with the largest sum of log-probabilities; of equal ones the
+    """1 if the answer is the choice with the largest sum of log-probabilities; of equal ones the
     first counts.
     """
     log_probs = [log_prob for log_prob, _ in results]
@@ -58,7 +58,7 @@ def is_most_likely(
 
 
 def world_arithmetic(doc: Doc, results: Sequence[str]) -> Scores:
-    """The generation is the number and nothing else, a full stop apart."""
+    """The generation is the number and nothing else, except for a full stop."""
     return {"solve_rate": float(results[0].strip().removesuffix(".") == doc["answer"])}
 
 
@@ -75,18 +75,18 @@ def world_passage(doc: Doc, results: Sequence[str]) -> Scores:
 
 
 def world_summary(doc: Doc, results: Sequence[str]) -> Scores:
-    found = rouge_of(results[0], doc["answer"])
-    return {"rougeL": found["rougeL"], "rouge": found["rouge"]}
+    measures = rouge_of(results[0], doc["answer"])
+    return {"rougeL": measures["rougeL"], "rouge": measures["rouge"]}
 
 
 # The papers' tasks
 
 
 def gsm8k(doc: Doc, results: Sequence[str]) -> Scores:
-    """The first number of the generation is the answer, thousands' commas apart."""
-    said = re.search(r"-?\d[\d,]*(?:\.\d+)?", results[0])
+    """The first number of the generation is the answer, without thousands' commas."""
+    match = re.search(r"-?\d[\d,]*(?:\.\d+)?", results[0])
     gold = doc["answer"].rpartition("####")[2]
-    return {"solve_rate": float(said is not None and _number(said[0]) == _number(gold))}
+    return {"solve_rate": float(match is not None and _number(match[0]) == _number(gold))}
 
 
 def _number(text: str) -> float:
@@ -94,7 +94,7 @@ def _number(text: str) -> float:
 
 
 def entailment_answer(doc: Doc) -> str:
-    """What the model should say; the hub's labels are numbers, those of the file are words."""
+    """The right answer. The hub's labels are numbers, those of the file are words."""
     return "True" if doc["label"] in (0, "entailment") else "False"
 
 
@@ -103,7 +103,7 @@ def sentiment_answer(doc: Doc) -> str:
 
 
 def rte(doc: Doc, results: Sequence[str]) -> Scores:
-    """The generation's first word is the right one; one that is neither of the two is wrong."""
+    """The generation's first word is the right one of the two. Any other word is wrong."""
     return {"accuracy": float(_first_word(results[0]) == normalise(entailment_answer(doc)))}
 
 
@@ -131,11 +131,11 @@ def _first_word(generation: str) -> str:
 
 
 def nq(doc: Doc, results: Sequence[str]) -> Scores:
-    """The first line, without an "Answer:" in front, is one of the answers: the prompt ends with
-    the question and does not ask for one.
+    """The first line, without an "Answer:" at its beginning, is one of the answers. The prompt ends
+    with the question, without an "Answer:".
     """
-    said = first_line(results[0]).strip()
-    return {"exact_match": exact_match(re.sub(r"(?i)^answer:", "", said), doc["answer"])}
+    line = first_line(results[0]).strip()
+    return {"exact_match": exact_match(re.sub(r"(?i)^answer:", "", line), doc["answer"])}
 
 
 def summary(doc: Doc, results: Sequence[str]) -> Scores:
@@ -145,23 +145,15 @@ def summary(doc: Doc, results: Sequence[str]) -> Scores:
 # CoNLL-2003
 
 ENTITY_KINDS = {"PER": "Person", "LOC": "Location", "ORG": "Organization", "MISC": "Miscellaneous"}
+# The hub numbers the tags in this order.
 CONLL_TAGS = (
-    "O",
-    "B-PER",
-    "I-PER",
-    "B-ORG",
-    "I-ORG",
-    "B-LOC",
-    "I-LOC",
-    "B-MISC",
-    "I-MISC",
-)  # the hub's numbers count these
+    *("O", "B-PER", "I-PER", "B-ORG", "I-ORG"),
+    *("B-LOC", "I-LOC", "B-MISC", "I-MISC"),
+)
 
 
 def entity_questions(sentences: Any) -> Any:
-    """A question for each sentence and kind of entity, of sentences with `tokens` and
-    `ner_tags`.
-    """
+    """A question for each sentence and kind of entity. Sentences have `tokens` and `ner_tags`."""
     import datasets
 
     return datasets.Dataset.from_list(
@@ -192,15 +184,13 @@ def entities(tokens: Sequence[str], tags: Sequence[int | str], kind: str) -> lis
 
 
 def conll03(doc: Doc, results: Sequence[str]) -> Scores:
-    """Counts of one question: entities that were named rightly, that were named, and that there
-    are.
-    """
+    """Counts of one question: correctly named entities, named entities, and all entities."""
     named = Counter(normalise(part) for part in re.split(r"[,;\n]", results[0]) if normalise(part))
     gold = Counter(map(normalise, doc["entities"]))
     return {"entity_f1": ((named & gold).total(), named.total(), gold.total())}
 
 
 def entity_f1(counts: Sequence[tuple[int, int, int]]) -> float:
-    """F1 over all entities of all questions; 1 where there is none and none was named."""
+    """F1 over all entities of all questions; 1 if there is none and none was named."""
     right, named, gold = (sum(column) for column in zip(*counts, strict=True))
     return 2 * right / (named + gold) if named + gold else 1.0
