@@ -1,4 +1,4 @@
-"""The values that flow through editkit: what is asked, what a step did, what was measured.
+"""The values that flow through editkit: edit requests, records of steps, and measurements.
 
 Everything here is frozen. Probabilities and accuracies are in [0, 1], log-probabilities and losses
 in nats, times in seconds.
@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# One tensor per name: what an editor or a restraint carries from step to step. It must survive
-# safetensors, so values are tensors only.
+# The state of an editor, a restraint or an evaluator, by name. safetensors stores tensors only.
 TensorState = Mapping[str, "Any"]
 
 
@@ -28,45 +27,38 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditRequest:
-    """One fact to write into the model, and the questions that judge the edit.
+    """One fact to write into the model, and the prompts that evaluate the edit.
 
-    Targets and answers are bare text: blanks and tokens are the business of `editkit.model.tokens`.
+    Targets and answers are bare text. `editkit.model.tokens` adds blanks and tokenises.
     """
 
     id: str  # "counterfact/17"
     prompt: str  # holds one "{}" for the subject
     subject: str  # the text for "{}"
     target: str  # the new answer
-    target_old: str | None = None  # what the unedited world says (CounterFact: target_true)
+    target_old: str | None = None  # the answer before the edit (CounterFact: target_true)
     paraphrases: tuple[str, ...] = ()  # full prompts
     neighbours: tuple[Probe, ...] = ()  # locality: prompts whose answer must stay
     # Further locality by kind: "out_of_distribution" (zsRE's NQ questions); every other kind is in
-    # distribution ("relation_specificity", "forgetfulness", "unaffected_subject"). Judged against
-    # the unedited model alone: an answer need not be true (CSK's are not known).
+    # distribution ("relation_specificity", "forgetfulness", "unaffected_subject"). It is compared
+    # with the unedited model alone: an answer need not be true (CSK's are not known).
     locality: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
-    # What follows from the edit: "alias", "reasoning", "logical_generalization" (KnowEdit),
+    # Consequences of the edit by kind: "alias", "reasoning", "logical_generalization" (KnowEdit),
     # "one_hop" (zsRE), "two_hop" (world), "multi_hop" (MQuAKE), "affected_subject",
     # "affected_verb", "affected_object" (CSK).
     portability: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
-    attribute_prompts: tuple[
-        Probe, ...
-    ] = ()  # other subjects of which the new target has always been true (CounterFact)
-    generation_prompts: tuple[
-        str, ...
-    ] = ()  # beginnings of texts about the subject, to be continued freely
-    references: tuple[
-        str, ...
-        # texts about subjects of which the new target is true; the generated ones should be like
-        # them
-    ] = ()
+    # other subjects for which the new target has always been true (CounterFact)
+    attribute_prompts: tuple[Probe, ...] = ()
+    # beginnings of texts about the subject, for free continuation
+    generation_prompts: tuple[str, ...] = ()
+    # texts about subjects for which the new target is true; generated texts are compared with them
+    references: tuple[str, ...] = ()
     # requests that are one change together, next to each other in a dataset (MQuAKE: the facts of
     # one chain)
     group: str | None = None
-    hops: tuple[
-        Probe, ...
-        # single-hop questions along the chain after the group's edits; like "multi_hop" on its last
-        # request only
-    ] = ()
+    # single-hop questions along the chain after the group's edits; like "multi_hop", on the last
+    # request of the group only
+    hops: tuple[Probe, ...] = ()
 
     @property
     def full_prompt(self) -> str:
@@ -76,7 +68,7 @@ class EditRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What one batch of edits did: a line of `steps.jsonl`. Step 0 describes the unedited model."""
+    """The effects of one batch of edits: a line of `steps.jsonl`. Step 0 is the unedited model."""
 
     step: int  # counted from 1; 0: the unedited model
     requests: tuple[str, ...] = ()  # the ids of the batch
@@ -90,7 +82,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One number that an evaluator measured, before it is known at which step and of which view.
+    """One number that an evaluator measured. `EvalRecord` adds the step and the view.
 
     The order of the fields is the order of the keys in `evals.jsonl`.
     """
@@ -101,15 +93,17 @@ class Measurement:
     metric: str  # "efficacy", "accuracy", ...
     value: float | None  # None: not finite
     # The standard error: the sample standard deviation of the n scores over sqrt(n), by prompt the
-    # cluster-robust one (editkit.evaluation.statistics.tally). None for a single score and for what
-    # is no mean.
+    # cluster-robust one (editkit.evaluation.statistics.tally). None for a single score, and for
+    # metrics that are not means.
     stderr: float | None
     n: int  # number of averaged scores: requests, prompts or items
     protocol: str | None = None  # of an editing metric: "probability", "argmax", ...
-    timing: str | None = None  # of a measurement: None is the moment's, "before" or "milestone"
+    # "before", "milestone", "final", "immediate" or "rollback". An evaluator leaves it None at a
+    # step's own measurement; the runner sets it.
+    timing: str | None = None
     suite: str | None = None  # of a task
     task: str | None = None  # its name
-    task_version: float | None = None  # as the task's yaml has it
+    task_version: float | None = None  # of the task's yaml
     shots: int | None = None  # examples before each question of a task
     nonfinite: int | None = 0  # scores that are not finite
     cut: int | None = None  # items whose prompt exceeded the context length and lost its beginning
@@ -169,8 +163,8 @@ EVAL_FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRecord:
-    """What one evaluator saw item by item, of one view at one step: a file in `samples/`. Rows are
-    plain JSON values.
+    """Observations of one evaluator item by item, of one view at one step: a file in `samples/`.
+    Rows are plain JSON values.
     """
 
     step: int

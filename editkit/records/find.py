@@ -10,26 +10,32 @@ from editkit.records.reader import RunRecords, load_run
 
 
 def run_folders(folders: Iterable[Path]) -> tuple[Path, ...]:
-    """Every run's folder at or below these, in the order of the names, each once. Raises
-    ConfigError where there is none.
+    """The folders of all runs at or below these, in the order of their names, without duplicates.
+
+    Raises:
+        ConfigError: a folder has no run below it.
     """
-    found: dict[Path, Path] = {}
+    by_path: dict[Path, Path] = {}
     problems: list[str] = []
     for folder in folders:
-        runs = (
-            sorted(path.parent for path in folder.rglob("steps.jsonl")) if folder.is_dir() else []
-        )
+        paths = folder.rglob("steps.jsonl") if folder.is_dir() else ()
+        runs = sorted(path.parent for path in paths)
         if not runs:
             problem = "holds no run" if folder.is_dir() else "not a folder"
             problems.append(message(str(folder), problem, expected="folders with steps.jsonl"))
-        found |= {run.resolve(): run for run in runs if run.resolve() not in found}
+        for run in runs:
+            by_path.setdefault(run.resolve(), run)
     if problems:
         raise ConfigError(problems)
-    return tuple(found.values())
+    return tuple(by_path.values())
 
 
 def load_runs(folders: Iterable[Path]) -> tuple[RunRecords, ...]:
-    """All runs below these folders. Raises ConfigError with everything that cannot be read."""
+    """The records of all runs at or below these folders.
+
+    Raises:
+        ConfigError: with all problems of all runs.
+    """
     runs: list[RunRecords] = []
     problems: list[str] = []
     for folder in run_folders(folders):

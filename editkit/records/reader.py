@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from editkit.errors import ConfigError, message
+from editkit.records import lookup
 from editkit.records.views import trajectory_view_of
-from editkit.types import EVAL_FIELDS, EvalRecord, Measurement, StepRecord
+from editkit.types import EvalRecord, Measurement, StepRecord
 
 A_RUN = "the folder of one run, outputs/.../seed<k>, with steps.jsonl and evals.jsonl"
-PARTS = ("block", "subset", "task")  # fields of measurements of a part, or of a task
-NUMBERS = ("value", "stderr", "n", "nonfinite", "low", "high", "cut")  # they identify nothing
 _Record = TypeVar("_Record", StepRecord, EvalRecord)
 
 
@@ -27,7 +26,7 @@ class RunRecords:
     folder: Path
     steps: tuple[StepRecord, ...]
     evals: tuple[EvalRecord, ...]
-    config: Mapping[str, Any]  # resolved; empty where the run has not written it
+    config: Mapping[str, Any]  # resolved; empty if the run has not written it
     provenance: Mapping[str, Any]
     status: Literal["done", "failed", "unfinished"]
     failure: Mapping[str, Any] | None = None  # FAILED.json
@@ -51,15 +50,7 @@ class RunRecords:
         Raises:
             ConfigError: a key is unknown.
         """
-        if unknown := facts.keys() - set(EVAL_FIELDS):
-            problem = f"unknown field of an evaluation: {', '.join(sorted(unknown))}"
-            raise ConfigError(message("find", problem, expected=", ".join(EVAL_FIELDS)))
-        lines = ((record, record.flat()) for record in self.evals)
-        return tuple(
-            record
-            for record, line in lines
-            if all(line[name] == value for name, value in facts.items())
-        )
+        return lookup.find(self.evals, facts)
 
     def value(self, **facts: object) -> float | None:
         """The value of the one evaluation with these facts; None if it is not finite.
@@ -67,35 +58,21 @@ class RunRecords:
         `block`, `subset` and `task` are None unless they are among the facts.
 
         Raises:
-            ConfigError: no evaluation has these facts, or several have; then the message names the
-                fields in which they differ.
+            ConfigError: a key is unknown, or no or several evaluations have these facts. The
+                message names the values that exist, or the keys in which the evaluations differ.
         """
-        found = self.find(**dict.fromkeys(PARTS) | facts)
-        if len(found) == 1:
-            return found[0].measurement.value
-        given = ", ".join(f"{name}={value!r}" for name, value in facts.items())
-        if not found:
-            metrics = sorted({record.measurement.metric for record in self.evals})
-            problem = f"no evaluation with {given} in {self.folder}"
-            raise ConfigError(message("value", problem, expected=f"metrics: {', '.join(metrics)}"))
-        lines = [record.flat() for record in found]
-        differing = [
-            f"{name} ({', '.join(map(str, values))})"
-            for name in EVAL_FIELDS
-            if name not in NUMBERS
-            and len(values := dict.fromkeys(line[name] for line in lines)) > 1
-        ]
-        problem = f"{len(found)} evaluations with {given}"
-        raise ConfigError(message("value", problem, fix=f"also give {', '.join(differing)}"))
+        return lookup.value(self.evals, facts)
 
 
 def load_run(folder: Path) -> RunRecords:
-    """Reads a run's folder, also that of a run that is still writing: a last line without its line
-    end is left out.
+    """The records of a run's folder. The run may still be writing: an incomplete last line is left
+    out.
 
-    Numbers that were not finite (null, or NaN) come back as nan in step records and as None in
-    evaluations. Raises ConfigError for a folder that is no run's, and for malformed lines: all of
-    them at once, with file, line and field.
+    Numbers that were not finite (null, or NaN) are nan in step records and None in evaluations.
+
+    Raises:
+        ConfigError: the folder is not that of a run, or lines are malformed. All problems are
+            reported together, with file, line and field.
     """
     if not folder.is_dir():
         raise ConfigError(message(str(folder), "not a folder", expected=A_RUN))
@@ -128,24 +105,21 @@ def _records(
 ) -> Iterator[_Record]:
     if not path.exists():
         return
-    whole, _, _ = path.read_bytes().rpartition(
-        b"\n"
-    )  # what follows the last line end is still being written
+    # A part after the last line end is still being written.
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
     for number, line in enumerate(whole.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
             if not isinstance(fields, dict):
-                raise ValueError(f"a JSON object was expected, not {type(fields).__name__}")
+                raise ValueError(f"{type(fields).__name__} instead of a JSON object")
             yield parse(fields)
-        except (
-            ValueError,
-            TypeError,
-        ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            problems.append(
-                f"{path}:{number}: malformed record ({error}): {line[:80].decode(errors='replace')}"
-            )
+        # JSONDecodeError and UnicodeDecodeError are ValueErrors.
+        except (ValueError, TypeError) as error:
+            got = line[:80].decode(errors="replace")
+            problem = f"malformed record, {error}"
+            problems.append(message(f"{path}:{number}", problem, got=got))
 
 
 def _step(fields: dict[str, Any]) -> StepRecord:
@@ -171,7 +145,7 @@ def _evaluation(fields: dict[str, Any]) -> EvalRecord:
 
 
 def _known(record: type[_Record], fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that this version knows: a later one may write more."""
+    """The fields that this version knows. Later versions may write more."""
     fields_of = list(dataclasses.fields(record))
     if record is EvalRecord:  # its lines are flat
         fields_of += dataclasses.fields(Measurement)
@@ -216,9 +190,11 @@ def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
             else yaml.safe_load(path.read_bytes())
         )
     except (ValueError, yaml.YAMLError) as error:
-        problems.append(f"{path}: cannot be read ({' '.join(str(error).split())}).")
+        got = " ".join(str(error).split())
+        problems.append(message(str(path), "cannot be read", got=got))
         return {}
     if not isinstance(content, dict):
-        problems.append(f"{path}: names and values were expected, not {type(content).__name__}.")
+        got = type(content).__name__
+        problems.append(message(str(path), "not names and values", got=got))
         return {}
     return content

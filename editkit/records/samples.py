@@ -1,4 +1,4 @@
-"""What a run's `samples/` folder holds, as records."""
+"""The samples of a run's folder as records."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from editkit.types import SampleRecord
 
 
 def read_samples(run: RunRecords, *, name: str | None = None) -> Iterator[SampleRecord]:
-    """The samples of a run in the order of steps; of one name if asked for.
+    """The samples of a run in the order of steps, or those of one name.
 
-    A file is named step, view and name with dashes between; the view's name is found among those of
-    the run, since names may hold dashes.
+    A file is named after step, view and name, with dashes between them. The view is one of the
+    run's views: names may hold dashes.
     """
     views = {*run.views, *(run.config.get("restraint") or {})}
     ordered = sorted(views, key=len, reverse=True)

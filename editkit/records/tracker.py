@@ -1,8 +1,7 @@
-"""The tracker's interface: something that watches a run.
+"""The interface of trackers, which observe a run.
 
-Trackers observe and never influence: they are given values, give nothing back, and no record
-depends on which trackers are there. What a run writes as its contract (`steps.jsonl`,
-`evals.jsonl`) is written whether or not anyone watches.
+Trackers never influence a run: they receive values and return nothing, and no record depends on
+them. A run writes `steps.jsonl` and `evals.jsonl` with or without a tracker.
 """
 
 from __future__ import annotations
@@ -15,37 +14,36 @@ from typing import Any, Literal
 
 from editkit.types import EvalRecord, SampleRecord, StepRecord
 
-# How a run ended: all edits made; stopped by a signal with its state saved; stopped by a number
-# that is not finite; ended by an error.
+# The end of a run: all edits made; stopped by a signal with its state saved; stopped by a number
+# that is not finite; stopped by an error.
 Status = Literal["done", "interrupted", "collapsed", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """What a tracker learns of a run before its first record."""
+    """The facts of a run that a tracker receives before the first record."""
 
     name: str
-    folder: Path  # where the run's files are
-    edits: int  # how many edits the whole run makes
-    batch_size: int  # edits a step; the last step may hold fewer
+    folder: Path  # of the run's files
+    edits: int  # of the whole run
+    batch_size: int  # edits per step; the last step may have fewer
     views: tuple[str, ...]  # the trajectory's own view first, then the restrained ones
     config: Mapping[str, Any]  # resolved, plain values
-    unit: str = "edits"  # what is counted: a training counts steps
-    # the last step that was done before; 0: a new run, whose first record is step 0
+    unit: str = "edits"  # a training counts steps
+    # the last step of earlier sessions; 0: a new run, whose first record is step 0
     resumed_at: int = 0
 
 
 class AbstractTracker(abc.ABC):
-    """Watches one run. Concrete trackers are frozen dataclasses: their fields are the options.
+    """Observes one run. Concrete trackers are frozen dataclasses: their fields are the options.
 
-    Calls come in this order: `open`; the records in the order in which the runner yields them (a
-    step's evaluations after the step); `close`, also after an error. A tracker may be opened again
-    for another run after it was closed.
+    The order of calls is `open`, the records in the order of the runner (a step's evaluations after
+    the step), and `close`, also after an error. A closed tracker may be opened for another run.
     """
 
     @abc.abstractmethod
     def open(self, run: RunInfo) -> None:
-        """A run begins, or goes on."""
+        """A run begins or resumes."""
 
     @abc.abstractmethod
     def step(self, record: StepRecord) -> None:
@@ -55,14 +53,12 @@ class AbstractTracker(abc.ABC):
     def evaluation(self, record: EvalRecord) -> None:
         """A measurement of one view was made."""
 
-    def samples(self, record: SampleRecord) -> None:  # noqa: B027 (a hook: who shows no samples need not say so)
-        """What an evaluator saw item by item; they are in the run's `samples/` whether or not a
-        tracker wants them.
-        """
+    def samples(self, record: SampleRecord) -> None:  # noqa: B027 (an optional hook)
+        """The samples of an evaluator. They are in the run's `samples/` in any case."""
 
     @abc.abstractmethod
     def warning(self, text: str) -> None:
-        """The run has something to say that a person should see; one line."""
+        """A warning for the user, in one line."""
 
     @abc.abstractmethod
     def close(self, status: Status) -> None:

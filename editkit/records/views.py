@@ -1,6 +1,4 @@
-"""What the views of a run are called: the model as the edits left it, and each restraint on the
-total.
-"""
+"""The names of a run's views: the model as the edits left it, and each restraint on the total."""
 
 from __future__ import annotations
 
@@ -11,16 +9,16 @@ UNRESTRAINED = "unrestrained"
 
 
 def trajectory_view(applied_at: Mapping[str, str | None]) -> str:
-    """What the model itself is called: a total that is restrained in the loop leaves nothing
-    unrestrained to look at.
+    """The name of the model's own view. A restraint that acts in the loop leaves no unrestrained
+    model.
 
     Args:
-        applied_at: when each restraint on the total acts (`apply_at`), by its name.
+        applied_at: `apply_at` of each restraint on the total, by its name.
     """
     return "+".join(name for name, when in applied_at.items() if when == "every") or UNRESTRAINED
 
 
 def trajectory_view_of(config: Mapping[str, Any]) -> str:
-    """The same from a resolved configuration, also where nothing was measured."""
+    """The same from a resolved configuration, also before anything was measured."""
     nodes: Mapping[str, Any] = config.get("restraint") or {}
     return trajectory_view({name: (node or {}).get("apply_at") for name, node in nodes.items()})

@@ -21,9 +21,7 @@ STEPS, EVALS = "steps.jsonl", "evals.jsonl"
 
 
 def save_samples(record: SampleRecord, folder: Path) -> Path:
-    """Writes `samples/<step>-<view>-<name>.jsonl.gz`; the same record gives the same bytes, also
-    after a kill.
-    """
+    """Writes `samples/<step>-<view>-<name>.jsonl.gz`. The same record gives the same bytes."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in record.rows)
     path = folder / f"{record.step:06d}-{record.view}-{record.name}.jsonl.gz"
     write_atomically(path, gzip.compress(lines.encode(), mtime=0))
@@ -34,19 +32,19 @@ class RecordFiles:
     """Both files, open for appending."""
 
     def __init__(self, folder: Path, record_bytes: Mapping[str, int]) -> None:
-        """Cuts the files back to `record_bytes`; one that is not named there starts empty. Raises
-        ConfigError where one is shorter.
+        """Truncates the files to `record_bytes`, or to nothing if their name is not there. Raises
+        ConfigError if a file is shorter.
         """
         self._files: dict[str, IO[bytes]] = {}
         for name in (STEPS, EVALS):
             path, length = folder / name, record_bytes.get(name, 0)
-            found = path.stat().st_size if path.exists() else 0
-            if found < length:
+            size = path.stat().st_size if path.exists() else 0
+            if size < length:
                 raise ConfigError(
                     message(
                         str(path),
                         "records were lost since the last checkpoint",
-                        got=f"{found} bytes",
+                        got=f"{size} bytes",
                         expected=f"at least {length} bytes",
                         fix="start anew with resume=never",
                     )
@@ -61,7 +59,7 @@ class RecordFiles:
         self._files[name].flush()
 
     def sync(self) -> dict[str, int]:
-        """Waits until everything is on the disk; the files' lengths in bytes."""
+        """The files' lengths in bytes, after everything is on the disk."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())

@@ -48,9 +48,27 @@ def test_a_block_and_a_subset_are_not_the_whole(tmp_path: Path) -> None:
     assert [record.measurement.value for record in run.find(metric="efficacy")] == [0.1, 0.2, 0.5]
 
 
-def test_what_is_not_there_is_said_with_what_is(tmp_path: Path) -> None:
+def test_no_match_lists_the_values_that_exist(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path, evals=EVALS))
-    with pytest.raises(ConfigError, match=r"no evaluation with metric='eficacy'.*efficacy"):
+    with pytest.raises(
+        ConfigError, match=r"no evaluation with metric='eficacy' \(expected metric: .*efficacy"
+    ):
         run.value(metric="eficacy")
+    facts = {"step": 2, "view": "unrestrained", "metric": "efficacy"}
+    with pytest.raises(ConfigError, match=r"\(expected protocol: probability, argmax\)\.$"):
+        run.value(**facts, protocol="token")
+    # A task's metric needs the task.
+    with pytest.raises(ConfigError, match=r"\(expected task: entailment; metric: locality, "):
+        run.value(step=2, view="unrestrained", metric="accuracy")
+    # No single other fact would do: the values of all facts are listed.
+    with pytest.raises(ConfigError, match=r"\(expected step: 0, 2; view: unrestrained, prune\)\.$"):
+        run.value(step=7, view="rect")
     with pytest.raises(ConfigError, match="unknown field of an evaluation: metrik"):
         run.find(metrik="efficacy")
+
+
+def test_equal_evaluations_are_left_to_find(tmp_path: Path) -> None:
+    twice = [editing(2, "efficacy", 0.5), editing(2, "efficacy", 0.6)]
+    run = load_run(write_run(tmp_path, evals=twice))
+    with pytest.raises(ConfigError, match=r"2 evaluations .*\. Fix: read them with find\(\)"):
+        run.value(metric="efficacy")
