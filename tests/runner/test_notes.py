@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from editkit.datasets.bundled import WorldDataset
 
+from editkit.datasets.world import WorldDataset
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.evaluation.fluency import Fluency
 from editkit.evaluation.values import Values
