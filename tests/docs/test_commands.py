@@ -177,7 +177,7 @@ def test_a_configuration_file_that_a_page_shows_builds(
     values = {"dataset/pairs": ["dataset.path=pairs.tsv"], "recipe/rome/my-model": ["model=gpt2"]}
     for path in shown:
         group, *rest = path.with_suffix("").parts
-        choice = f"{group}={'/'.join(rest)}"
+        choice = f"{'+' if group == 'protocol' else ''}{group}={'/'.join(rest)}"
         further = values.get("/".join((group, *rest)), [])
         composed = compose([choice, *further], config_dir=tmp_path / "conf")
         assert locate(composed.config, choices=composed.choices)
