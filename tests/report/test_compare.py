@@ -1,54 +1,22 @@
-"""Comparing runs: what counts as a repetition, the summary, the t-tests, the tidy table, the
-published numbers.
-"""
+"""Comparing runs: what counts as a repetition, the summary table, its LaTeX form, and the curves."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pandas
 import pytest
-from scipy import stats
 
 from editkit.errors import ConfigError
 from editkit.records.find import load_runs
 from editkit.report import formats
-from editkit.report.collect import COLUMNS, collect, save
-from editkit.report.compare.significance import compare, paired_t_test
-from editkit.report.compare.subjects import Measured, measured, pairs
-from editkit.report.compare.summary import Summary, summaries, text_of
+from editkit.report.compare.subjects import measured, pairs
+from editkit.report.compare.summary import summaries
 from editkit.report.figures.panels import MAX_POINTS, sheets
+from tests.support.comparisons import rows_of, subjects_in, table
 from tests.support.records import changed, editing, evaluation, task
 from tests.support.sweeps import PRUNE, a_sweep, add_run, config_of, evals_of
-
-
-def subjects_in(root: Path) -> tuple[Measured, ...]:
-    return measured(load_runs([root]))[0]
-
-
-def table(root: Path, *, protocol: str | None = "probability", edits: int = 4) -> Summary:
-    (found,) = [
-        each
-        for each in summaries(subjects_in(root))
-        if each.edits == edits and each.protocol == protocol
-    ]
-    return found
-
-
-def rows_of(found: Summary) -> dict[tuple[str, str], dict[str, str]]:
-    """Text of every cell, by editor and restraint, then by title."""
-    return {
-        (row.editor, row.restraint): {
-            column.title: text_of(cell, column)
-            for column, cell in zip(found.columns, row.cells, strict=True)
-        }
-        for row in found.rows
-    }
-
-
-# --- what belongs together
 
 
 def test_views_of_one_run_are_subjects_of_their_own_and_seeds_are_repetitions(
@@ -118,9 +86,6 @@ def test_a_restraint_in_the_loop_says_so(tmp_path: Path) -> None:
     add_run(tmp_path, config, evals_of(efficacy={"prune": 0.5}))
     (only,) = subjects_in(tmp_path)
     assert only.restraint == "prune every 5" and only.is_trajectory
-
-
-# --- the summary
 
 
 def test_the_summary_holds_mean_and_standard_deviation_over_seeds(tmp_path: Path) -> None:
@@ -278,111 +243,6 @@ def test_a_rows_label_stays_short_however_much_two_subjects_differ(tmp_path: Pat
         "none (of experiment0)",
         "none (of experiment1)",
     }
-
-
-# --- t-tests
-
-
-def test_t_and_p_are_those_of_a_paired_test_over_seeds(tmp_path: Path) -> None:
-    root = a_sweep(tmp_path)
-    found = {
-        (each.label[2], each.metric): each
-        for each in compare(table(root), pairs(subjects_in(root)))
-    }
-    expected = stats.ttest_rel([0.7, 0.72, 0.78], [0.5, 0.51, 0.52])
-    each = found["prune", "efficacy"]
-    assert (each.n, each.remark) == (3, None)
-    assert math.isclose(each.t or 0, expected.statistic) and math.isclose(
-        each.p or 0, expected.pvalue
-    )
-    assert math.isclose(each.difference, (0.2 + 0.21 + 0.26) / 3)
-
-
-def test_two_seeds_are_too_few_and_say_so(tmp_path: Path) -> None:
-    root = a_sweep(tmp_path, seeds=2)
-    for each in compare(table(root), pairs(subjects_in(root))):
-        assert (each.n, each.p, each.remark) == (2, None, "n too small")
-
-
-def test_only_seeds_that_both_have_are_pairs(tmp_path: Path) -> None:
-    root = a_sweep(tmp_path)
-    add_run(
-        root,
-        config_of(7, restraint={"rect": {"keep": 0.2}}),
-        evals_of(efficacy={"unrestrained": 0.9}),
-    )
-    found = {
-        each.label[2]: each
-        for each in compare(table(root), pairs(subjects_in(root)))
-        if each.metric == "efficacy"
-    }
-    assert found["rect"].n == 3
-    assert math.isclose(found["rect"].difference, -0.11)
-
-
-@pytest.mark.parametrize(
-    ("differences", "remark"),
-    [
-        ([0.1, math.nan, 0.2], "not finite"),
-        ([0.1, 0.1, 0.1], "all differences equal"),
-        ([], "n too small"),
-    ],
-)
-def test_there_is_no_p_where_a_test_would_mean_nothing(
-    differences: list[float], remark: str
-) -> None:
-    assert paired_t_test(differences) == (None, None, remark)
-
-
-# --- collect
-
-
-def test_the_tidy_table_has_every_measurement_with_its_labels_and_survives_both_formats(
-    tmp_path: Path,
-) -> None:
-    runs = load_runs([a_sweep(tmp_path / "runs")])
-    found = collect(runs)
-    assert list(found.columns) == list(COLUMNS)
-    line = found[
-        (found.restraint == "prune")
-        & (found.seed == 2)
-        & (found.metric == "efficacy")
-        & (found.protocol == "probability")
-        & (found.edits == 4)
-    ]
-    assert line.value.tolist() == [pytest.approx(0.78)]
-    assert set(found.kind) == {"editing", "downstream", "weights", "edit"}
-    for name in ("results.parquet", "results.csv"):
-        save(found, tmp_path / name)
-    again = pandas.read_parquet(tmp_path / "results.parquet")
-    assert again.equals(found)
-    assert len(pandas.read_csv(tmp_path / "results.csv")) == len(found)
-
-
-def test_weights_are_collected_at_measured_steps_or_at_every_one(tmp_path: Path) -> None:
-    runs = load_runs([a_sweep(tmp_path, seeds=1)])
-    assert set(collect(runs).query("kind == 'weights'").edits) == {0, 4}
-    assert set(collect(runs, every_step=True).query("kind == 'weights'").edits) == {0, 2, 4}
-
-
-def test_another_ending_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"\.parquet or \.csv"):
-        save(collect([]), tmp_path / "results.xlsx")
-
-
-def test_folders_without_runs_are_all_named(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError) as error:
-        load_runs([tmp_path / "empty", tmp_path / "nowhere"])
-    assert len(error.value.problems) == 2
-
-
-def test_a_run_below_two_of_the_folders_is_read_once(tmp_path: Path) -> None:
-    root = a_sweep(tmp_path, seeds=1)
-    assert len(load_runs([root, root / "sweep", *root.glob("sweep/*/seed0")])) == 2
-
-
-# --- formats and curves
 
 
 def test_latex_escapes_what_latex_would_take_for_commands(tmp_path: Path) -> None:
