@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 .PHONY: help
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 .PHONY: setup
 setup: $(STAMP)  ## Make .venv and install editkit there (again only when pyproject.toml or constraints.txt changed)
@@ -36,24 +36,29 @@ test-slurm: setup  ## A sweep on a real Slurm of two nodes on this host: pre-emp
 	$(BIN)/pytest -q -m slurm tests/slurm -s
 
 .PHONY: lint
-lint: setup  ## ruff's rules
+lint: setup  ## The rules of ruff, and spelling (typos)
 	$(BIN)/ruff check .
+	$(BIN)/typos
 
 .PHONY: format
-format: setup  ## Put the code into ruff's form
+format: setup  ## Format the code (ruff)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 .PHONY: format-check
-format-check: setup  ## Is the code in ruff's form?
+format-check: setup  ## Is the code formatted?
 	$(BIN)/ruff format --check .
 
 .PHONY: type
-type: setup  ## mypy
+type: setup  ## Types (mypy, strict)
 	$(BIN)/mypy
 
 .PHONY: check
 check: lint format-check type test  ## What has to pass before a change goes in
+
+.PHONY: hooks
+hooks: setup  ## Check every commit before it is made (pre-commit)
+	$(BIN)/pre-commit install
 
 .PHONY: docs
 docs: setup  ## Build the documentation into site/; a broken link or reference is an error
