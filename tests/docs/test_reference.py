@@ -138,7 +138,3 @@ def test_a_link_of_a_page_that_the_site_does_not_check_leads_somewhere(name: str
             headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
             anchors = {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}
             assert not heading or heading in anchors
-
-
-def test_the_readme_fits_on_a_page() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) < 130
