@@ -1,12 +1,10 @@
-"""A suite on a model that is edited: the same items every time, asked no more often than needed,
-compared with the unedited model.
-"""
+"""A suite on a model that is edited: the items are the same every time, the model is measured no more
+often than needed, and its scores are compared with those of the unedited model."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,56 +12,21 @@ import torch
 from editkit.errors import ConfigError
 from editkit.evaluation.base import Samples
 from editkit.evaluation.harness.lm import harness_model, quiet
-from editkit.evaluation.harness.load_tasks import LoadedTasks, load_tasks
-from editkit.evaluation.harness.suite import LoadedSuite, Suite
 from editkit.evaluation.statistics.paired import compare
 from editkit.linalg.lowrank import LowRank
-from editkit.model.editable import EditableModel
 from editkit.types import Measurement
 from tests.support.helpers import tiny_model
-
-WORLD = (
-    "world_arithmetic",
-    "world_entailment",
-    "world_entailment_likelihood",
-    "world_passage",
-    "world_summary",
+from tests.support.suites import (
+    TEXTS,
+    WORLD,
+    a_task,
+    an_update,
+    edited_model,
+    measured,
+    rows_of_samples,
+    suite,
+    suite_of,
 )
-
-
-def suite(*tasks: str, **options: Any) -> Suite:
-    given: dict[str, Any] = {
-        "name": "world",
-        "tasks": tasks,
-        "shots": None,
-        "limit": 3,
-        "seed": 1234,
-        "data": None,
-        "max_new_tokens": None,
-        "tokens_per_batch": 512,
-        "every": 1,
-    }
-    return Suite(**given | options)
-
-
-def edited_model() -> tuple[EditableModel, str]:
-    model = tiny_model("llama")
-    module = model.family.down_projection(0)
-    model.edit([module])
-    return model, module
-
-
-def an_update(model: EditableModel, module: str, size: float = 1.0) -> LowRank:
-    rows, columns = model.weight(module).shape
-    generator = torch.Generator().manual_seed(0)
-    return LowRank(
-        size * torch.randn(rows, 1, generator=generator),
-        torch.randn(columns, 1, generator=generator),
-    )
-
-
-def measured(found: list[Measurement | Samples], kind: str = "downstream") -> list[Measurement]:
-    return [each for each in found if isinstance(each, Measurement) and each.kind == kind]
 
 
 def test_every_metric_comes_with_suite_task_version_n_and_stderr() -> None:
@@ -144,14 +107,10 @@ def test_an_edited_model_is_asked_anew_about_the_same_items_and_compared_with_th
         assert p_value is not None and 0 < p_value <= 1
     expected = compare(
         baseline["world_entailment_likelihood|accuracy_likelihood|none"].tolist(),
-        [row["accuracy_likelihood"] for row in _rows(after, 0)],
+        [row["accuracy_likelihood"] for row in rows_of_samples(after, 0)],
     )
     assert values["accuracy_likelihood_difference"][:2] == (expected.difference, expected.stderr)
     assert values["accuracy_likelihood_p_value"][0] == expected.p_value
-
-
-def _rows(found: list[Measurement | Samples], number: int) -> Any:
-    return [each for each in found if isinstance(each, Samples)][number].rows
 
 
 def test_a_fresh_process_measures_the_same_with_the_stored_baseline() -> None:
@@ -182,7 +141,7 @@ def test_a_likelihood_that_is_not_finite_is_a_failure_and_is_counted() -> None:
     model, module = edited_model()
     chosen = suite("world_entailment_likelihood", limit=8)
     assert any(
-        row["target"] == "True" for row in _rows(chosen.evaluate(model, (), {}), 0)
+        row["target"] == "True" for row in rows_of_samples(chosen.evaluate(model, (), {}), 0)
     )  # the first choice: nan would win the argmax
     rows, columns = model.weight(module).shape
     with model.temporarily(
@@ -199,164 +158,6 @@ def test_batches_change_no_number() -> None:
         for tokens in (1, 4096)
     ]
     assert ways[0] == ways[1]
-
-
-def a_task(texts: list[str], **changes: Any) -> Any:
-    """A task of the harness's kind: the last word of each text, as lambada asks for it."""
-    import datasets
-    from lm_eval.tasks import TaskManager
-
-    config = {
-        "task": "last_word",
-        "custom_dataset": lambda **_: {
-            "test": datasets.Dataset.from_list([{"text": text} for text in texts])
-        },
-        "test_split": "test",
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-        "doc_to_target": "{{' '+text.split(' ')[-1]}}",
-        "metric_list": [
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-        ],
-        "num_fewshot": 0,
-    }
-    with quiet():
-        (task,) = TaskManager(include_defaults=False).load([config | changes])["tasks"].values()
-    return task
-
-
-def suite_of(pooled: dict[str, bool] | None, *tasks: Any) -> LoadedSuite:
-    """A suite of one name that stands for these tasks."""
-    options = suite("mine", name="mine", limit=None)
-    return LoadedSuite(options, {"mine": LoadedTasks(name="mine", tasks=tasks, pooled=pooled)})
-
-
-TEXTS = [
-    "Paris is in France",
-    "Rome is in Italy",
-    "Berlin is in Germany",
-    "The Eiffel Tower is in Paris",
-    "He speaks French",
-]
-
-
-def test_a_perplexity_of_numbers_that_are_not_finite_has_no_value_and_the_items_are_counted() -> (
-    None
-):
-    model, module = edited_model()
-    chosen = suite_of(None, a_task(TEXTS))
-    baseline = chosen.baseline(model, ())
-    rows, columns = model.weight(module).shape
-    with model.temporarily(
-        {module: LowRank(torch.full((rows, 1), math.nan), torch.ones(columns, 1))}
-    ):
-        found = chosen.evaluate(model, (), baseline)
-    values = {each.metric: each for each in found if isinstance(each, Measurement)}
-    assert {metric: (each.value, each.stderr) for metric, each in values.items()} == {
-        "perplexity": (None, None),
-        "perplexity_difference": (None, None),
-        "perplexity_p_value": (None, None),
-        "acc": (0.0, 0.0),
-        "acc_difference": (0.0, 0.0),  # the tiny model knew none of them
-        "acc_p_value": (1.0, None),
-    }
-    assert all((each.nonfinite, each.n) == (5, 5) for each in values.values())
-    assert {row["perplexity"] for row in _rows(found, 0)} == {None}
-
-
-def test_a_perplexitys_difference_is_one_of_perplexities() -> None:
-    model, module = edited_model()
-    chosen = suite_of(None, a_task(TEXTS))
-    baseline = chosen.baseline(model, ())
-    (before, _) = (
-        each for each in chosen.evaluate(model, (), baseline) if isinstance(each, Measurement)
-    )
-    model.apply(module, an_update(model, module))
-    values = {
-        each.metric: each
-        for each in chosen.evaluate(model, (), baseline)
-        if isinstance(each, Measurement)
-    }
-    after, difference, p_value = (
-        values[f"perplexity{what}"] for what in ("", "_difference", "_p_value")
-    )
-    assert (
-        before.value is not None
-        and after.value is not None
-        and before.value != pytest.approx(after.value)
-    )
-    assert (before.kind, difference.kind, difference.n) == ("language", "comparison", 5)
-    assert difference.value == pytest.approx(after.value - before.value)
-    assert difference.stderr is not None and difference.stderr > 0
-    assert p_value.value is not None and 0 < p_value.value <= 1
-
-
-def test_a_group_counts_the_items_of_its_tasks_together() -> None:
-    model, _ = edited_model()
-    (alone,) = measured(suite("world_entailment").evaluate(model, (), {}))
-    parts = [
-        load_tasks(["world_entailment"], data=None, shots={}, seed=0)["world_entailment"]
-        for _ in range(2)
-    ]
-    both = LoadedTasks(
-        name="both", tasks=parts[0].tasks + parts[1].tasks, pooled={"accuracy": True}
-    )
-    group = LoadedSuite(suite("both"), {"both": both})
-    (found,) = measured(group.evaluate(model, (), {}))
-    assert (found.task, found.metric, found.n, found.value) == ("both", "accuracy", 6, alone.value)
-
-
-@pytest.mark.parametrize("by_size", [True, False])
-def test_a_groups_tasks_count_by_their_size_or_each_the_same_as_in_the_harness(
-    by_size: bool,
-) -> None:
-    from lm_eval.api.metrics import aggregate_subtask_metrics, unweighted_mean_stderr
-
-    model, _ = edited_model()
-    tasks = [
-        a_task(TEXTS[:2], task="small"),
-        a_task([*TEXTS[2:], *(f"{text} Paris" for text in TEXTS)], task="large"),
-    ]
-    for task in tasks:  # the tiny model is right about nothing: which items it gets is made up
-        task.process_results = lambda doc, results: {"acc": float("Paris" in doc["text"])}
-    alone = [measured(suite_of(None, task).evaluate(model, (), {}))[0] for task in tasks]
-    group = suite_of({"acc": by_size}, *tasks)
-    (found,) = measured(group.evaluate(model, (), {}))
-    assert [each.n for each in alone] == [2, 8]
-    assert found.value == pytest.approx(
-        aggregate_subtask_metrics([each.value for each in alone], [2, 8], by_size)
-    )
-    if not by_size:
-        assert found.value == (1 / 2 + 6 / 8) / 2 and found.stderr == pytest.approx(
-            unweighted_mean_stderr([each.stderr for each in alone])
-        )
-
-
-def test_a_group_of_equal_tasks_is_compared_task_by_task() -> None:
-    model, module = edited_model()
-    group = suite_of(
-        {"perplexity": False, "acc": False},
-        a_task(TEXTS[:2], task="small"),
-        a_task(TEXTS[2:], task="large"),
-    )
-    baseline = group.baseline(model, ())
-    before = {
-        each.metric: each.value
-        for each in group.evaluate(model, (), {})
-        if isinstance(each, Measurement)
-    }
-    model.apply(module, an_update(model, module))
-    after = {
-        each.metric: each
-        for each in group.evaluate(model, (), baseline)
-        if isinstance(each, Measurement)
-    }
-    for metric in ("perplexity", "acc"):
-        assert after[f"{metric}_difference"].value == pytest.approx(
-            after[metric].value - before[metric]
-        )
-        assert (after[f"{metric}_difference"].task, after[f"{metric}_difference"].n) == ("mine", 5)
 
 
 def test_examples_from_the_tested_records_by_a_tasks_own_yaml_are_recorded() -> None:
@@ -497,6 +298,3 @@ def test_the_harness_itself_finds_the_same_numbers() -> None:
     assert [
         (metric, pytest.approx(value), pytest.approx(error)) for metric, value, error in numbers
     ] == [(each.metric, each.value, each.stderr) for each in found]
-
-
-# Comparisons

@@ -1,49 +1,30 @@
-"""When edits are measured: right after each, at milestones, at the end, alone on the unedited model
-- and the same after a kill.
-"""
+"""When edits are measured: immediately after each, at milestones and at the end; an interrupted run
+measures the same."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
 
 import pytest
 import torch
 
 from editkit.config.schedule import Schedule
 from editkit.datasets.world import WorldDataset
-from editkit.evaluation.base import Moment
-from editkit.evaluation.editing import EditingEvaluator
-from editkit.evaluation.fluency import Fluency
-from editkit.evaluation.protocols.generate import Generate
-from editkit.evaluation.scoring.frozen_text import to_bytes
-from editkit.evaluation.statistics.tally import Outcome, as_rows, tally
-from editkit.linalg.lowrank import LowRank
-from editkit.linalg.total import Total
-from editkit.restraints.base import AbstractTotalRestraint, Restraints
-from editkit.restraints.prune import Prune
 from editkit.runner.checkpoint import RunState, load_state, save_state
 from editkit.runner.loop import run_edits
 from editkit.runner.plan import Trajectory, digest_of
-from editkit.types import EditRequest, EvalRecord, Measurement, SampleRecord, StepRecord, as_json
-from tests.support.fakes import FakeEditor, SumOfWeights, trajectory
-from tests.support.helpers import tiny_model
-from tests.support.records import flat
-
-ALL: tuple[str, ...] = ("probability", "argmax", "token", "generate", "distribution")
-PRUNE = Restraints(
-    totals={
-        "prune": Prune(
-            function="linear", alpha=1.2, apply_at="evaluation", every=None, allow_amplify=False
-        )
-    }
+from editkit.types import EditRequest, StepRecord
+from tests.support.timings import (
+    ALL,
+    PRUNE,
+    evals,
+    loud_run,
+    value,
+    with_values,
+    written,
 )
-LOUD = FakeEditor(scale=1.0)
-EFFICACY, LOCALITY = "efficacy", "locality"
 
 
 @pytest.fixture(scope="module")
@@ -51,84 +32,11 @@ def world() -> tuple[EditRequest, ...]:
     return tuple(WorldDataset(name="world", world_seed=0, order="file", limit=6).load(0).requests)
 
 
-def job(
-    requests: Sequence[EditRequest],
-    *,
-    protocols: tuple[str, ...] = ("argmax", "token"),
-    **changes: Any,
-) -> Trajectory:
-    """A run of loud random edits, judged by the real evaluator."""
-    options = {
-        name: changes.pop(name)
-        for name in ("block_size", "bootstrap", "aggregation")
-        if name in changes
-    }
-    evaluator = EditingEvaluator(
-        protocols=protocols, tokens_per_batch=512, generate=Generate(max_new_tokens=3), **options
-    )
-    plan = {
-        name: changes.pop(name)
-        for name in ("milestones", "batch_size", "restraints", "editor", "checkpoint_every")
-        if name in changes
-    }
-    model = changes.pop("model", None) or tiny_model("gpt2")
-    made = trajectory(model, requests, **({"editor": LOUD, "milestones": (0, 2, 6)} | plan))
-    return dataclasses.replace(made, evaluators={"editing": evaluator}, **changes)
-
-
-def evals(events: Sequence[object]) -> list[Any]:
-    """The editing measurements of a run, with the keys of their lines as attributes."""
-    records = [flat(event) for event in events if isinstance(event, EvalRecord)]
-    return [record for record in records if record.kind == "editing"]
-
-
-def value(events: Sequence[object], **where: object) -> float | None:
-    """The one number of these fields; fields that are not given must be None."""
-    wanted = {
-        "view": "unrestrained",
-        "task": None,
-        "block": None,
-        "subset": None,
-        "timing": "milestone",
-        "protocol": "token",
-    } | where
-    (found,) = (
-        each
-        for each in evals(events)
-        if all(getattr(each, name) == given for name, given in wanted.items())
-    )
-    return found.value
-
-
-def with_values(record: Any, **values: object) -> Any:
-    return SimpleNamespace(**vars(record) | values)
-
-
-def whole(found: Sequence[Any]) -> dict[tuple[str | None, str], float]:
-    """What an evaluator measured over all requests and kinds."""
-    return {
-        (each.protocol, each.metric): each.value
-        for each in found
-        if each.subset is None and each.block is None and each.task is None
-    }
-
-
-def written(events: Sequence[object]) -> list[dict[str, Any]]:
-    """Records as they would be written, without what a clock measured."""
-    return [
-        {"rows": [dict(row) for row in event.rows], "step": event.step, "view": event.view}
-        if isinstance(event, SampleRecord)
-        else {**as_json(event), "seconds": None}
-        for event in events
-        if isinstance(event, SampleRecord | EvalRecord | StepRecord)
-    ]
-
-
 def test_immediate_scores_are_those_of_stopping_after_each_edit(
     world: Sequence[EditRequest],
 ) -> None:
-    events = list(run_edits(job(world, timings=("milestone", "immediate"))))
-    plain = job(world, milestones=())
+    events = list(run_edits(loud_run(world, timings=("milestone", "immediate"))))
+    plain = loud_run(world, milestones=())
     evaluator = plain.evaluators["editing"]
     baseline = evaluator.baseline(plain.model, world)
     scores = []
@@ -158,7 +66,7 @@ def test_immediate_scores_are_those_of_stopping_after_each_edit(
 def test_a_restrained_view_has_immediate_scores_of_its_own(world: Sequence[EditRequest]) -> None:
     events = list(
         run_edits(
-            job(
+            loud_run(
                 world,
                 protocols=("token", "distribution"),
                 timings=("milestone", "immediate"),
@@ -186,12 +94,12 @@ def test_a_restrained_view_has_immediate_scores_of_its_own(world: Sequence[EditR
 def test_final_is_the_last_measurement_by_its_own_name_also_where_no_milestone_is(
     world: Sequence[EditRequest],
 ) -> None:
-    events = list(run_edits(job(world, timings=("milestone", "final"))))
+    events = list(run_edits(loud_run(world, timings=("milestone", "final"))))
     last = [each for each in evals(events) if each.step == 6 and each.block is None]
     assert [with_values(each, timing="milestone") for each in last if each.timing == "final"] == [
         each for each in last if each.timing == "milestone"
     ]
-    made = job(world, timings=("milestone", "final"), milestones=(0, 2))
+    made = loud_run(world, timings=("milestone", "final"), milestones=(0, 2))
     made = dataclasses.replace(
         made, schedule=dataclasses.replace(made.schedule, measures_last=True)
     )
@@ -203,7 +111,7 @@ def test_final_is_the_last_measurement_by_its_own_name_also_where_no_milestone_i
 def test_blocks_add_up_to_the_whole_and_appear_as_edits_reach_them(
     world: Sequence[EditRequest],
 ) -> None:
-    events = list(run_edits(job(world, block_size=4, milestones=(0, 2, 5, 6))))
+    events = list(run_edits(loud_run(world, block_size=4, milestones=(0, 2, 5, 6))))
     found = {
         (each.step, each.block): each
         for each in evals(events)
@@ -227,7 +135,7 @@ def test_a_run_with_everything_resumed_from_any_checkpoint_is_the_uninterrupted_
     rollback: bool, world: Sequence[EditRequest], tmp_path: Path
 ) -> None:
     def made() -> Trajectory:
-        return job(
+        return loud_run(
             world,
             protocols=ALL,
             timings=("milestone", "immediate", "final"),
@@ -249,254 +157,8 @@ def test_a_run_with_everything_resumed_from_any_checkpoint_is_the_uninterrupted_
     assert isinstance(uninterrupted[-1], RunState) and uninterrupted[-1].step == 3
 
 
-def test_with_rollback_each_batch_is_measured_alone_on_the_unedited_model(
-    world: Sequence[EditRequest],
-) -> None:
-    quiet = FakeEditor(scale=1.0)
-    made = job(world, rollback=True, batch_size=2, editor=quiet)
-    before = {module: made.model.weight(module).clone() for module in quiet.modules(made.model)}
-    expected = []
-    for event in run_edits(made):
-        if isinstance(event, StepRecord) and event.step:
-            # What was written is this batch's own update: nothing of the batches before it is left.
-            assert all(made.model.total(module).rank == 1 for module in before)
-            assert not all(
-                torch.equal(made.model.weight(module), before[module]) for module in before
-            )
-            evaluator, batch = (
-                made.evaluators["editing"],
-                world[2 * event.step - 2 : 2 * event.step],
-            )
-            baseline = evaluator.baseline(tiny_model("gpt2"), world)
-            found = evaluator.evaluate(made.model, batch, baseline)
-            expected.append(
-                {
-                    (each.protocol, each.metric): each.value
-                    for each in found
-                    if getattr(each, "subset", 1) is None and not each.task
-                }
-            )
-    events = list(run_edits(job(world, rollback=True, batch_size=2, editor=quiet)))
-    for step, of_batch in enumerate(expected, start=1):
-        block = f"{2 * step - 1}-{2 * step}"
-        assert value(
-            events, step=step, metric="locality", timing="rollback", block=block
-        ) == pytest.approx(of_batch["token", "locality"])
-    mean = sum(each["token", "locality"] for each in expected) / len(expected)
-    assert value(events, step=3, metric="locality", timing="rollback") == pytest.approx(mean)
-    assert {each.timing for each in evals(events)} == {"before", "rollback"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TakesSomeBack(AbstractTotalRestraint):
-    """Takes back a total whose first entry is positive, and leaves the others alone."""
-
-    apply_at: Literal["evaluation"] = "evaluation"
-    every: None = None
-
-    def check(self, base_sigma_max: Mapping[str, float]) -> list[str]:
-        return []
-
-    def correction(self, total: Total, base_sigma_max: float) -> LowRank | None:
-        u_OK, s_K, v_IK = total.svd()
-        return LowRank(-u_OK * s_K, v_IK) if total.dense()[0, 0] > 0 else None
-
-
-def test_with_rollback_a_view_keeps_its_own_notes_also_where_the_last_batch_needs_no_correction(
-    world: Sequence[EditRequest],
-) -> None:
-    view = Restraints(totals={"some": TakesSomeBack()})
-    made = job(
-        world,
-        rollback=True,
-        batch_size=2,
-        milestones=(2, 4, 6),
-        restraints=view,
-        protocols=("distribution",),
-    )
-    events = list(run_edits(made))
-    where = {"metric": "locality_kl_nats", "protocol": "distribution", "timing": "rollback"}
-    alone = {
-        name: [
-            value(events, step=step, block=f"{2 * step - 1}-{2 * step}", view=name, **where)
-            for step in (1, 2, 3)
-        ]
-        for name in ("unrestrained", "some")
-    }
-    is_same = [one == other for one, other in zip(*alone.values(), strict=True)]
-    assert (False, True) in itertools.pairwise(is_same), (
-        "a batch that needs no correction behind one that does"
-    )
-    for name, scores in alone.items():
-        for step in (1, 2, 3):
-            assert value(events, step=step, view=name, **where) == pytest.approx(
-                sum(scores[:step]) / step
-            )
-
-
-@pytest.mark.parametrize(
-    ("timings", "asked"), [(("milestone",), 3), (("milestone", "immediate"), 6)]
-)
-def test_a_view_that_corrects_nothing_is_asked_again_only_where_it_has_notes(
-    timings: tuple[str, ...],
-    asked: int,
-    world: Sequence[EditRequest],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = []
-    measure = EditingEvaluator.measure
-
-    def counted(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return measure(*arguments)
-
-    monkeypatch.setattr(EditingEvaluator, "measure", counted)
-    events = list(
-        run_edits(
-            job(
-                world,
-                timings=timings,
-                restraints=PRUNE,
-                editor=FakeEditor(scale=1e-6),
-                protocols=("token",),
-            )
-        )
-    )
-    assert len(calls) == asked
-    own, prune = (
-        [each for each in evals(events) if each.view == view] for view in ("unrestrained", "prune")
-    )
-    assert [with_values(each, view="prune") for each in own] == prune
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ability(SumOfWeights):
-    """Something that asks the model and no edit, as tasks and perplexity do."""
-
-    def evaluate(
-        self, model: Any, requests: Sequence[EditRequest], baseline: Any
-    ) -> list[Measurement]:
-        (found,) = super().evaluate(model, requests, baseline)
-        return [dataclasses.replace(found, kind="downstream", protocol=None, task="ability")]
-
-
-def test_with_rollback_whatever_takes_no_notes_is_of_the_last_batch_and_says_so(
-    world: Sequence[EditRequest],
-) -> None:
-    made = job(world, rollback=True, batch_size=2, milestones=(0, 4))
-    module = LOUD.modules(made.model)[0]
-    made = dataclasses.replace(
-        made, evaluators={"ability": Ability(module=module), "fake": SumOfWeights(module=module)}
-    )
-    found = [flat(event) for event in run_edits(made) if isinstance(event, EvalRecord)]
-    ability, edits = (
-        [each for each in found if each.kind == kind] for kind in ("downstream", "editing")
-    )
-    last_batch = digest_of(world[2:4])
-    assert [(each.step, each.timing, each.requests) for each in ability] == [
-        (0, None, None),
-        (2, "rollback", last_batch),
-    ]
-    assert made.evaluated()[last_batch] == {"positions": [3, 4]}
-    assert [(each.step, each.timing, each.block, each.n) for each in edits] == [
-        (0, "before", None, 6),
-        (2, "rollback", "3-4", 2),
-    ]
-
-
-def test_with_rollback_texts_are_written_while_their_batch_is_in_the_model(
-    world: Sequence[EditRequest],
-) -> None:
-    fluency = Fluency(limit=3, max_tokens=16, top_k=5, seed=0)
-
-    def made() -> Trajectory:
-        return dataclasses.replace(
-            job(world, rollback=True, batch_size=2, milestones=(0, 6)),
-            evaluators={"fluency": fluency},
-        )
-
-    model, expected = made().model, []
-    baseline = fluency.baseline(model, world)
-    for event in run_edits(dataclasses.replace(made(), model=model, evaluators={})):
-        if isinstance(event, StepRecord) and event.step in (1, 2):
-            rows = fluency.evaluate(
-                model,
-                world[2 * event.step - 2 : 2 * event.step][: 3 - 2 * (event.step - 1)],
-                baseline,
-            )[-1]
-            expected += [row["texts"] for row in rows.rows]  # type: ignore[union-attr]
-    events = list(run_edits(made()))
-    (last,) = (event for event in events if isinstance(event, SampleRecord) and event.step)
-    assert [row["texts"] for row in last.rows] == expected and len(expected) == 3
-    bits = [each for each in evals(events) if each.metric == "fluency_bits"]
-    told = [(each.step, each.timing, each.block, each.n) for each in bits]
-    assert told == [
-        (0, "before", None, 3),
-        (1, "rollback", "1-2", 2),
-        (2, "rollback", "3-4", 1),
-        (3, "rollback", None, 3),
-    ]
-    assert bits[1].requests == digest_of(world[:2])
-    sequential = dataclasses.replace(made(), rollback=False, timings=("milestone", "immediate"))
-    (*_, state) = (event for event in run_edits(sequential) if isinstance(event, RunState))
-    assert state.baselines["fluency"].keys() == {"tf_idf"} and not state.notes, (
-        "texts cost too much to be written after every edit"
-    )
-
-
-def test_rollback_tells_generations_and_parts_as_other_runs_do(
-    world: Sequence[EditRequest],
-) -> None:
-    changes: dict[str, Any] = {"protocols": ("token", "generate"), "milestones": (0, 1)}
-    alone, sequential = (
-        list(run_edits(job(world[:1], rollback=rollback, **changes))) for rollback in (True, False)
-    )
-
-    def told(events: Sequence[object]) -> list[EvalRecord]:
-        return [with_values(each, timing=None) for each in evals(events) if each.step]
-
-    assert told(alone) == told(sequential), "one edit is the same either way"
-    rows = [
-        [sorted(map(str, event.rows)) for event in events if isinstance(event, SampleRecord)]
-        for events in (alone, sequential)
-    ]
-    assert len(rows[0]) == 2 and rows[0] == rows[1]
-    noted = {EFFICACY: [1.0, 0.0, 1.0], LOCALITY: [0.5, 1.0, 1.0]}
-    evaluator = EditingEvaluator(protocols=("token",), tokens_per_batch=512)
-    baseline: dict[str, torch.Tensor] = {"ids": to_bytes([each.id for each in world[:3]])}
-    notes: dict[str, torch.Tensor] = {}
-    for metric, scores in noted.items():
-        key, first = f"token/{metric}/", [1.0, 0.0, 0.0]
-        notes[f"noted/v/{key}"] = as_rows([tally([Outcome(score)]) for score in scores])
-        baseline[f"before/{key}"] = as_rows([tally([Outcome(score)]) for score in first])
-    found = evaluator.noted(
-        world[:3], baseline, notes, Moment(view="v", positions=(1, 2, 3)), timing="rollback"
-    )
-    parts = {
-        (each.metric, each.subset): each.value for each in found if isinstance(each, Measurement)
-    }
-    assert (
-        parts[LOCALITY, "succeeded"] == 0.75
-        and parts[EFFICACY, "known_before"] == 1.0
-        and parts[EFFICACY, "unknown_before"] == 0.5
-    )
-    assert {each.timing for each in found if isinstance(each, Measurement)} == {"rollback"}
-
-
-def test_with_rollback_nothing_that_was_measured_is_left_out_of_a_sample(
-    world: Sequence[EditRequest],
-) -> None:
-    made = job(world, rollback=True, max_requests=2)
-    assert made.measured(6) == (1, 2, 3, 4, 5, 6)
-    assert {
-        (each.n, each.sampled_from)
-        for each in evals(list(run_edits(made)))
-        if each.metric == "efficacy" and not each.subset
-    } >= {(6, None)}
-
-
 def test_a_block_of_a_sample_says_its_own_size_and_requests(world: Sequence[EditRequest]) -> None:
-    made = job(world, max_requests=3, block_size=2, milestones=(0, 6))
+    made = loud_run(world, max_requests=3, block_size=2, milestones=(0, 6))
     made = dataclasses.replace(made, block_size=2)
     found = [
         each
@@ -515,7 +177,9 @@ def test_a_block_of_a_sample_says_its_own_size_and_requests(world: Sequence[Edit
 def test_by_prompt_too_forgetting_is_immediate_minus_now(world: Sequence[EditRequest]) -> None:
     events = list(
         run_edits(
-            job(world, timings=("milestone", "immediate"), aggregation="prompt", milestones=(0, 6))
+            loud_run(
+                world, timings=("milestone", "immediate"), aggregation="prompt", milestones=(0, 6)
+            )
         )
     )
     for metric in ("efficacy", "generalization", "locality"):
@@ -526,21 +190,10 @@ def test_by_prompt_too_forgetting_is_immediate_minus_now(world: Sequence[EditReq
         assert value(events, step=6, metric=f"{metric}_forgetting") == pytest.approx(then - now)  # type: ignore[operator]
 
 
-def test_editors_start_anew_with_rollback(world: Sequence[EditRequest]) -> None:
-    steps = [
-        event for event in run_edits(job(world, rollback=True)) if isinstance(event, StepRecord)
-    ]
-    assert [step.target["loss"] for step in steps[1:]] == [0.0] * 6, (
-        "the requests that the editor has seen before"
-    )
-    steps = [event for event in run_edits(job(world)) if isinstance(event, StepRecord)]
-    assert [step.target["loss"] for step in steps[1:]] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-
-
 def test_a_sample_is_seeded_mostly_the_same_and_said_to_be_one(
     world: Sequence[EditRequest],
 ) -> None:
-    made = job(world, max_requests=3)
+    made = loud_run(world, max_requests=3)
     events = list(run_edits(made))
     said = {
         each.step: (each.n, each.sampled_from, each.requests)
@@ -555,7 +208,7 @@ def test_a_sample_is_seeded_mostly_the_same_and_said_to_be_one(
         and {"first": 2} in made.evaluated().values()
     )
     assert made.measured(0) == made.measured(6), "before the first edit, on those to come"
-    assert made.measured(6) == job(world, max_requests=3).measured(6)
+    assert made.measured(6) == loud_run(world, max_requests=3).measured(6)
     many = tuple(dataclasses.replace(world[0], id=f"r/{index}") for index in range(400))
     large = dataclasses.replace(
         made,
@@ -573,14 +226,14 @@ def test_a_sample_is_seeded_mostly_the_same_and_said_to_be_one(
 def test_only_what_will_be_measured_is_asked_of_the_unedited_model(
     world: Sequence[EditRequest],
 ) -> None:
-    made = job(world, max_requests=1, milestones=(0, 6))
+    made = loud_run(world, max_requests=1, milestones=(0, 6))
     assert len(made.ever_measured()) == 1
     assert (
         made.ever_measured()
         != dataclasses.replace(made, timings=("milestone", "immediate")).ever_measured()
         == tuple(world)
     )
-    assert job(world, milestones=(6,)).ever_measured() == tuple(world)
+    assert loud_run(world, milestones=(6,)).ever_measured() == tuple(world)
     (state, *_) = (event for event in run_edits(made) if isinstance(event, RunState))
     assert sum(name.startswith("greedy/") for name in state.baselines["editing"]) == 1
 
@@ -588,7 +241,7 @@ def test_only_what_will_be_measured_is_asked_of_the_unedited_model(
 def test_every_number_says_how_it_came_about(world: Sequence[EditRequest]) -> None:
     events = list(
         run_edits(
-            job(
+            loud_run(
                 world,
                 protocols=("argmax", "generate"),
                 dataset="abc",
