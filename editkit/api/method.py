@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from editkit.api.composing import composed_apart
 from editkit.api.loading import bundled_models
@@ -20,18 +20,8 @@ from editkit.config.schema import Problems, construct
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError, message
 from editkit.linalg.recursive import SolveDtype
-from editkit.restraints.base import (
-    PLACES,
-    AbstractObjectiveRestraint,
-    AbstractRestraint,
-    AbstractSolveRestraint,
-    AbstractTotalRestraint,
-    AbstractUpdateRestraint,
-    Restraints,
-)
+from editkit.restraints.base import AbstractRestraint, Restraints, conflicts, unsupported
 from editkit.stats.corpus import StatsConfig
-
-RestraintT = TypeVar("RestraintT", bound=AbstractRestraint)
 
 # A name or an object, or several of them.
 RestraintChoice = str | AbstractRestraint | Sequence[str | AbstractRestraint]
@@ -242,26 +232,10 @@ def _by_place(
     Raises:
         ConfigError: the editor has no such place, or two restraints need the same single place.
     """
-    supported = [place for place in PLACES if place in editor.places]
-    problems = [
-        message(
-            f"restraint.{name}",
-            f"{type(editor).__name__} cannot be restrained at this place",
-            got=restraint.place,
-            expected=f"one of {', '.join(supported)}" if supported else "no restraint",
-        )
-        for name, restraint in restraints.items()
-        if restraint.place not in supported
-    ]
-    objectives = _of_kind(restraints, AbstractObjectiveRestraint)
-    solves = _of_kind(restraints, AbstractSolveRestraint)
-    for place, several in (("objective", objectives.keys()), ("solve", solves.keys())):
-        if len(several) > 1:
-            expected = f"at most one restraint on the {place}"
-            problem = f"{' and '.join(several)} act on the {place}"
-            problems.append(message("restraint", problem, expected=expected))
-    totals = _of_kind(restraints, AbstractTotalRestraint)
-    for name, total in totals.items():
+    chosen = Restraints.by_place(restraints)
+    problems = unsupported(restraints, editor.places, editor=type(editor).__name__)
+    problems += conflicts(restraints)
+    for name, total in chosen.totals.items():
         if total.apply_at == "end":
             key = f"restraint.{name}.apply_at"
             problem = "a session has no last edit"
@@ -269,16 +243,4 @@ def _by_place(
             problems.append(message(key, problem, got=total.apply_at, expected=expected))
     if problems:
         raise ConfigError(problems)
-    return Restraints(
-        objective=next(iter(objectives.values()), None),
-        solve=next(iter(solves.values()), None),
-        solve_name=next(iter(solves), "solve"),
-        updates=tuple(_of_kind(restraints, AbstractUpdateRestraint).values()),
-        totals=totals,
-    )
-
-
-def _of_kind(
-    restraints: Mapping[str, AbstractRestraint], kind: type[RestraintT]
-) -> dict[str, RestraintT]:
-    return {name: part for name, part in restraints.items() if isinstance(part, kind)}
+    return chosen

@@ -25,15 +25,7 @@ from editkit.evaluation.protocols.base import SHIPPED, AbstractProtocol, unknown
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
 from editkit.resources.runtime import Runtime
-from editkit.restraints.base import (
-    PLACES,
-    AbstractObjectiveRestraint,
-    AbstractRestraint,
-    AbstractSolveRestraint,
-    AbstractTotalRestraint,
-    AbstractUpdateRestraint,
-    Restraints,
-)
+from editkit.restraints.base import AbstractRestraint, Restraints, conflicts, unsupported
 from editkit.stats.corpus import StatsConfig
 
 T = TypeVar("T")
@@ -164,37 +156,11 @@ class Parts:
             for name, node in chosen.items()
         }
         restraints = {name: part for name, part in constructed.items() if part is not None}
-        self._check_places(restraints)
-        objectives = _of_kind(restraints, AbstractObjectiveRestraint)
-        solves = _of_kind(restraints, AbstractSolveRestraint)
-        for place, names in (("objective", objectives.keys()), ("solve", solves.keys())):
-            if len(names) > 1:
-                problem = f"{' and '.join(names)} act on the {place}"
-                expected = f"at most one restraint on the {place}"
-                self.problems.add(message("restraint", problem, expected=expected))
-        return Restraints(
-            objective=next(iter(objectives.values()), None),
-            solve=next(iter(solves.values()), None),
-            solve_name=next(iter(solves), "solve"),
-            updates=tuple(_of_kind(restraints, AbstractUpdateRestraint).values()),
-            totals=_of_kind(restraints, AbstractTotalRestraint),
-        )
-
-    def _check_places(self, restraints: Mapping[str, AbstractRestraint]) -> None:
-        editor = self.editor_class()
-        if editor is None:
-            return
-        supported = [place for place in PLACES if place in editor.places]
-        for name, restraint in restraints.items():
-            if restraint.place not in supported:
-                self.problems.add(
-                    message(
-                        f"restraint.{name}",
-                        f"editor={self.name_of('editor')} cannot be restrained at this place",
-                        got=restraint.place,
-                        expected=f"one of {', '.join(supported)}" if supported else "no restraint",
-                    )
-                )
+        if editor := self.editor_class():
+            name = f"editor={self.name_of('editor')}"
+            self.problems.add_all(unsupported(restraints, editor.places, editor=name))
+        self.problems.add_all(conflicts(restraints))
+        return Restraints.by_place(restraints)
 
     def load(
         self, dataset: AbstractDataset | None, settings: Settings | None
@@ -254,7 +220,3 @@ class Parts:
             fix=f"set {', '.join(keys)}, or use the numbers of another model with "
             "recipe=<editor>/<model>",
         )
-
-
-def _of_kind(restraints: Mapping[str, AbstractRestraint], kind: type[T]) -> dict[str, T]:
-    return {name: part for name, part in restraints.items() if isinstance(part, kind)}

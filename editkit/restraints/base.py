@@ -12,10 +12,11 @@ Shape letters: O d_out, I d_in, N edits of a batch.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
+from editkit.errors import message
 from editkit.records.views import trajectory_view
 from editkit.resources.workload import SolveMemory, Workload
 from editkit.types import TensorState
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Place = Literal["objective", "solve", "update", "total"]
 PLACES: tuple[Place, ...] = get_args(Place)
+KindT = TypeVar("KindT")
 
 
 class AbstractRestraint(abc.ABC):
@@ -119,6 +121,11 @@ class AbstractTotalRestraint(AbstractRestraint):
     def place(self) -> Place:
         return "total"
 
+    def is_due(self, step: int) -> bool:
+        """Whether the trajectory is restrained after this step."""
+        every = self.every or 0
+        return self.apply_at == "every" and every > 0 and step % every == 0
+
     @abc.abstractmethod
     def check(self, base_sigma_max: Mapping[str, float]) -> list[str]:
         """The options that do not suit matrices with these sigma_max(W_0), by module, as problems
@@ -142,9 +149,64 @@ class Restraints:
     totals: Mapping[str, AbstractTotalRestraint] = field(default_factory=dict)
     solve_name: str = "solve"  # the name of `solve` in the configuration, for messages
 
+    @classmethod
+    def by_place(cls, named: Mapping[str, AbstractRestraint]) -> Restraints:
+        """Restraints by name, sorted by place. Of several at a place for one, the first is taken;
+        `conflicts` names the others.
+        """
+        objectives = _of_kind(named, AbstractObjectiveRestraint)
+        solves = _of_kind(named, AbstractSolveRestraint)
+        return cls(
+            objective=next(iter(objectives.values()), None),
+            solve=next(iter(solves.values()), None),
+            solve_name=next(iter(solves), "solve"),
+            updates=tuple(_of_kind(named, AbstractUpdateRestraint).values()),
+            totals=_of_kind(named, AbstractTotalRestraint),
+        )
+
     @property
     def trajectory_view(self) -> str:
         """The name in records of the model as the edits left it."""
         return trajectory_view(
             {name: restraint.apply_at for name, restraint in self.totals.items()}
         )
+
+
+def unsupported(
+    named: Mapping[str, AbstractRestraint], places: Collection[Place], *, editor: str
+) -> list[str]:
+    """A problem for each restraint at a place that the editor does not have.
+
+    Args:
+        editor: its name in messages.
+    """
+    supported = [place for place in PLACES if place in places]
+    return [
+        message(
+            f"restraint.{name}",
+            f"{editor} cannot be restrained at this place",
+            got=restraint.place,
+            expected=f"one of {', '.join(supported)}" if supported else "no restraint",
+        )
+        for name, restraint in named.items()
+        if restraint.place not in supported
+    ]
+
+
+def conflicts(named: Mapping[str, AbstractRestraint]) -> list[str]:
+    """A problem for each place that takes one restraint and has several."""
+    kinds = {"objective": AbstractObjectiveRestraint, "solve": AbstractSolveRestraint}
+    several = {place: list(_of_kind(named, kind)) for place, kind in kinds.items()}
+    return [
+        message(
+            "restraint",
+            f"{' and '.join(names)} act on the {place}",
+            expected=f"at most one restraint on the {place}",
+        )
+        for place, names in several.items()
+        if len(names) > 1
+    ]
+
+
+def _of_kind(named: Mapping[str, AbstractRestraint], kind: type[KindT]) -> dict[str, KindT]:
+    return {name: part for name, part in named.items() if isinstance(part, kind)}
