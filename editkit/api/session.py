@@ -17,19 +17,23 @@ from editkit.errors import ConfigError, OptionError, keys_under, message
 from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.lazy import torch
 from editkit.linalg.spectral import Spectrum, extreme_singular_values
-from editkit.linalg.telemetry import module_record
 from editkit.linalg.total import Total
 from editkit.resources.stopwatch import Stopwatch
 from editkit.runner.checkpoint import generator_states, restore_generators
 from editkit.runner.context_length import require_room
 from editkit.runner.measure import corrections
-from editkit.runner.step import apply_batch
+from editkit.runner.step import (
+    apply_batch,
+    describe,
+    first_states,
+    next_states,
+    restrain_totals,
+)
 from editkit.stats.build import build as build_moments
 from editkit.stats.store import Moments
 from editkit.types import EditRequest, Probe, TensorState
 
 if TYPE_CHECKING:
-    from editkit.linalg.lowrank import Update
     from editkit.model.editable import EditableModel
     from editkit.model.history import Mark
     from editkit.stats.corpus import StatsConfig
@@ -123,12 +127,9 @@ class Session:
                 self._moments = build_moments(model, wanted, method.stats)
             self._moments = self._moments.solved_in(method.solve_dtype)
             torch.manual_seed(seed)
-            with keys_under("editor"):
-                editor_state = self.editor.init(model, self._moments)
-            solve_state: TensorState = {}
-            if self.restraints.solve is not None:
-                with keys_under(f"restraint.{self.restraints.solve_name}"):
-                    solve_state = self.restraints.solve.init(model, self._moments)
+            editor_state, solve_state = first_states(
+                model, self.editor, self.restraints, self._moments
+            )
             start = _State(
                 mark=None,
                 editor=editor_state,
@@ -197,12 +198,9 @@ class Session:
                 if nonfinite is None and (module := model.nonfinite_module()):
                     nonfinite = f"weight of {module}"
                 if nonfinite is None:
-                    editor_state, solve_state = self.editor.observe(step), state.solve
-                    if self.restraints.solve is not None:
-                        for solved in applied.problems:
-                            solve_state = self.restraints.solve.observe(
-                                solved, solve_state, self._moments
-                            )
+                    editor_state, solve_state = next_states(
+                        step, self.editor, self.restraints, applied, state.solve
+                    )
                     with clock.phase("restrain"):
                         self._restrain(len(self._history))
                     generators = generator_states()
@@ -223,7 +221,7 @@ class Session:
                 module: extreme_singular_values(model.weight(module), spectrum)
                 for module, spectrum in state.spectra.items()
             }
-            telemetry = self._telemetry(spectra, applied.updates)
+            telemetry = describe(model, spectra, applied.updates)
         self._history.append(
             _State(
                 mark=mark,
@@ -279,26 +277,8 @@ class Session:
     def _restrain(self, number: int) -> None:
         """Writes the restrained totals into the model after step `number`, where that is due."""
         for restraint in self.restraints.totals.values():
-            every = restraint.every or 0
-            if restraint.apply_at == "every" and every and number % every == 0:
-                added = corrections(restraint, self._totals(), self._base_sigma_max)
-                for module, correction in added.items():
-                    self.model.apply(module, correction)
-
-    def _telemetry(
-        self, spectra: Mapping[str, Spectrum], updates: Mapping[str, tuple[Update, float]]
-    ) -> dict[str, dict[str, float]]:
-        telemetry = {}
-        for module, spectrum in spectra.items():
-            update, rounding_error = updates.get(module, (None, 0.0))
-            telemetry[module] = module_record(
-                self.model.weight(module),
-                spectrum,
-                update,
-                self.model.total(module),
-                rounding_error=rounding_error,
-            )
-        return telemetry
+            if restraint.is_due(number):
+                restrain_totals(self.model, restraint, self._totals(), self._base_sigma_max)
 
 
 @contextlib.contextmanager

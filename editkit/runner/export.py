@@ -17,7 +17,7 @@ from editkit.records.views import trajectory_view
 from editkit.restraints.base import AbstractRestraint, AbstractTotalRestraint
 from editkit.runner.checkpoint import RunState, load_state
 from editkit.runner.inputs import MODEL
-from editkit.runner.measure import corrections
+from editkit.runner.step import restrain_totals
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -84,10 +84,7 @@ def export(run: Path, to: Path, *, view: str | None = None) -> None:
     model.edit(tuple(state.totals))
     model.restore(state.totals if view is None else state.before_end or state.totals)
     for restraint in added:
-        for module, correction in corrections(
-            restraint, model.totals(), state.base_sigma_max
-        ).items():
-            model.apply(module, correction)
+        restrain_totals(model, restraint, model.totals(), state.base_sigma_max)
     _save(model, to, about=_about(records, state, view))
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from editkit.errors import keys_under
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.runner.checkpoint import RunState, generator_states, restore_generators
 from editkit.runner.measure import evaluate, measure, measure_batch, measure_weights, note
 from editkit.runner.plan import Collapse, Trajectory
-from editkit.runner.step import describe, restrain_trajectory, take_step
-from editkit.types import EvalRecord, SampleRecord, StepRecord, TensorState
+from editkit.runner.step import describe, first_states, restrain_totals, take_step
+from editkit.types import EvalRecord, SampleRecord, StepRecord
 
 Event = StepRecord | EvalRecord | SampleRecord | RunState
 
@@ -32,7 +31,7 @@ def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]
     run.model.edit(run.editor.modules(run.model))
     if state is None:
         state = origin = begin(run)
-        yield StepRecord(step=0, modules=describe(run, state.spectra, {}))
+        yield StepRecord(step=0, modules=describe(run.model, state.spectra, {}))
         if run.schedule.is_milestone(0):
             yield from evaluate(run, state)
         yield state
@@ -60,7 +59,8 @@ def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]
             unrestrained = state.totals
             for name, restraint in run.restraints.totals.items():
                 if restraint.apply_at == "end":
-                    restrain_trajectory(run, restraint, state)
+                    totals = run.model.totals()
+                    restrain_totals(run.model, restraint, totals, state.base_sigma_max)
                     state = replace(state, totals=run.model.totals(), before_end=unrestrained)
                     yield from measure(run, state, name)
                     yield from measure_weights(run, state, name)
@@ -82,7 +82,7 @@ def begin(run: Trajectory) -> RunState:
     contexts = run.contexts
     if contexts is None:
         contexts = run.editor.contexts(run.model, generator)
-    editor, solve = first_states(run)
+    editor, solve = first_states(run.model, run.editor, run.restraints, run.moments)
     return RunState(
         step=0,
         totals=run.model.totals(),
@@ -100,17 +100,7 @@ def begin(run: Trajectory) -> RunState:
     )
 
 
-def first_states(run: Trajectory) -> tuple[TensorState, TensorState]:
-    """The states of the editor and of the restraint on the solve, before the first edit."""
-    with keys_under("editor"):
-        editor = run.editor.init(run.model, run.moments)
-    if run.restraints.solve is None:
-        return editor, {}
-    with keys_under(f"restraint.{run.restraints.solve_name}"):
-        return editor, run.restraints.solve.init(run.model, run.moments)
-
-
 def unedited(run: Trajectory, state: RunState) -> RunState:
     """The state with all edits taken back, of a model that has none yet."""
-    editor, solve = first_states(run)
+    editor, solve = first_states(run.model, run.editor, run.restraints, run.moments)
     return replace(state, totals=run.model.totals(), editor=editor, solve=solve)

@@ -24,6 +24,9 @@ from editkit.types import StepRecord
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
+    from editkit.linalg.total import Total
+    from editkit.model.editable import EditableModel
+    from editkit.stats.store import Moments
     from editkit.types import TensorState
 
 
@@ -35,6 +38,18 @@ class AppliedBatch:
     updates: Mapping[str, tuple[Update, float]]  # by module, each with its rounding error
     problems: tuple[LeastSquares, ...]  # the least squares that were solved, in order
     nonfinite: str | None  # the first number that was not finite; nothing was written from there on
+
+
+def first_states(
+    model: EditableModel, editor: AbstractEditor[Any], restraints: Restraints, moments: Moments
+) -> tuple[TensorState, TensorState]:
+    """The states of the editor and of the restraint on the solve, before the first edit."""
+    with keys_under("editor"):
+        editor_state = editor.init(model, moments)
+    if restraints.solve is None:
+        return editor_state, {}
+    with keys_under(f"restraint.{restraints.solve_name}"):
+        return editor_state, restraints.solve.init(model, moments)
 
 
 def apply_batch(
@@ -81,6 +96,21 @@ def apply_batch(
     return AppliedBatch(plan=plan, updates=updates, problems=tuple(problems), nonfinite=nonfinite)
 
 
+def next_states(
+    step: Step,
+    editor: AbstractEditor[Any],
+    restraints: Restraints,
+    batch: AppliedBatch,
+    solve_state: TensorState,
+) -> tuple[TensorState, TensorState]:
+    """The states of the editor and of the restraint on the solve, after an applied batch."""
+    editor_state = editor.observe(step)
+    if restraints.solve is not None:
+        for problem in batch.problems:
+            solve_state = restraints.solve.observe(problem, solve_state, step.moments)
+    return editor_state, solve_state
+
+
 def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord, RunState]:
     """The record of one step and the state after it. The only writes are `model.apply`."""
     model, requests, clock = run.model, run.batch(number), Stopwatch(run.model.device, run.peaks)
@@ -103,15 +133,13 @@ def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord
     with clock.phase("solve"):
         editor_state, solve_state = state.editor, state.solve
         if batch.nonfinite is None:
-            editor_state = run.editor.observe(step)
-            if run.restraints.solve is not None:
-                for problem in batch.problems:
-                    solve_state = run.restraints.solve.observe(problem, solve_state, run.moments)
+            editor_state, solve_state = next_states(
+                step, run.editor, run.restraints, batch, state.solve
+            )
     for restraint in run.restraints.totals.values():
-        is_due = restraint.every and number % restraint.every == 0
-        if restraint.apply_at == "every" and is_due:
+        if restraint.is_due(number):
             with clock.phase("restrain"):
-                restrain_trajectory(run, restraint, state)
+                restrain_totals(model, restraint, model.totals(), state.base_sigma_max)
     with clock.phase("telemetry"):
         spectra: Mapping[str, Spectrum] = state.spectra
         modules: Mapping[str, Mapping[str, float]] = {}
@@ -120,7 +148,7 @@ def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord
                 module: extreme_singular_values(model.weight(module), start)
                 for module, start in state.spectra.items()
             }
-            modules = describe(run, spectra, batch.updates)
+            modules = describe(model, spectra, batch.updates)
     record = StepRecord(
         step=number,
         requests=tuple(request.id for request in requests),
@@ -141,18 +169,19 @@ def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord
     return record, state
 
 
-def restrain_trajectory(
-    run: Trajectory, restraint: AbstractTotalRestraint, state: RunState
+def restrain_totals(
+    model: EditableModel,
+    restraint: AbstractTotalRestraint,
+    totals: Mapping[str, Total],
+    base_sigma_max: Mapping[str, float],
 ) -> None:
-    """Writes a restrained total back into the model, so that later edits are made on it."""
-    for module, correction in corrections(
-        restraint, run.model.totals(), state.base_sigma_max
-    ).items():
-        run.model.apply(module, correction)
+    """Writes restrained totals back into the model, so that later edits are made on them."""
+    for module, correction in corrections(restraint, totals, base_sigma_max).items():
+        model.apply(module, correction)
 
 
 def describe(
-    run: Trajectory,
+    model: EditableModel,
     spectra: Mapping[str, Spectrum],
     updates: Mapping[str, tuple[Update, float]],
 ) -> dict[str, Mapping[str, float]]:
@@ -161,10 +190,10 @@ def describe(
     for module, spectrum in spectra.items():
         update, rounding_error = updates.get(module, (None, 0.0))
         records[module] = module_record(
-            run.model.weight(module),
+            model.weight(module),
             spectrum,
             update=update,
-            total=run.model.total(module),
+            total=model.total(module),
             rounding_error=rounding_error,
         )
     return records
