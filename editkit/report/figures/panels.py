@@ -158,13 +158,7 @@ def _editing_panels(here: Sequence[Measured], protocol: str | None) -> Iterator[
     def is_wanted(record: EvalRecord) -> bool:
         return record.measurement.kind == "editing" and record.measurement.protocol == protocol
 
-    metrics = {
-        (record.measurement.metric, record.measurement.task or "")
-        for each in here
-        for record in each.run.evals
-        if is_wanted(record) and is_summarised(record)
-    }
-    for metric, task in sorted(metrics, key=_place):
+    for task, metric in sorted(_names(here, is_wanted), key=_place):
         found = {id(each): _points(each, is_wanted, metric=metric, task=task) for each in here}
         yield Panel(
             title=f"{metric}, {task}" if task else metric,
@@ -178,13 +172,7 @@ def _task_panels(here: Sequence[Measured], suite: str | None) -> Iterator[Panel]
     def is_wanted(record: EvalRecord) -> bool:
         return record.measurement.kind == "downstream" and record.measurement.suite == suite
 
-    names = dict.fromkeys(
-        (r.measurement.task or "", r.measurement.metric)
-        for each in here
-        for r in each.run.evals
-        if is_wanted(r) and is_summarised(r)
-    )
-    for task, metric in names:
+    for task, metric in _names(here, is_wanted):
         found = {id(each): _points(each, is_wanted, metric=metric, task=task) for each in here}
         lines = _lines(here, found)
         yield Panel(
@@ -199,18 +187,26 @@ def _language_panels(here: Sequence[Measured]) -> Iterator[Panel]:
     def is_wanted(record: EvalRecord) -> bool:
         return record.measurement.kind == "language"
 
-    names = dict.fromkeys(
-        (r.measurement.task or "", r.measurement.metric)
-        for each in here
-        for r in each.run.evals
-        if is_wanted(r) and is_summarised(r)
-    )
-    for task, metric in names:
+    for task, metric in _names(here, is_wanted):
         found = {id(each): _points(each, is_wanted, metric=metric, task=task) for each in here}
         title = ", ".join(part for part in (metric.replace("_", " "), task) if part)
         yield Panel(
             title=title, is_log="perplexity" in metric, is_fraction=False, lines=_lines(here, found)
         )
+
+
+def _names(
+    here: Sequence[Measured], is_wanted: Callable[[EvalRecord], bool]
+) -> list[tuple[str, str]]:
+    """Task and metric of every wanted number, each once, in the order of the records."""
+    found = (record for each in here for record in each.run.evals)
+    return list(
+        dict.fromkeys(
+            (record.measurement.task or "", record.measurement.metric)
+            for record in found
+            if is_wanted(record) and is_summarised(record)
+        )
+    )
 
 
 def _are_fractions(lines: Iterable[Line]) -> bool:
@@ -275,8 +271,8 @@ def _thinned(at: Sequence[int]) -> list[int]:
     return [at[place] for place in sorted(places)]
 
 
-def _place(key: tuple[str, str]) -> tuple[int, str, str]:
-    metric, task = key
+def _place(name: tuple[str, str]) -> tuple[int, str, str]:
+    task, metric = name
     return (
         EDITING_ORDER.index(metric) if metric in EDITING_ORDER else len(EDITING_ORDER),
         metric,
