@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import editkit
-from editkit.datasets.world import WorldDataset, corpus, generate_world
+from editkit.datasets.world import corpus, generate_world
 from editkit.model.families import known_families
 from tests.support import helpers
 from tests.support.paths import PACKAGE
@@ -40,7 +40,7 @@ def model(network: Any) -> editkit.EditableModel:
 
 @pytest.fixture(scope="module")
 def facts() -> tuple[editkit.EditRequest, ...]:
-    return WorldDataset(name="world", world_seed=0, order="file", limit=None).load(0).requests
+    return helpers.world_requests(None)
 
 
 def not_finite(self: object, step: editkit.Step, module: str, plan: editkit.Plan) -> torch.Tensor:

@@ -10,18 +10,17 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from editkit.datasets.world import WorldDataset
 from editkit.errors import ConfigError
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.types import EditRequest, Probe
 from tests.support.bigram import Bigram
-from tests.support.helpers import KINDS, Kind, tiny_model
+from tests.support.helpers import KINDS, Kind, tiny_model, world_requests
 from tests.support.measurements import request, whole
 
 
 @pytest.fixture(scope="module")
 def requests() -> Sequence[EditRequest]:
-    return WorldDataset(name="world", world_seed=0, order="file", limit=25).load(0).requests
+    return world_requests(25)
 
 
 def test_a_hand_built_model_is_measured_end_to_end() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from editkit.config.experiment import Measuring
-from editkit.datasets.world import WorldDataset
 from editkit.errors import ConfigError
 from editkit.evaluation.base import Moment, Samples
 from editkit.evaluation.editing import EditingEvaluator
@@ -19,7 +18,7 @@ from editkit.evaluation.protocols.distribution import Distribution
 from editkit.evaluation.protocols.generate import Generate
 from editkit.types import EditRequest, Probe
 from tests.support.bigram import Bigram
-from tests.support.helpers import KINDS, Kind, tiny_model
+from tests.support.helpers import KINDS, Kind, tiny_model, world_requests
 from tests.support.measurements import REQUEST, whole
 
 ALL: tuple[str, ...] = ("probability", "argmax", "token", "generate", "distribution")
@@ -42,7 +41,7 @@ def test_impossible_options_are_named() -> None:
 
 @pytest.fixture(scope="module")
 def world() -> tuple[EditRequest, ...]:
-    requests = WorldDataset(name="world", world_seed=0, order="file", limit=12).load(0).requests
+    requests = world_requests(12)
     far = tuple(
         Probe(prompt=f"who sang song number {index}", answer=f"singer {index}")
         for index in range(2)

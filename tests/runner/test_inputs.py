@@ -294,7 +294,7 @@ def test_generators_of_gpus_that_are_not_there_are_left_alone(
 @pytest.mark.parametrize("device", ["cuda:9", "mps"])
 def test_a_missing_device_is_reported_with_those_that_exist(device: str) -> None:
     if device == "mps" and torch.mps.is_available():
-        pytest.skip("it is there")
+        pytest.skip("this machine has mps, so it is not a missing device")
     with pytest.raises(
         ConfigError, match=rf"^runtime\.device: .* \(got '{device}'; expected one of cpu"
     ):

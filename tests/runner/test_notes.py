@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from editkit.datasets.world import WorldDataset
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.evaluation.fluency import Fluency
 from editkit.evaluation.values import Values
@@ -19,12 +18,12 @@ from editkit.runner.loop import run_edits
 from editkit.runner.plan import Trajectory
 from editkit.types import EditRequest, EvalRecord, SampleRecord, as_json
 from tests.support.fakes import FakeEditor, trajectory
-from tests.support.helpers import tiny_model
+from tests.support.helpers import tiny_model, world_requests
 
 
 @pytest.fixture(scope="module")
 def world() -> tuple[EditRequest, ...]:
-    return tuple(WorldDataset(name="world", world_seed=0, order="file", limit=4).load(0).requests)
+    return world_requests(4)
 
 
 def noting(requests: Sequence[EditRequest], *, rollback: bool) -> Trajectory:

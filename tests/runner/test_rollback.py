@@ -10,7 +10,6 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from editkit.datasets.world import WorldDataset
 from editkit.evaluation.base import Moment
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.evaluation.fluency import Fluency
@@ -24,7 +23,7 @@ from editkit.runner.loop import run_edits
 from editkit.runner.plan import Trajectory, digest_of
 from editkit.types import EditRequest, EvalRecord, Measurement, SampleRecord, StepRecord
 from tests.support.fakes import FakeEditor, SumOfWeights
-from tests.support.helpers import tiny_model
+from tests.support.helpers import tiny_model, world_requests
 from tests.support.records import flat
 from tests.support.timings import (
     EFFICACY,
@@ -40,7 +39,7 @@ from tests.support.timings import (
 
 @pytest.fixture(scope="module")
 def world() -> tuple[EditRequest, ...]:
-    return tuple(WorldDataset(name="world", world_seed=0, order="file", limit=6).load(0).requests)
+    return world_requests(6)
 
 
 def test_with_rollback_each_batch_is_measured_alone_on_the_unedited_model(

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from editkit.config.schedule import Schedule
-from editkit.datasets.world import WorldDataset
 from editkit.runner.checkpoint import RunState, load_state, save_state
 from editkit.runner.loop import run_edits
 from editkit.runner.plan import Trajectory, digest_of
 from editkit.types import EditRequest, StepRecord
+from tests.support.helpers import world_requests
 from tests.support.timings import (
     ALL,
     PRUNE,
@@ -29,7 +29,7 @@ from tests.support.timings import (
 
 @pytest.fixture(scope="module")
 def world() -> tuple[EditRequest, ...]:
-    return tuple(WorldDataset(name="world", world_seed=0, order="file", limit=6).load(0).requests)
+    return world_requests(6)
 
 
 def test_immediate_scores_are_those_of_stopping_after_each_edit(

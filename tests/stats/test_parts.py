@@ -27,6 +27,7 @@ from editkit.stats.store import list_stored, read
 from editkit.trackers.collecting import collecting as shown_collecting
 from editkit.trackers.collecting import left_text
 from tests.support.helpers import SENTENCES, tiny_model
+from tests.support.statistics import text_stats
 
 MANY = tuple(
     f"{one} {other} {third}" for one in SENTENCES for other in SENTENCES for third in SENTENCES[:4]
@@ -47,25 +48,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(folder: Path, name: str = "stats", **changes: Any) -> StatsConfig:
-    (folder / "corpus.txt").write_text("\n".join(MANY), encoding="utf-8")
-    values: dict[str, Any] = {
-        **{
-            "name": "text",
-            "source": "text",
-            "path": str(folder / "corpus.txt"),
-            "num_documents": 1000,
-            "seed": 1,
-        },
-        **{
-            "preset": "full",
-            "vectors_per_dimension": 10,
-            "context_length": 32,
-            "batch_tokens": 256,
-            "products": "float32",
-        },
-        **{"save_every_s": 0.0, "folder": str(folder / name)},
-    }
-    return StatsConfig(**values | changes)
+    return text_stats(folder, "\n".join(MANY), **{"folder": str(folder / name)} | changes)
 
 
 def required_of(folder: Path, name: str = "stats", **changes: Any) -> Statistics:

@@ -22,27 +22,13 @@ from editkit.stats.build import build, moment_keys
 from editkit.stats.corpus import StatsConfig, digest, texts
 from editkit.stats.store import Moments, list_stored, read, verify
 from tests.support.helpers import SENTENCES, real_data, tiny_model
+from tests.support.statistics import text_stats
 
 MANY = tuple(f"{one} {other}" for one in SENTENCES for other in SENTENCES)
 
 
 def config(folder: Path, **changes: Any) -> StatsConfig:
-    values: dict[str, Any] = {
-        "name": "text",
-        "source": "text",
-        "path": str(folder / "corpus.txt"),
-        "num_documents": 1000,
-        "seed": 1,
-        "preset": "full",
-        "vectors_per_dimension": 10,
-        "context_length": 32,
-        "batch_tokens": 256,
-        "products": "float32",
-        "save_every_s": 0.0,
-        "folder": str(folder / "stats"),
-    }
-    (folder / "corpus.txt").write_text("\n\n".join(MANY), encoding="utf-8")
-    return StatsConfig(**values | changes)
+    return text_stats(folder, "\n\n".join(MANY), **changes)
 
 
 def dense(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from editkit.datasets.world import WorldDataset
 from editkit.model.editable import EditableModel
 from editkit.model.families import family_of
 from editkit.types import EditRequest, Probe
@@ -76,6 +77,11 @@ def request(index: int = 0) -> EditRequest:
 def requests(count: int = 3) -> list[EditRequest]:
     """The first requests of `request`."""
     return [request(index) for index in range(count)]
+
+
+def world_requests(limit: int | None) -> tuple[EditRequest, ...]:
+    """The first requests of the bundled world, in the order of its file."""
+    return WorldDataset(name="world", world_seed=0, order="file", limit=limit).load(0).requests
 
 
 def real_data(relative: str) -> Path:
