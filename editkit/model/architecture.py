@@ -83,11 +83,6 @@ class Architecture:
         )
 
     @property
-    def block_parameters(self) -> int:
-        """The number of parameters of one block."""
-        return self.num_parameters - self.of_depth(self.num_layers - 1).num_parameters
-
-    @property
     def is_gated(self) -> bool:
         """Whether the MLP has a gate matrix, that is two matrices into its inner width."""
         return self.kind not in ("gpt2", "gptj", "gpt_neox")

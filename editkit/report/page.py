@@ -142,7 +142,7 @@ def _summaries(content: Content) -> Iterable[str]:
 def _published(found: Sequence[PublishedComparison]) -> Iterable[str]:
     if not found:
         return
-    yield "<h2>PublishedComparison the published numbers</h2>"
+    yield "<h2>Comparison with the published numbers</h2>"
     if any(each.is_stand_in for each in found):
         yield (
             "<p class='note'>Where a bundled model stands in for the paper's (scale=tiny), "

@@ -305,4 +305,4 @@ def test_the_shortest_of_each_paper_runs_and_draws_its_figure(
         if path.name.startswith(figure)
     ]
     page = (tmp_path / "report" / "report.html").read_text()
-    assert ("Beside the published numbers" in page) == bool(published(preset))
+    assert ("Comparison with the published numbers" in page) == bool(published(preset))

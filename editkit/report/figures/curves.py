@@ -14,7 +14,6 @@ from editkit.report.figures.axes import UNRESTRAINED_COLOUR, colours, num_column
 from editkit.report.figures.panels import Line, Panel, Sheet
 
 PANEL_HEIGHT = 300  # pixels
-DASHES = ("solid", "dot", "dashdot", "longdash")
 
 
 def require_plotly() -> None:
