@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -26,13 +27,13 @@ _LATEX = {
 
 def caption(table: Summary) -> str:
     """The caption: protocol, aggregation, units and marks."""
-    what = (
+    scope = (
         f"Protocol '{table.protocol}', over all edits so far"
         if table.is_editing and table.protocol
         else "Over all edits so far"
     )
     return (
-        f"{what}; mean ± standard deviation over seeds; metrics and tasks in percent; best of "
+        f"{scope}; mean ± standard deviation over seeds; metrics and tasks in percent; best of "
         "each model in bold; "
         "n/f: not finite; -: not measured; seeds m/n: n were run, m came so far."
     )
@@ -151,18 +152,18 @@ def _by_preset(found: Sequence[PublishedComparison]) -> dict[str, list[Published
     return together
 
 
-def comparison_rows(found: Sequence[Comparison]) -> list[list[str]]:
+def comparison_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
     """Cells of a table of t-tests: model, editor, restraint, metric, difference, n, t, p."""
     return [
         [
-            *each.label,
-            each.metric,
-            _difference(each),
-            str(each.n),
-            "-" if each.t is None else f"{each.t:.2f}",
-            each.remark or p_text(each.p),
+            *comparison.label,
+            comparison.metric,
+            _difference(comparison),
+            str(comparison.n),
+            "-" if comparison.t is None else f"{comparison.t:.2f}",
+            comparison.remark or p_text(comparison.p),
         ]
-        for each in found
+        for comparison in comparisons
     ]
 
 
@@ -173,7 +174,7 @@ def p_text(p: float | None) -> str:
 
 def tex(text: str) -> str:
     """Text for LaTeX, with its special characters escaped."""
-    escaped = "".join(_LATEX.get(letter, letter) for letter in text.replace("\\", "/"))
+    escaped = "".join(_LATEX.get(character, character) for character in text.replace("\\", "/"))
     return escaped.replace("±", r"$\pm$")
 
 
@@ -202,7 +203,8 @@ def _seeds(row: SummaryRow) -> str:
     )
 
 
-def _difference(each: Comparison) -> str:
-    if each.difference != each.difference:
+def _difference(comparison: Comparison) -> str:
+    value = comparison.difference
+    if math.isnan(value):
         return "n/f"
-    return f"{100 * each.difference:+.1f}" if each.is_fraction else f"{each.difference:+.3g}"
+    return f"{100 * value:+.1f}" if comparison.is_fraction else f"{value:+.3g}"

@@ -94,11 +94,13 @@ def overview(runs: Sequence[RunRecords]) -> str:
 
 
 def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "") -> str:
-    """A plain table; columns that do not only hold numbers are set to the left."""
+    """A plain table. Columns of numbers are right-aligned, all others left-aligned."""
     rows = list(rows)
-    are_numbers = [all(_is_number(row[place]) for row in rows) for place in range(len(head))]
-    kind = ["" if is_number else " class='text'" for is_number in are_numbers]
-    titles = "".join(f"<th{kind[place]}>{escape(each)}</th>" for place, each in enumerate(head))
+    kind = [
+        "" if all(_is_number(row[place]) for row in rows) else " class='text'"
+        for place in range(len(head))
+    ]
+    titles = "".join(f"<th{kind[place]}>{escape(title)}</th>" for place, title in enumerate(head))
     body = "".join(
         "<tr>"
         + "".join(f"<td{kind[place]}>{escape(text)}</td>" for place, text in enumerate(row))
@@ -115,25 +117,25 @@ def _is_number(text: str) -> bool:
 
 
 def _summaries(content: Content) -> Iterable[str]:
-    """The tables at the most edits of each dataset and protocol are open, those at fewer can be
-    opened.
+    """The summary tables with their t-tests. Only those at the last milestone of each dataset and
+    protocol are unfolded.
     """
-    most: dict[tuple[str, str | None], int] = {}
+    last: dict[tuple[str, str | None], int] = {}
     for table in content.tables:
         kind = table.dataset, table.protocol
-        most[kind] = max(most.get(kind, 0), table.edits)
+        last[kind] = max(last.get(kind, 0), table.edits)
     for table in content.tables:
         body = f"<div class='wide'>{formats.html(table)}</div>"
-        if found := content.comparisons.get(table.title):
+        if comparisons := content.comparisons.get(table.title):
             head = ("model", "editor", "restraint", "metric", "difference", "n", "t", "p")
-            text = (
+            caption = (
                 "Restrained minus unrestrained, seed by seed; two-sided paired t-test, p not "
                 "corrected for the number of comparisons."
             )
-            opened = " open" if any(each.p is not None for each in found) else ""
-            rows = table_of(head, formats.comparison_rows(found), caption=text)
+            opened = " open" if any(comparison.p is not None for comparison in comparisons) else ""
+            rows = table_of(head, formats.comparison_rows(comparisons), caption=caption)
             body += f"<details{opened}><summary>paired t-tests</summary>{rows}</details>"
-        if table.edits == most[table.dataset, table.protocol]:
+        if table.edits == last[table.dataset, table.protocol]:
             yield f"<h3>{escape(table.title)}</h3>{body}"
         else:
             yield f"<details><summary>{escape(table.title)}</summary>{body}</details>"
@@ -170,7 +172,7 @@ def _published(found: Sequence[PublishedComparison]) -> Iterable[str]:
 def _collapses(tables: Sequence[Collapses]) -> Iterable[str]:
     for table in tables:
         head = ("model", "editor", "restraint", *table.columns)
-        text = (
+        caption = (
             "Edits until each threshold was crossed, between two milestones; by seed if seeds "
             "differ; -: not measured."
         )
@@ -178,15 +180,15 @@ def _collapses(tables: Sequence[Collapses]) -> Iterable[str]:
         yield table_of(
             head,
             [(*label, *cells) for label, cells in zip(table.labels, table.cells, strict=True)],
-            caption=text,
+            caption=caption,
         )
 
 
 def _names(runs: Sequence[RunRecords]) -> tuple[str, dict[Path, str]]:
-    """The folder that holds all runs, and what each is called below it."""
+    """The folder that holds all runs, and the name of each run below it."""
     try:
         root = Path(os.path.commonpath([run.folder.parent.parent for run in runs]))
-    except ValueError:  # none, or absolute folders and relative ones
+    except ValueError:  # no runs, or both absolute and relative folders
         return ".", {run.folder: str(run.folder) for run in runs}
     return str(root), {run.folder: str(run.folder.relative_to(root)) for run in runs}
 
@@ -237,10 +239,10 @@ def _runs(runs: Sequence[RunRecords]) -> Iterable[str]:
 
     (root, names), rows = _names(runs), []
     for run in runs:
-        about = run.provenance
+        provenance = run.provenance
         named = labels(run.config)
-        memory = (about.get("peak_memory_bytes") or {}).values()
-        packages = about.get("packages") or {}
+        memory = (provenance.get("peak_memory_bytes") or {}).values()
+        packages = provenance.get("packages") or {}
         rows.append(
             [
                 names[run.folder],
@@ -248,11 +250,11 @@ def _runs(runs: Sequence[RunRecords]) -> Iterable[str]:
                 str(run.config.get("seed", "?")),
                 *(named[name] for name in ("model", "editor", "restraint", "dataset")),
                 str(max(edits_by_step(run.steps).values(), default=0)),
-                f"{about['wall_seconds']:,.0f}" if "wall_seconds" in about else "?",
+                f"{provenance['wall_seconds']:,.0f}" if "wall_seconds" in provenance else "?",
                 f"{max(memory) / 2**30:.2f}" if memory else "?",
-                str(about.get("device", "?")),
+                str(provenance.get("device", "?")),
                 str(packages.get("editkit", "?")),
-                str(about.get("git", "?"))[:10],
+                str(provenance.get("git", "?"))[:10],
             ]
         )
     head = (
@@ -273,8 +275,8 @@ def _runs(runs: Sequence[RunRecords]) -> Iterable[str]:
     yield table_of(head, rows, caption=f"Runs below {root}")
     for run in runs:
         config = yaml.safe_dump(dict(run.config), sort_keys=False) if run.config else "not written"
-        about_text = json.dumps(dict(run.provenance), indent=1)
+        provenance_text = json.dumps(dict(run.provenance), indent=1)
         yield (
             f"<details><summary>{escape(names[run.folder])}: configuration and provenance</summary>"
-            f"<pre>{escape(config)}</pre><pre>{escape(about_text)}</pre></details>"
+            f"<pre>{escape(config)}</pre><pre>{escape(provenance_text)}</pre></details>"
         )

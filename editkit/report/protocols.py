@@ -1,8 +1,7 @@
-"""How the same edited model looks under each protocol: a row per metric, a column per protocol, of
-one view at one step.
+"""The protocols compared on one edited model: a row for each metric, a column for each protocol.
 
-Protocols never share a column. A number stands for one timing: all edits so far, or right after
-each edit where that was measured.
+The comparison covers one view at one step. Protocols never share a column. The timing of a number
+is all edits so far, or right after each edit where that was measured.
 """
 
 from __future__ import annotations
@@ -25,15 +24,17 @@ class Comparison:
     edits: int
     protocols: tuple[str, ...]
     rows: tuple[str, ...]
-    cells: tuple[tuple[Cell | None, ...], ...]  # a row each, a column for each protocol
-    has_units: tuple[bool, ...]  # by row: a number with a unit of its own, no fraction
+    cells: tuple[tuple[Cell | None, ...], ...]  # by row, then by protocol
+    has_units: tuple[bool, ...]  # by row: whether the numbers have a unit and are no fractions
 
 
 def compare_protocols(
     evals: Sequence[EvalRecord], edits: Mapping[int, int], *, view: str | None = None
 ) -> Comparison | None:
-    """The comparison at the last step at which edits were measured, None where there is none;
-    `view` None: the trajectory's own.
+    """The comparison at the last step at which edits were measured. None if there is no such step.
+
+    Args:
+        view: None is the view of the trajectory.
 
     Raises ConfigError if a cell would hold two numbers.
     """
@@ -49,10 +50,10 @@ def compare_protocols(
     if view is None or not editing:
         return None
     step = max(record.step for record in editing)
-    chosen = [record for record in editing if record.step == step]
-    protocols = tuple(dict.fromkeys(record.measurement.protocol or "" for record in chosen))
+    at_step = [record for record in editing if record.step == step]
+    protocols = tuple(dict.fromkeys(record.measurement.protocol or "" for record in at_step))
     cells: dict[tuple[str, str], Cell] = {}
-    for record in chosen:
+    for record in at_step:
         place = (_name(record), record.measurement.protocol or "")
         if place in cells:
             raise ConfigError(
@@ -62,8 +63,8 @@ def compare_protocols(
         cells[place] = Cell(
             value=record.measurement.value, stderr=record.measurement.stderr, n=record.measurement.n
         )
-    rows = tuple(dict.fromkeys(_name(record) for record in sorted(chosen, key=_place)))
-    units = {_name(record): record.measurement.metric.endswith(UNITS) for record in chosen}
+    rows = tuple(dict.fromkeys(_name(record) for record in sorted(at_step, key=_place)))
+    units = {_name(record): record.measurement.metric.endswith(UNITS) for record in at_step}
     return Comparison(
         view=view,
         edits=edits.get(step, step),
@@ -114,8 +115,8 @@ def _name(record: EvalRecord) -> str:
 
 
 def _place(record: EvalRecord) -> tuple[int, str, bool, bool, bool, str]:
-    """Headlines first, each followed by its kinds, parts and timings; then what goes beyond
-    them.
+    """The order of the rows. Each main metric comes before its variants, kinds of prompts, subsets
+    and timings; other metrics come last.
     """
     family = next(
         (

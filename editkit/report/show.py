@@ -33,37 +33,37 @@ GAP = 2  # blanks between two columns
 
 
 def show(folder: Path, *, protocol: str | None = None) -> Summary:
-    """The final table of a run, from its files, to be printed by a rich console, and where it
-    collapsed.
+    """The final table of a run and its collapse points, for a rich console.
 
-    `protocol` None: `probability` where it was measured; "all": beside it, how the last milestone
-    looks under each.
+    Args:
+        protocol: None is `probability` if it was measured. "all" adds a comparison of all protocols
+            at the last milestone.
 
     Raises ConfigError for a folder that holds no run, malformed files, or a protocol that was not
     measured.
     """
     run = load_run(folder)
-    measured = editing_protocols(run.evals)
-    if protocol not in (None, ALL, *measured):
+    protocols = editing_protocols(run.evals)
+    if protocol not in (None, ALL, *protocols):
         raise ConfigError(
             f"{folder} has no editing metrics by the protocol '{protocol}'. Measured: "
-            f"{', '.join(map(str, measured)) or 'none'}."
+            f"{', '.join(map(str, protocols)) or 'none'}."
         )
     table = run_table(run, protocol=None if protocol == ALL else protocol)
     edits = edits_by_step(run.steps)
     views = dict.fromkeys(row.view for row in table.rows) if protocol == ALL else ()
-    compared = [compare_protocols(run.evals, edits, view=view) for view in views]
+    comparisons = [compare_protocols(run.evals, edits, view=view) for view in views]
     points = collapse_points(run.evals, edits, thresholds_of(run.config))
     return Summary(
         title=f"{folder} ({run.status})",
         table=table,
-        comparisons=tuple(each for each in compared if each is not None),
+        comparisons=tuple(filter(None, comparisons)),
         notes=tuple(str(point) for point in points if point.edits is not None),
     )
 
 
 def run_table(run: RunRecords, *, protocol: str | None = None) -> Table:
-    """The summary of a run as a value; `tables.markdown` makes of it what a README wants."""
+    """The summary of a run as a value. `tables.markdown` formats it for a README."""
     return summarise(
         run.steps,
         run.evals,
@@ -74,8 +74,8 @@ def run_table(run: RunRecords, *, protocol: str | None = None) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A table that fits itself to the terminal: a group of rows for each view; columns without room
-    go on below, no number is cut.
+    """A table that fits the width of the terminal, with a group of rows for each view. Columns that
+    do not fit continue below; no number is cut.
     """
 
     title: str
@@ -106,22 +106,22 @@ def _protocol_table(comparison: Comparison) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(
+    rich_table = RichTable(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         title=f"{comparison.view}, after {comparison.edits} edits, %",
         title_justify="left",
     )
-    drawn.add_column("", min_width=20)
+    rich_table.add_column("", min_width=20)
     for protocol in comparison.protocols:
-        drawn.add_column(Text(protocol), justify="right", min_width=6)
+        rich_table.add_column(Text(protocol), justify="right", min_width=6)
     for row, cells in zip(comparison.rows, texts(comparison), strict=True):
-        drawn.add_row(Text(row), *cells)
-    return drawn
+        rich_table.add_row(Text(row), *cells)
+    return rich_table
 
 
 def _bands(table: Table, texts: Sequence[Sequence[str]], *, width: int) -> list[list[int]]:
-    """The columns, in as few bands as fit."""
+    """The places of the columns, in as few bands as the width allows."""
     left = (
         max(4, *(len(row.view) for row in table.rows))
         + max(5, *(len(str(row.edits)) for row in table.rows))
@@ -142,26 +142,26 @@ def _bands(table: Table, texts: Sequence[Sequence[str]], *, width: int) -> list[
 
 
 def _band(table: Table, texts: Sequence[Sequence[str]], places: Sequence[int]) -> RichTable:
-    """Some of the columns."""
+    """One band of the table: the columns at these places."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(
+    rich_table = RichTable(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP // 2), collapse_padding=True
     )
-    drawn.add_column("view", no_wrap=True)
-    drawn.add_column("edits", justify="right", no_wrap=True)
+    rich_table.add_column("view", no_wrap=True)
+    rich_table.add_column("edits", justify="right", no_wrap=True)
     for place in places:
         longest_word = max(map(len, table.columns[place].title.split()))
         width = max(longest_word, *(len(row[place]) for row in texts))
-        drawn.add_column(Text(table.columns[place].title), justify="right", min_width=width)
+        rich_table.add_column(Text(table.columns[place].title), justify="right", min_width=width)
     for view, group in groupby(zip(table.rows, texts, strict=True), key=lambda pair: pair[0].view):
         for place, (row, text) in enumerate(group):
-            drawn.add_row(
+            rich_table.add_row(
                 Text(view if place == 0 else ""),
                 str(row.edits),
                 *(text[column] for column in places),
             )
-        drawn.add_section()
-    return drawn
+        rich_table.add_section()
+    return rich_table

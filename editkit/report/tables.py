@@ -1,7 +1,7 @@
-"""From records to the summary of a run: a row per view and milestone, a column per metric.
+"""The summary of a run: a row for each view and milestone, a column for each metric.
 
-A column holds numbers of one protocol, one timing and one version of a task; records that differ
-there are refused, not averaged or overwritten. Pure: records in, values out.
+A column holds numbers of one protocol, one timing and one version of a task. Records that would mix
+them in a column are refused.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ if TYPE_CHECKING:
     import pandas
 
 EDITING_ORDER = ("efficacy", "generalization", "locality", "portability", "score")
-# The timings that a milestone's row may hold: "before" is step 0, on the edits to come; "rollback"
-# each batch alone on the unedited model (of edits all batches so far; of tasks and perplexity the
-# last).
+# The timings in the row of a milestone. "before": the unedited model on the edits to come.
+# "rollback": each batch alone on the unedited model. Its editing metrics cover all batches so far,
+# its tasks and perplexity the last batch.
 ALL_EDITS_SO_FAR = ("before", "milestone", "rollback", None)
-UNITS = ("_bits", "_nats", "_per_token")  # how the name of a metric that is no fraction ends
+UNITS = ("_bits", "_nats", "_per_token")  # endings of the metrics that are no fractions
 WEIGHT_COLUMNS = {"condition_number": "condition number", "l1_norm": "L1 norm"}  # title by metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One number of a table. Fractions stay in [0, 1] here; `value` is None where it was not
-    finite.
-    """
+    """One number of a table. Fractions are in [0, 1]. `value` is None if it was not finite."""
 
     value: float | None
     stderr: float | None = None
@@ -52,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows are grouped by view, the trajectory's own first, and go up in edits."""
+    """Rows are grouped by view and ascend in edits. The trajectory's view comes first."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
@@ -61,8 +59,8 @@ class Table:
 
 
 def is_summarised(record: EvalRecord) -> bool:
-    """Whether a milestone's summary shows it: the state of all edits so far, as fractions; no part
-    of them, no difference, no distance.
+    """Whether the summary of a milestone shows this record. It shows fractions over all edits so
+    far: no subsets, differences or distances.
     """
     if (
         record.measurement.timing not in ALL_EDITS_SO_FAR
@@ -76,9 +74,7 @@ def is_summarised(record: EvalRecord) -> bool:
 
 
 def edits_by_step(steps: Iterable[StepRecord]) -> dict[int, int]:
-    """How many edits are in the model after each step; the steps must be complete from the first
-    on.
-    """
+    """The number of edits in the model after each step. No step may be missing."""
     edits, total = {0: 0}, 0
     for record in sorted(steps, key=lambda record: record.step):
         total += len(record.requests)
@@ -87,7 +83,7 @@ def edits_by_step(steps: Iterable[StepRecord]) -> dict[int, int]:
 
 
 def editing_protocols(evals: Iterable[EvalRecord]) -> tuple[str | None, ...]:
-    """The protocols of the editing metrics, in the order in which they were written."""
+    """The protocols of the editing metrics, in the order of the records."""
     return tuple(
         dict.fromkeys(
             record.measurement.protocol
@@ -98,11 +94,9 @@ def editing_protocols(evals: Iterable[EvalRecord]) -> tuple[str | None, ...]:
 
 
 def default_protocol(evals: Sequence[EvalRecord]) -> str | None:
-    """`probability` (that of the PRUNE paper) where it was measured, otherwise the first one that
-    was.
-    """
-    found = editing_protocols(evals)
-    return "probability" if "probability" in found or not found else found[0]
+    """`probability` (PRUNE's protocol) if it was measured, otherwise the first measured one."""
+    protocols = editing_protocols(evals)
+    return "probability" if "probability" in protocols or not protocols else protocols[0]
 
 
 def summarise(
@@ -114,15 +108,17 @@ def summarise(
 ) -> Table:
     """The table of a run.
 
-    `edits` is the number of edits at each measured step (see `edits_by_step`); `protocol` is that
-    of the editing metrics, None to take whatever is there if it is one.
+    A task is shown by the first metric that it records. The columns of the weights hold the largest
+    condition number and the sum of the L1 norms over all edited matrices.
 
-    Of a task's metrics the first that it writes stands for it. The weights' columns are over all
-    edited matrices: the largest condition number, the sum of the L1 norms. Raises ConfigError if a
-    column would mix protocols, timings or task versions, or holds two numbers for one view and
-    step.
+    Args:
+        edits: the number of edits at each measured step (see `edits_by_step`).
+        protocol: the protocol of the editing metrics. None: the only one that was measured.
+
+    Raises ConfigError if a column would mix protocols, timings or task versions, or would hold two
+    numbers for one view and step.
     """
-    chosen = [
+    records = [
         record
         for record in evals
         if is_summarised(record)
@@ -130,23 +126,22 @@ def summarise(
             record.measurement.kind != "editing" or protocol in (None, record.measurement.protocol)
         )
     ]
-    keys = _headlines(
-        sorted(dict.fromkeys(_key(record) for record in chosen), key=_place)
-    )  # sorted is stable: tasks keep the file's order
-    by_key = {key: [record for record in chosen if _key(record) == key] for key in keys}
-    for key, records in by_key.items():
-        _check_unmixed(" ".join(part for part in key if part), records)
+    # sorted is stable: tasks keep the order of the file
+    keys = _headlines(sorted(dict.fromkeys(_key(record) for record in records), key=_place))
+    by_key = {key: [record for record in records if _key(record) == key] for key in keys}
+    for key, of_key in by_key.items():
+        _check_unmixed(" ".join(part for part in key if part), of_key)
     columns = tuple(
         Column(title=_title(key, keys), is_fraction=key[0] not in ("language", "training"))
         for key in keys
     )
     cells = {
         (key, record.view, record.step): _cell(record)
-        for key, records in by_key.items()
-        for record in records
+        for key, of_key in by_key.items()
+        for record in of_key
     }
     weights = weight_cells(steps, evals)
-    places = sorted({(record.view, record.step) for record in chosen}, key=lambda place: place[1])
+    measured = sorted({(record.view, record.step) for record in records}, key=lambda pair: pair[1])
     rows = tuple(
         Row(
             view=view,
@@ -156,16 +151,16 @@ def summarise(
                 *(weights.get((view, step), {}).get(metric) for metric in WEIGHT_COLUMNS),
             ),
         )
-        for current in dict.fromkeys(record.view for record in chosen)
-        for view, step in places
-        if view == current
+        for shown in dict.fromkeys(record.view for record in records)
+        for view, step in measured
+        if view == shown
     )
     columns += tuple(Column(title=title, is_fraction=False) for title in WEIGHT_COLUMNS.values())
     return Table(
         columns=columns,
         rows=rows,
         protocol=protocol,
-        has_rollback=any(record.measurement.timing == "rollback" for record in chosen),
+        has_rollback=any(record.measurement.timing == "rollback" for record in records),
     )
 
 
@@ -174,19 +169,17 @@ def weight_cells(
 ) -> dict[tuple[str, int], dict[str, Cell]]:
     """Condition number and L1 norm by (view, step).
 
-    The trajectory's own come from the steps; those of a restrained view, whose weights exist only
-    while it is measured, from evaluations of the kind "weights" (metric `condition_number` or
-    `l1_norm`, task = the matrix).
+    Those of the trajectory come from the steps. The weights of a restrained view exist only while
+    it is measured: its numbers come from evaluations of the kind "weights".
     """
-    trajectory = (
-        evals[0].view if evals else ""
-    )  # the runner measures the trajectory's own view first
-    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    # the runner measures the trajectory's view first
+    trajectory = evals[0].view if evals else ""
+    numbers: dict[tuple[str, int], dict[str, list[float]]] = {}
     for step in steps:
         for figures in step.modules.values():
             for metric in WEIGHT_COLUMNS:
                 if metric in figures:
-                    found.setdefault((trajectory, step.step), {}).setdefault(metric, []).append(
+                    numbers.setdefault((trajectory, step.step), {}).setdefault(metric, []).append(
                         figures[metric]
                     )
     for record in evals:
@@ -196,7 +189,7 @@ def weight_cells(
             and record.view != trajectory
         ):
             value = math.nan if record.measurement.value is None else record.measurement.value
-            found.setdefault((record.view, record.step), {}).setdefault(
+            numbers.setdefault((record.view, record.step), {}).setdefault(
                 record.measurement.metric, []
             ).append(value)
     return {
@@ -204,13 +197,13 @@ def weight_cells(
             metric: _finite_cell(_largest(values) if metric == "condition_number" else sum(values))
             for metric, values in metrics.items()
         }
-        for place, metrics in found.items()
+        for place, metrics in numbers.items()
     }
 
 
 def frame(table: Table) -> pandas.DataFrame:
-    """The values as a DataFrame indexed by (view, edits); fractions in [0, 1], nan where nothing
-    finite was measured.
+    """The values as a DataFrame with the index (view, edits). Fractions are in [0, 1]. A value that
+    is missing or not finite is nan.
     """
     import pandas
 
@@ -227,7 +220,7 @@ def frame(table: Table) -> pandas.DataFrame:
 
 
 def markdown(table: Table, *, stderr: bool = False) -> str:
-    """A GitHub table, fractions in percent, with the standard errors if asked for."""
+    """A GitHub table with fractions in percent, on request with standard errors."""
     titles = ["view", "edits", *(column.title for column in table.columns)]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
     lines += [
@@ -316,23 +309,21 @@ def _place(key: _Key) -> tuple[int, int]:
 
 
 def _headlines(keys: Sequence[_Key]) -> list[_Key]:
-    """Without the further metrics of a task."""
+    """The keys without the second and later metrics of each task."""
     first = {key[:3]: key for key in reversed(keys)}
     return [key for key in keys if key[0] == "editing" or first[key[:3]] == key]
 
 
 def _title(key: _Key, keys: Sequence[_Key]) -> str:
-    """The shortest name that tells this column from the others: the task, with its metric or suite
-    where it must.
-    """
+    """The shortest name that no other column has: the task, if necessary with suite and metric."""
     kind, suite, task, metric = key
     if not task:
         return metric
-    alike = [other for other in keys if other[2] == task]
-    named_suite = f"{suite}/{task}" if suite and len({other[1] for other in alike}) > 1 else task
+    of_task = [other for other in keys if other[2] == task]
+    named_suite = f"{suite}/{task}" if suite and len({other[1] for other in of_task}) > 1 else task
     return (
         f"{named_suite} {metric}"
-        if kind == "editing" or len({other[3] for other in alike}) > 1
+        if kind == "editing" or len({other[3] for other in of_task}) > 1
         else named_suite
     )
 
@@ -355,9 +346,8 @@ def _check_unmixed(name: str, records: Sequence[EvalRecord]) -> None:
             )
         )
         if field == "shots":
-            values = [
-                value for value in values if value is not None
-            ]  # records from before it was recorded, and of groups
+            # None: old records, and groups of tasks
+            values = [value for value in values if value is not None]
         if len(values) > 1:
             given = ", ".join(str(value) for value in values)
             raise ConfigError(

@@ -42,23 +42,23 @@ def report(
 
     Args:
         folders: runs, or folders of runs.
-        published: files like `experiments/*/published.csv`, which are taken otherwise.
+        published: files like `experiments/*/published.csv`, which are the default.
 
-    Raises ConfigError where there is no run, a file is malformed, protocols or task versions would
-    be mixed, or a library is missing.
+    Raises ConfigError if there is no run, a file is malformed, a table would mix protocols or task
+    versions, or a library is missing.
     """
     curves.require_plotly()
     folders = tuple(folders)
     runs = load_runs(folders)
     subjects, notes = measured(runs)
     tables, twins = summaries(subjects), pairs(subjects)
-    found = list(sheets(subjects))
-    numbers = compare_with_published(subjects, load_published(published))
-    blocks, clouds = list(heatmaps.heatmaps(subjects)), scatter.scatters(subjects)
+    curve_sheets = list(sheets(subjects))
+    comparisons = compare_with_published(subjects, load_published(published))
+    heatmap_sheets, scatters = list(heatmaps.heatmaps(subjects)), scatter.scatters(subjects)
     drawings = [
-        *((sheet.title, curves.draw(sheet)) for sheet in found),
-        *((each.title, heatmaps.draw_interactive(each)) for each in blocks),
-        *((each.title, scatter.draw_interactive(each)) for each in clouds),
+        *((sheet.title, curves.draw(sheet)) for sheet in curve_sheets),
+        *((sheet.title, heatmaps.draw_interactive(sheet)) for sheet in heatmap_sheets),
+        *((sheet.title, scatter.draw_interactive(sheet)) for sheet in scatters),
     ]
     content = Content(
         title=title or "editkit: " + ", ".join(folder.name for folder in folders),
@@ -67,13 +67,12 @@ def report(
         tables=tables,
         comparisons={table.title: tuple(compare(table, twins)) for table in tables if table.edits},
         drawings=drawings,
-        published=numbers,
+        published=comparisons,
         collapses=tuple(collapses(subjects)),
     )
-    plotted = {sheet.name: print_sheets.draw(sheet) for sheet in found}
-    plotted |= {each.name: heatmaps.draw(each) for each in blocks} | {
-        each.name: scatter.draw(each) for each in clouds
-    }
+    plotted = {sheet.name: print_sheets.draw(sheet) for sheet in curve_sheets}
+    plotted |= {sheet.name: heatmaps.draw(sheet) for sheet in heatmap_sheets}
+    plotted |= {sheet.name: scatter.draw(sheet) for sheet in scatters}
     figures = [
         path
         for name, figure in plotted.items()
@@ -83,12 +82,12 @@ def report(
         "summary.md": lambda: "\n".join(formats.markdown(table) for table in tables),
         "summary.tex": lambda: "\n".join(formats.latex(table) for table in tables),
     }
-    if numbers:
-        texts["published.md"] = lambda: formats.published_markdown(numbers)
-        texts["published.tex"] = lambda: formats.published_latex(numbers)
+    if comparisons:
+        texts["published.md"] = lambda: formats.published_markdown(comparisons)
+        texts["published.tex"] = lambda: formats.published_latex(comparisons)
     written = []
-    for name, make in texts.items():
+    for name, format_text in texts.items():
         written.append(to / "tables" / name)
-        write_atomically(written[-1], make().encode())
+        write_atomically(written[-1], format_text().encode())
     write_atomically(to / PAGE, page(content).encode())
     return Written(page=to / PAGE, figures=tuple(figures), tables=tuple(written))

@@ -1,5 +1,5 @@
-"""How every figure of a run looks: panels, colours, marks, legends. Works on figures and axes that
-it is given; no pyplot, no global.
+"""The common look of all matplotlib figures: panels, colours, marks, legends. pyplot and its global
+state are not used.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, legible to the colour-blind; the unrestrained model keeps its colour,
-# whatever it is compared with.
+# Okabe and Ito's palette, legible to the colour-blind. The unrestrained model has the same
+# colour in every figure.
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 UNRESTRAINED_COLOUR = "#D55E00"
 MARKERS = ("s", "^", "D", "v", "P", "X")
 LOST = "not finite"
 MAX_COLUMNS = 4
 LEGEND_LINE = 0.22  # inches
-LEGEND_LINES = 2  # for which every figure has room
+LEGEND_LINES = 2  # every figure has room for as many
 
 
 def grid(num_panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -45,7 +45,7 @@ def num_columns(num_panels: int) -> int:
 
 
 def dress(axis: Axes, *, title: str, ylabel: str) -> None:
-    """Labels and a light grid; the step axis counts edits."""
+    """Sets the labels and a light grid. The x axis counts edits."""
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("edits", fontsize=9)
     axis.set_ylabel(ylabel, fontsize=9)
@@ -69,9 +69,7 @@ def view_style(view: str, views: Sequence[str]) -> dict[str, Any]:
 
 
 def colours(count: int) -> list[str]:
-    """That many colours: the palette, and a sequential map that prints well in grey where it does
-    not suffice.
-    """
+    """`count` colours: of the palette, or of a sequential map if the palette has too few."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
     from matplotlib import colormaps
@@ -81,8 +79,8 @@ def colours(count: int) -> list[str]:
 
 
 def mark_lost(axis: Axes, edits: Iterable[int], *, color: str = "black") -> None:
-    """A cross on the lower edge where a number was not finite: a collapse is a result and must not
-    look like a gap.
+    """Marks numbers that are not finite by a cross on the lower edge. A collapse is a result and
+    must not look like a gap.
     """
     if at := list(edits):
         edge: dict[str, Any] = {
@@ -103,7 +101,7 @@ def mark_lost(axis: Axes, edits: Iterable[int], *, color: str = "black") -> None
 
 
 def legend(figure: Figure, axes: Sequence[Axes], *, note: str | None = None) -> None:
-    """One legend below all panels, each entry once, what explains the marks last."""
+    """One legend below all panels. Each entry occurs once; explanations of marks come last."""
     from matplotlib.lines import Line2D
 
     entries: dict[str, Any] = {}

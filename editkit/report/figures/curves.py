@@ -1,5 +1,5 @@
-"""Sheets of curves drawn by plotly, for the page: lines can be looked at, switched off and zoomed.
-Nothing is loaded from elsewhere.
+"""Sheets of curves drawn by plotly, for the page. The page is self-contained: plotly's script is
+embedded.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def draw(sheet: Sheet) -> str:
         rows=num_rows, cols=columns, subplot_titles=[panel.title for panel in sheet.panels]
     )
     styles = styles_of(sheet.panels)
-    shown: set[str] = set()
+    in_legend: set[str] = set()
     for place, panel in enumerate(sheet.panels):
         row, column = place // columns + 1, place % columns + 1
         for line in panel.lines:
             for trace in _traces(
-                line, panel, styles[line.subject], is_first=line.subject not in shown
+                line, panel, styles[line.subject], is_first=line.subject not in in_legend
             ):
                 figure.add_trace(go.Scatter(**trace), row=row, col=column)
-            shown.add(line.subject)
+            in_legend.add(line.subject)
         figure.update_yaxes(
             type="log" if panel.is_log else "linear",
             row=row,
@@ -79,26 +79,25 @@ def fragment(figure: Any, name: str) -> str:
 
 
 def styles_of(panels: Sequence[Panel]) -> dict[str, dict[str, str]]:
-    """Colour and dash of each subject: the unrestrained ones dashed, as in PRUNE's figures; the
-    same in all panels.
+    """Colour and dash of each subject, the same in all panels. Unrestrained subjects are dashed, as
+    in PRUNE's figures.
     """
     lines = {line.subject: line for panel in panels for line in panel.lines}
     restrained = [line.subject for line in lines.values() if line.is_restrained]
-    bare = [line.subject for line in lines.values() if not line.is_restrained]
+    unrestrained = [line.subject for line in lines.values() if not line.is_restrained]
     palette = colours(max(1, len(lines)))
-    found = {
+    styles = {
         subject: {"color": palette[place % len(palette)], "dash": "solid"}
         for place, subject in enumerate(restrained)
     }
-    for place, subject in enumerate(bare):
-        alone = len(bare) == 1
-        found[subject] = {
+    for place, subject in enumerate(unrestrained):
+        styles[subject] = {
             "color": UNRESTRAINED_COLOUR
-            if alone
+            if len(unrestrained) == 1
             else palette[(len(restrained) + place) % len(palette)],
             "dash": "dash",
         }
-    return found
+    return styles
 
 
 def _traces(
@@ -125,20 +124,20 @@ def _traces(
             "hoverinfo": "skip",
         }
         traces.append({**common, **band, "showlegend": False, "mode": "lines"})
-    few = len(line.at) <= 40
-    drawn = {
+    has_markers = len(line.at) <= 40
+    curve = {
         "x": list(line.at),
         "y": [scale * mean if math.isfinite(mean) else None for mean in line.mean],
-        "mode": "lines+markers" if few else "lines",
+        "mode": "lines+markers" if has_markers else "lines",
         "line": {"width": 2, **style},
         "marker": {"size": 5},
         "showlegend": is_first,
         "hovertemplate": "%{y:.4g}" + (" %" if panel.is_fraction else ""),
     }
-    traces.append({**common, **drawn})
+    traces.append({**common, **curve})
     lost = [at for at, mean in zip(line.at, line.mean, strict=True) if not math.isfinite(mean)]
     if lost:  # a collapse is a result and must not look like a gap
-        text = {
+        mark = {
             "mode": "markers",
             "marker": {"symbol": "x", "size": 8, "color": style["color"]},
             "hovertemplate": "not finite",
@@ -147,7 +146,7 @@ def _traces(
         traces.append(
             {
                 **common,
-                **text,
+                **mark,
                 "x": lost[:1],
                 "y": [first_finite if panel.is_log else 0.0],
                 "showlegend": False,

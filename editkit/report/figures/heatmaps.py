@@ -1,5 +1,5 @@
-"""How each block of edits holds while others follow, side by side for several subjects and over
-seeds (D4S, arXiv 2410.23843, Figure 4).
+"""Heat maps of retention for several subjects side by side, averaged over seeds (D4S, arXiv
+2410.23843, Figure 4).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ METRIC = "efficacy"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heatmap:
-    """One subject: rows are blocks of edits, columns milestones; fractions, None for edits to come
-    and what was not finite.
+    """One subject. Rows are blocks of edits, columns are milestones, values are fractions. None:
+    later edits, or not finite.
     """
 
     label: str
@@ -43,16 +43,18 @@ class Heatmaps:
 
 def heatmaps(subjects: Sequence[Measured]) -> Iterator[Heatmaps]:
     """One sheet for each dataset and protocol by which blocks were measured."""
-    datasets = list(dict.fromkeys(each.dataset for each in subjects))
+    datasets = list(dict.fromkeys(run_view.dataset for run_view in subjects))
     for dataset in datasets:
-        here = [each for each in subjects if each.dataset == dataset]
+        of_dataset = [run_view for run_view in subjects if run_view.dataset == dataset]
         for protocol in dict.fromkeys(
-            protocol for each in here for protocol in retention_protocols(each.run.evals)
+            protocol
+            for run_view in of_dataset
+            for protocol in retention_protocols(run_view.run.evals)
         ):
             maps = tuple(
-                found
-                for subject in dict.fromkeys(each.subject for each in here)
-                if (found := _map(here, subject, protocol))
+                heatmap
+                for subject in dict.fromkeys(run_view.subject for run_view in of_dataset)
+                if (heatmap := _heatmap(of_dataset, subject, protocol))
             )
             if maps:
                 prefix = f"{dataset}_" if len(datasets) > 1 else ""
@@ -63,47 +65,48 @@ def heatmaps(subjects: Sequence[Measured]) -> Iterator[Heatmaps]:
                 yield Heatmaps(name=f"{prefix}retention_{protocol}", title=title, maps=maps)
 
 
-def _map(here: Sequence[Measured], subject: str, protocol: str) -> Heatmap | None:
-    """The mean over the subject's seeds; only runs with the same blocks and milestones as the first
-    are averaged.
+def _heatmap(of_dataset: Sequence[Measured], subject: str, protocol: str) -> Heatmap | None:
+    """The mean over the seeds of a subject. Seeds whose blocks or milestones differ from
+    those of the first are left out.
     """
-    runs = [each for each in here if each.subject == subject]
-    found = [
+    seeds = [run_view for run_view in of_dataset if run_view.subject == subject]
+    matrices = [
         retention(
-            each.run.evals,
-            edits_by_step(each.run.steps),
+            run_view.run.evals,
+            edits_by_step(run_view.run.steps),
             protocol=protocol,
             metric=METRIC,
-            view=each.view,
+            view=run_view.view,
         )
-        for each in runs
+        for run_view in seeds
     ]
-    first = next((each for each in found if each is not None), None)
+    first = next((matrix for matrix in matrices if matrix is not None), None)
     if first is None:
         return None
-    alike = [
-        each
-        for each in found
-        if each is not None and (each.blocks, each.edits) == (first.blocks, first.edits)
+    averaged = [
+        matrix
+        for matrix in matrices
+        if matrix is not None and (matrix.blocks, matrix.edits) == (first.blocks, first.edits)
     ]
     values = tuple(
         tuple(
-            _mean([each.values[row][column] for each in alike])
+            _mean([matrix.values[row][column] for matrix in averaged])
             for column in range(len(first.edits))
         )
         for row in range(len(first.blocks))
     )
     return Heatmap(
-        label=label_of(runs[0], here), blocks=first.blocks, edits=first.edits, values=values
+        label=label_of(seeds[0], of_dataset), blocks=first.blocks, edits=first.edits, values=values
     )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """None if a value is None."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
 
 
-def draw_interactive(found: Heatmaps) -> str:
+def draw_interactive(sheet: Heatmaps) -> str:
     """Drawn by plotly, as a fragment for the page."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -112,51 +115,54 @@ def draw_interactive(found: Heatmaps) -> str:
 
     figure = make_subplots(
         rows=1,
-        cols=len(found.maps),
-        subplot_titles=["<br>".join(textwrap.wrap(each.label, 40)) for each in found.maps],
+        cols=len(sheet.maps),
+        subplot_titles=["<br>".join(textwrap.wrap(heatmap.label, 40)) for heatmap in sheet.maps],
         shared_yaxes=True,
     )
-    for place, each in enumerate(found.maps, start=1):
+    for place, heatmap in enumerate(sheet.maps, start=1):
         trace: dict[str, Any] = {
-            "x": [str(edits) for edits in each.edits],
-            "y": list(each.blocks),
-            "z": _percent(each),
+            "x": [str(edits) for edits in heatmap.edits],
+            "y": list(heatmap.blocks),
+            "z": _percent(heatmap),
             "zmin": 0,
             "zmax": 100,
         }
         trace |= {
             "colorscale": "Viridis",
-            "showscale": place == len(found.maps),
+            "showscale": place == len(sheet.maps),
             "hovertemplate": "edits %{y} after %{x}: %{z:.1f} %",
         }
-        figure.add_trace(go.Heatmap(**trace, name=each.label), row=1, col=place)
+        figure.add_trace(go.Heatmap(**trace, name=heatmap.label), row=1, col=place)
         figure.update_xaxes(title_text="after edits", type="category", row=1, col=place)
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_layout(
-        height=160 + 28 * max(len(each.blocks) for each in found.maps), template="plotly_white"
+        height=160 + 28 * max(len(heatmap.blocks) for heatmap in sheet.maps),
+        template="plotly_white",
     )
-    return fragment(figure, found.name)
+    return fragment(figure, sheet.name)
 
 
-def draw(found: Heatmaps) -> Figure:
+def draw(sheet: Heatmaps) -> Figure:
     """Drawn by matplotlib, for print."""
     from matplotlib.figure import Figure
 
     widest, tallest = (
-        max(len(each.edits) for each in found.maps),
-        max(len(each.blocks) for each in found.maps),
+        max(len(heatmap.edits) for heatmap in sheet.maps),
+        max(len(heatmap.blocks) for heatmap in sheet.maps),
     )
     figure = Figure(
-        figsize=(len(found.maps) * (1.0 + 0.42 * widest) + 0.6, 1.1 + 0.3 * tallest),
+        figsize=(len(sheet.maps) * (1.0 + 0.42 * widest) + 0.6, 1.1 + 0.3 * tallest),
         layout="constrained",
     )
-    axes = [figure.add_subplot(1, len(found.maps), place + 1) for place in range(len(found.maps))]
-    for axis, each in zip(axes, found.maps, strict=True):
-        image = axis.imshow(_percent(each), vmin=0, vmax=100, cmap="viridis", aspect="auto")
-        axis.set_xticks(range(len(each.edits)), [str(edits) for edits in each.edits], fontsize=7)
-        axis.set_yticks(range(len(each.blocks)), each.blocks, fontsize=7)
+    axes = [figure.add_subplot(1, len(sheet.maps), place + 1) for place in range(len(sheet.maps))]
+    for axis, heatmap in zip(axes, sheet.maps, strict=True):
+        image = axis.imshow(_percent(heatmap), vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        axis.set_xticks(
+            range(len(heatmap.edits)), [str(edits) for edits in heatmap.edits], fontsize=7
+        )
+        axis.set_yticks(range(len(heatmap.blocks)), heatmap.blocks, fontsize=7)
         axis.set_xlabel("after edits", fontsize=8)
-        axis.set_title(textwrap.fill(each.label, 28), fontsize=9)
+        axis.set_title(textwrap.fill(heatmap.label, 28), fontsize=9)
     axes[0].set_ylabel("block of edits", fontsize=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label(f"{METRIC}, %", fontsize=8)
@@ -164,5 +170,5 @@ def draw(found: Heatmaps) -> Figure:
     return figure
 
 
-def _percent(each: Heatmap) -> list[list[float]]:
-    return [[math.nan if value is None else 100 * value for value in row] for row in each.values]
+def _percent(heatmap: Heatmap) -> list[list[float]]:
+    return [[math.nan if value is None else 100 * value for value in row] for row in heatmap.values]

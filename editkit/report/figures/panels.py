@@ -1,8 +1,7 @@
-"""Curves over seeds as values: what is drawn, before anybody draws it. The page (plotly) and the
-papers' figures (matplotlib) draw these.
+"""Curves over seeds as values. plotly draws them for the page, matplotlib for print.
 
-A sheet is one figure: panels side by side, a line per subject in each, the mean over seeds
-with its standard deviation.
+A sheet is one figure of several panels. Each panel has a line for each subject: the mean over
+seeds, with its standard deviation.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from editkit.report.compare.subjects import Measured
 from editkit.report.tables import EDITING_ORDER, editing_protocols, edits_by_step, is_summarised
 from editkit.types import EvalRecord
 
-WIDE = 1000  # from the smallest to the largest: such a panel gets a logarithmic axis
-MAX_POINTS = 400  # of a line: a page must open, whatever the number of edits
-# Of each matrix; over several matrices the largest condition number and singular value, and the sum
-# of the L1 norms.
+WIDE = 1000  # a panel whose largest value exceeds the smallest by this factor has a log axis
+MAX_POINTS = 400  # of a line, so that a page of many edits can be opened
+# By metric: the title, whether the axis is logarithmic, and the number over several matrices.
 WEIGHTS: Mapping[str, tuple[str, bool, Callable[[Sequence[float]], float]]] = {
     "condition_number": ("condition number", True, max),
     "sigma_max": ("largest singular value", True, max),
@@ -30,8 +28,8 @@ WEIGHTS: Mapping[str, tuple[str, bool, Callable[[Sequence[float]], float]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One subject. `low` and `high` are one standard deviation around the mean over seeds, equal to
-    it of one seed.
+    """One subject. `low` and `high` are one standard deviation from the mean over seeds. With one
+    seed they equal the mean.
     """
 
     label: str
@@ -59,19 +57,21 @@ class Sheet:
 
 
 def sheets(subjects: Sequence[Measured]) -> Iterator[Sheet]:
-    """Every figure that the runs have data for, dataset by dataset."""
-    datasets = list(dict.fromkeys(each.dataset for each in subjects))
+    """Every figure for which the runs have data, in the order of the datasets."""
+    datasets = list(dict.fromkeys(run_view.dataset for run_view in subjects))
     for dataset in datasets:
-        here = [each for each in subjects if each.dataset == dataset]
+        of_dataset = [run_view for run_view in subjects if run_view.dataset == dataset]
         prefix = f"{dataset}_" if len(datasets) > 1 else ""
-        if panels := tuple(_weight_panels(here)):
+        if panels := tuple(_weight_panels(of_dataset)):
             yield Sheet(
                 name=f"{prefix}weights", title=f"{dataset}: the edited matrices", panels=panels
             )
         for protocol in dict.fromkeys(
-            protocol for each in here for protocol in editing_protocols(each.run.evals)
+            protocol
+            for run_view in of_dataset
+            for protocol in editing_protocols(run_view.run.evals)
         ):
-            if panels := tuple(_editing_panels(here, protocol)):
+            if panels := tuple(_editing_panels(of_dataset, protocol)):
                 name = f"{prefix}editing_{protocol}" if protocol else f"{prefix}editing"
                 yield Sheet(
                     name=name,
@@ -80,66 +80,67 @@ def sheets(subjects: Sequence[Measured]) -> Iterator[Sheet]:
                 )
         for suite in dict.fromkeys(
             record.measurement.suite
-            for each in here
-            for record in each.run.evals
+            for run_view in of_dataset
+            for record in run_view.run.evals
             if record.measurement.kind == "downstream"
         ):
-            if panels := tuple(_task_panels(here, suite)):
+            if panels := tuple(_task_panels(of_dataset, suite)):
                 yield Sheet(
                     name=f"{prefix}tasks_{suite}",
                     title=f"{dataset}: general abilities, suite {suite}",
                     panels=panels,
                 )
-        if panels := tuple(_language_panels(here)):
+        if panels := tuple(_language_panels(of_dataset)):
             yield Sheet(name=f"{prefix}language", title=f"{dataset}: language", panels=panels)
 
 
-def label_of(each: Measured, subjects: Iterable[Measured]) -> str:
-    """What a line is called: the parts of its label in which the subjects differ; of a single one
-    its restraint.
+def label_of(run_view: Measured, subjects: Iterable[Measured]) -> str:
+    """The name of a line: the parts of its label in which the subjects differ, or its restraint if
+    there is one subject.
     """
     labels = {other.label for other in subjects}
     parts = [
-        part for place, part in enumerate(each.label) if len({label[place] for label in labels}) > 1
+        part
+        for place, part in enumerate(run_view.label)
+        if len({label[place] for label in labels}) > 1
     ]
-    return ", ".join(parts) or each.label[2]
+    return ", ".join(parts) or run_view.label[2]
 
 
-def _weight_panels(here: Sequence[Measured]) -> Iterator[Panel]:
-    for metric, (title, is_log, together) in WEIGHTS.items():
-        found = {}
-        for each in here:
-            if points := weights_by_edits(each, metric, together):
-                found[id(each)] = points
-        if lines := _lines(here, found):
+def _weight_panels(of_dataset: Sequence[Measured]) -> Iterator[Panel]:
+    for metric, (title, is_log, combine) in WEIGHTS.items():
+        points = {
+            id(run_view): weights_by_edits(run_view, metric, combine) for run_view in of_dataset
+        }
+        if lines := _lines(of_dataset, points):
             yield Panel(
                 title=title, is_log=is_log or _is_wide(lines), is_fraction=False, lines=lines
             )
 
 
 def _is_wide(lines: Iterable[Line]) -> bool:
-    """Whether one line would press the others flat on a linear axis."""
+    """Whether a linear axis would show the smaller values as a flat line."""
     means = [mean for line in lines for mean in line.mean if math.isfinite(mean)]
     return bool(means) and min(means) > 0 and max(means) > WIDE * min(means)
 
 
 def weights_by_edits(
-    each: Measured, metric: str, together: Callable[[Sequence[float]], float]
+    run_view: Measured, metric: str, combine: Callable[[Sequence[float]], float]
 ) -> dict[int, float]:
-    """Edits -> one number over all edited matrices. The trajectory's come from the steps, a
-    restrained view's from the milestones.
+    """One number over all edited matrices, by number of edits. Numbers of the trajectory come from
+    the steps, those of a restrained view from the milestones.
     """
-    edits = edits_by_step(each.run.steps)
+    edits = edits_by_step(run_view.run.steps)
     by_edits: dict[int, list[float]] = {}
-    if each.is_trajectory:
-        for step in each.run.steps:
+    if run_view.is_trajectory:
+        for step in run_view.run.steps:
             for figures in step.modules.values():
                 if metric in figures:
                     by_edits.setdefault(edits[step.step], []).append(figures[metric])
     else:
-        for record in each.run.evals:
+        for record in run_view.run.evals:
             if (record.view, record.measurement.kind, record.measurement.metric) == (
-                each.view,
+                run_view.view,
                 "weights",
                 metric,
             ):
@@ -147,34 +148,34 @@ def weights_by_edits(
                     math.nan if record.measurement.value is None else record.measurement.value
                 )
     if metric.startswith("total_"):
-        by_edits.pop(0, None)  # nothing was added yet, which a log axis cannot show
+        by_edits.pop(0, None)  # the total is zero, which a log axis cannot show
     return {
-        at: math.nan if any(map(math.isnan, values)) else together(values)
+        at: math.nan if any(map(math.isnan, values)) else combine(values)
         for at, values in by_edits.items()
     }
 
 
-def _editing_panels(here: Sequence[Measured], protocol: str | None) -> Iterator[Panel]:
+def _editing_panels(of_dataset: Sequence[Measured], protocol: str | None) -> Iterator[Panel]:
     def is_wanted(record: EvalRecord) -> bool:
         return record.measurement.kind == "editing" and record.measurement.protocol == protocol
 
-    for task, metric in sorted(_names(here, is_wanted), key=_place):
-        found = {id(each): _points(each, is_wanted, metric=metric, task=task) for each in here}
+    for task, metric in sorted(_names(of_dataset, is_wanted), key=_place):
+        points = _points_of_all(of_dataset, is_wanted, metric=metric, task=task)
         yield Panel(
             title=f"{metric}, {task}" if task else metric,
             is_log=False,
             is_fraction=True,
-            lines=_lines(here, found),
+            lines=_lines(of_dataset, points),
         )
 
 
-def _task_panels(here: Sequence[Measured], suite: str | None) -> Iterator[Panel]:
+def _task_panels(of_dataset: Sequence[Measured], suite: str | None) -> Iterator[Panel]:
     def is_wanted(record: EvalRecord) -> bool:
         return record.measurement.kind == "downstream" and record.measurement.suite == suite
 
-    for task, metric in _names(here, is_wanted):
-        found = {id(each): _points(each, is_wanted, metric=metric, task=task) for each in here}
-        lines = _lines(here, found)
+    for task, metric in _names(of_dataset, is_wanted):
+        points = _points_of_all(of_dataset, is_wanted, metric=metric, task=task)
+        lines = _lines(of_dataset, points)
         yield Panel(
             title=f"{task}: {metric.replace('_', ' ')}",
             is_log=False,
@@ -183,27 +184,30 @@ def _task_panels(here: Sequence[Measured], suite: str | None) -> Iterator[Panel]
         )
 
 
-def _language_panels(here: Sequence[Measured]) -> Iterator[Panel]:
+def _language_panels(of_dataset: Sequence[Measured]) -> Iterator[Panel]:
     def is_wanted(record: EvalRecord) -> bool:
         return record.measurement.kind == "language"
 
-    for task, metric in _names(here, is_wanted):
-        found = {id(each): _points(each, is_wanted, metric=metric, task=task) for each in here}
+    for task, metric in _names(of_dataset, is_wanted):
+        points = _points_of_all(of_dataset, is_wanted, metric=metric, task=task)
         title = ", ".join(part for part in (metric.replace("_", " "), task) if part)
         yield Panel(
-            title=title, is_log="perplexity" in metric, is_fraction=False, lines=_lines(here, found)
+            title=title,
+            is_log="perplexity" in metric,
+            is_fraction=False,
+            lines=_lines(of_dataset, points),
         )
 
 
 def _names(
-    here: Sequence[Measured], is_wanted: Callable[[EvalRecord], bool]
+    of_dataset: Sequence[Measured], is_wanted: Callable[[EvalRecord], bool]
 ) -> list[tuple[str, str]]:
-    """Task and metric of every wanted number, each once, in the order of the records."""
-    found = (record for each in here for record in each.run.evals)
+    """The distinct pairs of task and metric of the wanted records, in their order."""
+    records = (record for run_view in of_dataset for record in run_view.run.evals)
     return list(
         dict.fromkeys(
             (record.measurement.task or "", record.measurement.metric)
-            for record in found
+            for record in records
             if is_wanted(record) and is_summarised(record)
         )
     )
@@ -213,58 +217,74 @@ def _are_fractions(lines: Iterable[Line]) -> bool:
     return all(0.0 <= mean <= 1.0 for line in lines for mean in line.mean if math.isfinite(mean))
 
 
+def _points_of_all(
+    of_dataset: Sequence[Measured],
+    is_wanted: Callable[[EvalRecord], bool],
+    *,
+    metric: str,
+    task: str,
+) -> dict[int, dict[int, float]]:
+    """The points of each run view, by its id."""
+    return {
+        id(run_view): _points(run_view, is_wanted, metric=metric, task=task)
+        for run_view in of_dataset
+    }
+
+
 def _points(
-    each: Measured, is_wanted: Callable[[EvalRecord], bool], *, metric: str, task: str
+    run_view: Measured, is_wanted: Callable[[EvalRecord], bool], *, metric: str, task: str
 ) -> dict[int, float]:
-    edits = edits_by_step(each.run.steps)
+    """The value by number of edits; nan if it was not finite."""
+    edits = edits_by_step(run_view.run.steps)
     return {
         edits.get(record.step, record.step): math.nan
         if record.measurement.value is None
         else record.measurement.value
-        for record in each.run.evals
+        for record in run_view.run.evals
         if (record.view, record.measurement.metric, record.measurement.task or "")
-        == (each.view, metric, task)
+        == (run_view.view, metric, task)
         and is_summarised(record)
         and is_wanted(record)
     }
 
 
-def _lines(here: Sequence[Measured], found: Mapping[int, Mapping[int, float]]) -> tuple[Line, ...]:
+def _lines(
+    of_dataset: Sequence[Measured], points: Mapping[int, Mapping[int, float]]
+) -> tuple[Line, ...]:
+    """A line for each subject that has points. `points` are values by edits, by run view's id."""
     lines = []
-    for subject in dict.fromkeys(each.subject for each in here):
-        runs = [each for each in here if each.subject == subject]
-        points = [found[id(each)] for each in runs if found.get(id(each))]
-        if not points:
+    for subject in dict.fromkeys(run_view.subject for run_view in of_dataset):
+        seeds = [run_view for run_view in of_dataset if run_view.subject == subject]
+        by_seed = [points[id(run_view)] for run_view in seeds if points.get(id(run_view))]
+        if not by_seed:
             continue
-        at = _thinned(sorted({edits for each in points for edits in each}))
-        values = [[each[edits] for each in points if edits in each] for edits in at]
+        at = _thinned(sorted({edits for values in by_seed for edits in values}))
+        samples = [[values[edits] for values in by_seed if edits in values] for edits in at]
         means = [
-            math.nan if any(map(math.isnan, each)) else statistics.fmean(each) for each in values
+            math.nan if any(map(math.isnan, sample)) else statistics.fmean(sample)
+            for sample in samples
         ]
         deviations = [
-            statistics.stdev(each) if len(each) > 1 and not math.isnan(mean) else 0.0
-            for each, mean in zip(values, means, strict=True)
+            statistics.stdev(sample) if len(sample) > 1 and not math.isnan(mean) else 0.0
+            for sample, mean in zip(samples, means, strict=True)
         ]
+        bands = list(zip(means, deviations, strict=True))
         lines.append(
             Line(
-                label=label_of(runs[0], here),
+                label=label_of(seeds[0], of_dataset),
                 subject=subject,
-                is_restrained=runs[0].is_restrained,
+                is_restrained=seeds[0].is_restrained,
                 at=tuple(at),
                 mean=tuple(means),
-                low=tuple(
-                    mean - deviation for mean, deviation in zip(means, deviations, strict=True)
-                ),
-                high=tuple(
-                    mean + deviation for mean, deviation in zip(means, deviations, strict=True)
-                ),
+                low=tuple(mean - deviation for mean, deviation in bands),
+                high=tuple(mean + deviation for mean, deviation in bands),
             )
         )
     return tuple(lines)
 
 
 def _thinned(at: Sequence[int]) -> list[int]:
-    """At most MAX_POINTS of them, the first and the last among them."""
+    """At most MAX_POINTS numbers of edits, with the first and the last."""
     if len(at) <= MAX_POINTS:
         return list(at)
     places = {round(place * (len(at) - 1) / (MAX_POINTS - 1)) for place in range(MAX_POINTS)}

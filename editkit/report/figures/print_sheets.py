@@ -20,8 +20,8 @@ DPI = 200
 
 
 def draw(sheet: Sheet) -> Figure:
-    """A panel per metric, a line per subject: the mean over seeds, and a band of one standard
-    deviation.
+    """A panel for each metric, a line for each subject: the mean over seeds, with a band of one
+    standard deviation.
     """
     figure, axes = grid(len(sheet.panels), width=2.8, height=2.6)
     styles = styles_of(sheet.panels)

@@ -1,5 +1,5 @@
-"""Retention: how each block of edits holds while others follow, as values and as heat maps (D4S,
-arXiv 2410.23843, Figures 4 and 8).
+"""Retention of each block of edits after later edits, as values and as heat maps (D4S, arXiv
+2410.23843, Figures 4 and 8).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ CELL = (0.52, 0.32)  # inches
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """One metric of one view. Rows are blocks of edits, columns milestones; None: not finite, or
-    edits to come.
+    """One metric of one view. Rows are blocks of edits, columns are milestones. None: later edits,
+    or not finite.
     """
 
     protocol: str
@@ -49,14 +49,16 @@ def retention_protocols(evals: Iterable[EvalRecord]) -> tuple[str, ...]:
 def retention(
     evals: Sequence[EvalRecord], edits: Mapping[int, int], *, protocol: str, metric: str, view: str
 ) -> Retention | None:
-    """The matrix, or None where blocks were not measured. `edits` is the number of edits at each
-    measured step (`tables.edits_by_step`).
+    """The matrix of one metric. None if blocks were not measured.
+
+    Args:
+        edits: the number of edits at each measured step (`tables.edits_by_step`).
     """
     records = [
-        each
-        for each in evals
-        if _is_retention(each)
-        and (each.measurement.protocol, each.measurement.metric, each.view)
+        record
+        for record in evals
+        if _is_retention(record)
+        and (record.measurement.protocol, record.measurement.metric, record.view)
         == (protocol, metric, view)
     ]
     if not records:
@@ -79,7 +81,7 @@ def retention(
 def draw_retention(
     evals: Sequence[EvalRecord], edits: Mapping[int, int], protocol: str
 ) -> Figure | None:
-    """A row of panels for each metric, a column for each view; dark cells have held."""
+    """A row of panels for each metric, a column for each view. Bright cells are high values."""
     from matplotlib.figure import Figure
 
     views = list(
@@ -96,22 +98,22 @@ def draw_retention(
     maps = [row for row in maps if any(row)]
     if not maps:
         return None
-    first = next(each for row in maps for each in row if each is not None)
+    first = next(matrix for row in maps for matrix in row if matrix is not None)
     width = max(2.6, CELL[0] * len(first.edits) + 1.3) * len(views)
     height = (max(1.2, CELL[1] * len(first.blocks)) + 0.9) * len(maps)
     figure = Figure(figsize=(width + 0.6, height + LEGEND_LINE), layout="constrained")
     axes: list[Axes] = []
     image: AxesImage | None = None
     for row, of_metric in enumerate(maps):
-        for column, found in enumerate(of_metric):
-            if found is not None:
+        for column, matrix in enumerate(of_metric):
+            if matrix is not None:
                 axes.append(
                     figure.add_subplot(len(maps), len(views), row * len(views) + column + 1)
                 )
                 image = _draw(
                     axes[-1],
-                    found,
-                    title=f"{found.metric}, {found.view}" if len(views) > 1 else found.metric,
+                    matrix,
+                    title=f"{matrix.metric}, {matrix.view}" if len(views) > 1 else matrix.metric,
                 )
     assert image is not None
     bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30)
@@ -120,8 +122,10 @@ def draw_retention(
     return figure
 
 
-def _draw(axis: Axes, found: Retention, *, title: str) -> AxesImage:
-    values = [[math.nan if value is None else 100 * value for value in row] for row in found.values]
+def _draw(axis: Axes, matrix: Retention, *, title: str) -> AxesImage:
+    values = [
+        [math.nan if value is None else 100 * value for value in row] for row in matrix.values
+    ]
     image = axis.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for row, of_block in enumerate(values):
         for column, value in enumerate(of_block):
@@ -135,8 +139,8 @@ def _draw(axis: Axes, found: Retention, *, title: str) -> AxesImage:
                     fontsize=7,
                     color="white" if value < 60 else "black",
                 )
-    axis.set_xticks(range(len(found.edits)), [str(edits) for edits in found.edits], fontsize=8)
-    axis.set_yticks(range(len(found.blocks)), found.blocks, fontsize=8)
+    axis.set_xticks(range(len(matrix.edits)), [str(edits) for edits in matrix.edits], fontsize=8)
+    axis.set_yticks(range(len(matrix.blocks)), matrix.blocks, fontsize=8)
     axis.set_xlabel("after edits", fontsize=9)
     axis.set_ylabel("block of edits", fontsize=9)
     axis.set_title(title, fontsize=10)

@@ -1,7 +1,7 @@
-"""A run's figures, in the manner of PRUNE (Ma et al. 2024, arXiv 2405.16821), Figures 2 to 4:
-weights, metrics and tasks by edit.
+"""The figures of a run: weights, metrics and tasks by number of edits, like Figures 2 to 4 of PRUNE
+(Ma et al. 2024, arXiv 2405.16821).
 
-Solid lines are restrained views, dashed ones the unrestrained model.
+Lines of restrained views are solid, those of the unrestrained model dashed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ DPI = 200
 
 
 def draw_figures(folder: Path) -> tuple[Path, ...]:
-    """Draws what a run has measured into `<folder>/figures/*.png` and returns the files; a figure
-    without data is left out.
+    """Draws the measurements of a run into `<folder>/figures/*.png` and returns the files. There is
+    no figure without data.
 
     Raises ConfigError for a folder that holds no run, or malformed files.
     """
@@ -51,7 +51,7 @@ def draw_figures(folder: Path) -> tuple[Path, ...]:
         f"editing_{protocol}" if protocol else "editing": draw_editing(run, protocol)
         for protocol in editing_protocols(run.evals)
     }
-    drawn: list[Path] = []
+    files: list[Path] = []
     figures |= {
         f"retention_{protocol}": draw_retention(run.evals, edits_by_step(run.steps), protocol)
         for protocol in retention_protocols(run.evals)
@@ -59,16 +59,15 @@ def draw_figures(folder: Path) -> tuple[Path, ...]:
     for name, figure in figures.items():
         if figure is not None:
             buffer = io.BytesIO()
-            figure.savefig(
-                buffer, format="png", dpi=DPI, metadata={"Software": None}
-            )  # the same records give the same bytes
-            drawn.append(folder / "figures" / f"{name}.png")
-            write_atomically(drawn[-1], buffer.getvalue())
-    return tuple(drawn)
+            # without metadata, the same records give the same bytes
+            figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+            files.append(folder / "figures" / f"{name}.png")
+            write_atomically(files[-1], buffer.getvalue())
+    return tuple(files)
 
 
 def draw_spectrum(run: RunRecords) -> Figure | None:
-    """Condition number, sigma_max and sigma_min of every edited matrix by edit, on log axes."""
+    """Condition number, sigma_max and sigma_min of every edited matrix, on log axes."""
     titles = {
         "condition_number": r"condition number, $\sigma_{\max} / \sigma_{\min}$",
         "sigma_max": r"largest singular value, $\sigma_{\max}$",
@@ -78,13 +77,13 @@ def draw_spectrum(run: RunRecords) -> Figure | None:
 
 
 def draw_l1_norm(run: RunRecords) -> Figure | None:
-    """The L1 norm of every edited matrix by edit."""
+    """The L1 norm of every edited matrix."""
     return _draw_weights(run, {"l1_norm": r"L1 norm, $\Sigma_{ij}\, |w_{ij}|$"}, scale="linear")
 
 
 def draw_editing(run: RunRecords, protocol: str | None) -> Figure | None:
-    """The editing metrics of one protocol by edit, a panel each."""
-    places = {metric: place for place, metric in enumerate(EDITING_ORDER)}
+    """The editing metrics of one protocol, a panel for each metric."""
+    order = {metric: place for place, metric in enumerate(EDITING_ORDER)}
     records = [
         record
         for record in run.evals
@@ -94,7 +93,7 @@ def draw_editing(run: RunRecords, protocol: str | None) -> Figure | None:
     ]
     panels: dict[str, list[EvalRecord]] = {}
     for record in sorted(
-        records, key=lambda record: places.get(record.measurement.metric, len(places))
+        records, key=lambda record: order.get(record.measurement.metric, len(order))
     ):
         panels.setdefault(
             f"{record.measurement.metric}, {record.measurement.task}"
@@ -106,7 +105,7 @@ def draw_editing(run: RunRecords, protocol: str | None) -> Figure | None:
 
 
 def draw_tasks(run: RunRecords) -> Figure | None:
-    """The downstream tasks by edit, a panel each."""
+    """The downstream tasks, a panel for each task."""
     records = [
         record
         for record in run.evals
@@ -127,16 +126,15 @@ def draw_tasks(run: RunRecords) -> Figure | None:
 
 
 def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> Figure | None:
-    """A panel per quantity and a colour per matrix. Restrained views, where their weights were
-    measured, have a mark at every milestone.
+    """A panel for each quantity, a colour for each matrix. Restrained views whose weights were
+    measured have a mark at every milestone.
     """
     modules = list(dict.fromkeys(module for step in run.steps for module in step.modules))
     if not modules:
         return None
     edits = edits_by_step(run.steps)
-    trajectory = (
-        run.evals[0].view if run.evals else UNRESTRAINED
-    )  # the runner measures the trajectory's own view first
+    # the runner measures the trajectory's view first
+    trajectory = run.evals[0].view if run.evals else UNRESTRAINED
     weights = [
         record
         for record in run.evals
@@ -155,24 +153,23 @@ def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> 
                         [step.modules[module][metric] for step in steps],
                     )
                 else:
-                    found = [
+                    records = [
                         record
                         for record in weights
                         if (record.view, record.measurement.metric, record.measurement.task)
                         == (view, metric, module)
                     ]
                     at, values = (
-                        [edits.get(record.step, record.step) for record in found],
-                        [_number(record.measurement.value) for record in found],
+                        [edits.get(record.step, record.step) for record in records],
+                        [_number(record.measurement.value) for record in records],
                     )
                 style = view_style(view, views) | {"linewidth": 1.3, "markersize": 3.5}
-                style |= (
-                    {"linestyle": "-"} if len(views) == 1 else {}
-                )  # nothing to tell apart by style
-                style |= {"color": colour} if len(views) == 1 or len(modules) > 1 else {}
-                style |= (
-                    {"marker": ""} if view == trajectory and len(at) > 1 else {}
-                )  # a mark per edit would be a smear
+                if len(views) == 1:
+                    style["linestyle"] = "-"  # dashes only distinguish views
+                if len(views) == 1 or len(modules) > 1:
+                    style["color"] = colour
+                if view == trajectory and len(at) > 1:
+                    style["marker"] = ""  # the trajectory has too many points for marks
                 name = f"{module}, {view}" if len(views) > 1 else module
                 axis.plot(
                     at,
@@ -181,9 +178,8 @@ def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> 
                     label="" if len(modules) > 1 < len(views) else name,
                     **style,
                 )
-        if (
-            len(modules) > 1 < len(views)
-        ):  # colours tell matrices, lines and marks tell views: a sum of entries, not their product
+        # The legend explains the matrices by colour and the views by style, not each pair of both.
+        if len(modules) > 1 < len(views):
             for module, colour in zip(modules, colours(len(modules)), strict=True):
                 axis.plot([], [], color=colour, label=module)
             for view in views:
@@ -195,12 +191,12 @@ def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> 
                     | {"color": "0.3", "linewidth": 1.3, "markersize": 3.5},
                 )
         lost = [_is_lost(step, metric) for step in run.steps]
-        begins = [
-            step
+        first_lost = [
+            edits[step.step]
             for step, now, before in zip(run.steps, lost, [False, *lost], strict=False)
             if now and not before
         ]
-        mark_lost(axis, [edits[step.step] for step in begins])
+        mark_lost(axis, first_lost)
         dress(axis, title="", ylabel=title)
     legend(figure, axes)
     return figure
@@ -209,7 +205,7 @@ def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> 
 def _draw_panels(
     run: RunRecords, panels: Mapping[str, Sequence[EvalRecord]], *, ylabel: str
 ) -> Figure | None:
-    """A panel per metric and a line per view; fractions in percent."""
+    """A panel for each metric, a line for each view; fractions in percent."""
     if not panels:
         return None
     edits = edits_by_step(run.steps)

@@ -1,5 +1,5 @@
-"""PRUNE's Figure 5: the values of the first edits on their two principal components, as each edit
-left its own and after later ones.
+"""PRUNE's Figure 5: the values of the first edits on their two principal components, right after
+each edit and after all later edits.
 
 `suite=values` writes them into a run's samples. Shape letters: N requests, O the value's width, P
 points of all clouds.
@@ -25,7 +25,7 @@ SAMPLES = "values"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cloud:
-    """The same facts' values at one time, on the two components."""
+    """The values of the facts at one time, on the two components."""
 
     label: str
     x: tuple[float, ...]
@@ -34,8 +34,8 @@ class Cloud:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scatter:
-    """One trajectory: the clouds share their components. `explained` is their share of the
-    variance, in [0, 1].
+    """One trajectory. All clouds have the same components. `explained` is the share of the variance
+    of each component, in [0, 1].
     """
 
     name: str
@@ -45,61 +45,61 @@ class Scatter:
 
 
 def scatters(subjects: Sequence[Measured]) -> tuple[Scatter, ...]:
-    """One for each trajectory whose run has values, of its first seed, at its last milestone."""
-    found = []
-    seen: set[str] = set()
-    for each in sorted(subjects, key=lambda each: each.seed):
+    """A scatter for each trajectory whose run has values. It shows the last milestone of the first
+    seed.
+    """
+    by_subject: dict[str, Scatter] = {}
+    for run_view in sorted(subjects, key=lambda run_view: run_view.seed):
         if (
-            each.is_trajectory
-            and each.subject not in seen
-            and (scatter := _scatter(each, subjects))
+            run_view.is_trajectory
+            and run_view.subject not in by_subject
+            and (scatter := _scatter(run_view, subjects))
         ):
-            seen.add(each.subject)
-            found.append(scatter)
-    return tuple(found)
+            by_subject[run_view.subject] = scatter
+    return tuple(by_subject.values())
 
 
-def _scatter(each: Measured, subjects: Sequence[Measured]) -> Scatter | None:
+def _scatter(run_view: Measured, subjects: Sequence[Measured]) -> Scatter | None:
     import numpy as np
 
-    records = list(read_samples(each.run, name=SAMPLES))
+    records = list(read_samples(run_view.run, name=SAMPLES))
     last = max((record.step for record in records), default=0)
     by_view = {record.view: record.rows for record in records if record.step == last}
-    rows = by_view.get(each.view, ())
-    whole = [
+    rows = by_view.get(run_view.view, ())
+    complete = [
         row
         for row in rows
         if row.get("current") and row.get("now") and None not in [*row["current"], *row["now"]]
     ]
-    if len(whole) < 3:
+    if len(complete) < 3:
         return None
-    edits = edits_by_step(each.run.steps).get(last, last)
-    requests = [row["request"] for row in whole]
+    edits = edits_by_step(run_view.run.steps).get(last, last)
+    requests = [row["request"] for row in complete]
     sets: dict[str, Any] = {
-        "right after its own edit": [row["current"] for row in whole],
-        f"after {edits} edits": [row["now"] for row in whole],
+        "right after its own edit": [row["current"] for row in complete],
+        f"after {edits} edits": [row["now"] for row in complete],
     }
     for view, others in by_view.items():
         known = {row["request"]: row["now"] for row in others}
-        if view != each.view and all(
+        if view != run_view.view and all(
             request in known and None not in known[request] for request in requests
         ):
             sets[f"after {edits} edits, {view}"] = [known[request] for request in requests]
     points_PO = np.concatenate([np.asarray(values, dtype=float) for values in sets.values()])
     centred_PO = points_PO - points_PO.mean(axis=0)
     _, s_K, v_KO = np.linalg.svd(centred_PO, full_matrices=False)
-    flat_P2 = centred_PO @ v_KO[:2].T
+    projected_P2 = centred_PO @ v_KO[:2].T
     shares = s_K**2 / np.sum(s_K**2)
     clouds = []
     for place, label in enumerate(sets):
-        part = flat_P2[place * len(whole) : (place + 1) * len(whole)]
+        part = projected_P2[place * len(complete) : (place + 1) * len(complete)]
         clouds.append(
             Cloud(label=label, x=tuple(map(float, part[:, 0])), y=tuple(map(float, part[:, 1])))
         )
     return Scatter(
-        name=f"values_{each.subject}",
-        title=f"{each.model}, {label_of(each, subjects)}: values of the first {len(whole)} edits "
-        "(PRUNE, Figure 5)",
+        name=f"values_{run_view.subject}",
+        title=f"{run_view.model}, {label_of(run_view, subjects)}: values of the first "
+        f"{len(complete)} edits (PRUNE, Figure 5)",
         clouds=tuple(clouds),
         explained=(float(shares[0]), float(shares[1])),
     )
@@ -159,8 +159,8 @@ def _axis_titles(scatter: Scatter) -> list[str]:
 
 
 def _colours(scatter: Scatter) -> list[str]:
-    """The values as the edits left them, after all edits in the unrestrained model's colour, then
-    the restrained views.
+    """The colours of the clouds: right after the edits, after all edits (the colour of the
+    unrestrained model), and of the restrained views.
     """
     palette = colours(len(scatter.clouds))
     return [palette[0], UNRESTRAINED_COLOUR, *palette[1:]][: len(scatter.clouds)]
