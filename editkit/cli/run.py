@@ -58,6 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         hydra_task
     )
     try:
+        arguments = flags_first(arguments)
         with hydra_arguments(defer_component_values(arguments)):
             application()
     except (JobFailed, SweepIncomplete) as failure:
@@ -201,11 +202,22 @@ def execute(
         )
 
 
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with Hydra's flags before the overrides. Hydra's parser takes flags before or
+    after all overrides, and refuses `a=b --multirun c=d`.
+    """
+    overrides, _ = parse_hydra_arguments(arguments)
+    flags = list(arguments)
+    for override in overrides:
+        flags.remove(override)
+    return [*flags, *overrides]
+
+
 def parse_hydra_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The overrides among Hydra's arguments, and the folder of --config-dir."""
     from hydra._internal.utils import get_args_parser
 
-    parsed = get_args_parser().parse_args(list(arguments))
+    parsed = get_args_parser().parse_intermixed_args(list(arguments))
     return parsed.overrides, Path(parsed.config_dir) if parsed.config_dir else None
 
 

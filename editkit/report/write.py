@@ -40,6 +40,9 @@ def report(
 ) -> Written:
     """Writes `report.html`, `figures/*.png|pdf` and `tables/*.md|tex` into the folder `to`.
 
+    If `to` ends in .html and is no folder, it is the page itself; figures and tables are written
+    into the folder of that name without the suffix.
+
     Args:
         folders: runs, or folders of runs.
         published: files like `experiments/*/published.csv`, which are the default.
@@ -48,6 +51,8 @@ def report(
     versions, or a library is missing.
     """
     curves.require_plotly()
+    names_the_page = to.suffix == ".html" and not to.is_dir()
+    page_path, to = (to, to.with_suffix("")) if names_the_page else (to / PAGE, to)
     folders = tuple(folders)
     runs = load_runs(folders)
     subjects, notes = measured(runs)
@@ -89,5 +94,5 @@ def report(
     for name, format_text in texts.items():
         written.append(to / "tables" / name)
         write_atomically(written[-1], format_text().encode())
-    write_atomically(to / PAGE, page(content).encode())
-    return Written(page=to / PAGE, figures=tuple(figures), tables=tuple(written))
+    write_atomically(page_path, page(content).encode())
+    return Written(page=page_path, figures=tuple(figures), tables=tuple(written))

@@ -16,6 +16,7 @@ import pytest
 import typer
 
 from editkit.cli import main as cli
+from editkit.cli.run import flags_first
 from editkit.config.compose import options
 from tests.support.paths import ROOT
 
@@ -157,6 +158,32 @@ def test_in_a_multirun_every_job_is_checked_and_the_exit_code_reports_failures(
     assert "ConfigError in job 1 (edits=-1 tracker=none): edits: out of range (got -1;" in err
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["multirun"]
+
+
+def test_flags_of_a_run_may_stand_among_its_overrides(editkit: Call, tmp_path: Path) -> None:
+    code, _, err = editkit("run", "edits=0,-1", "--multirun", "tracker=none")
+    assert code == 2
+    assert err.count("at least 1") == 2
+    (tmp_path / "mine").mkdir()
+    code, out, _ = editkit("run", "edits=7", "--config-dir", "mine", "seed=3", "--cfg", "job")
+    assert code == 0 and "edits: 7" in out and "seed: 3" in out
+    code, _, err = editkit("run", "edits=7", "--no-such-flag", "seed=3")
+    assert code == 2 and "unrecognized arguments: --no-such-flag" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "passed_on"),
+    [
+        (["a=b", "--multirun", "c=d"], ["--multirun", "a=b", "c=d"]),
+        (["a=b", "c=d", "-m"], ["-m", "a=b", "c=d"]),
+        (["a=b", "--config-dir", "mine", "c=d"], ["--config-dir", "mine", "a=b", "c=d"]),
+        (["~a", "--config-dir=x", "+b=1"], ["--config-dir=x", "~a", "+b=1"]),
+        (["--multirun", "a=b", "a=b"], ["--multirun", "a=b", "a=b"]),
+        ([], []),
+    ],
+)
+def test_flags_go_to_hydra_before_the_overrides(given: list[str], passed_on: list[str]) -> None:
+    assert flags_first(given) == passed_on
 
 
 def test_a_misspelt_key_in_a_multirun_is_named_before_any_job_starts(editkit: Call) -> None:

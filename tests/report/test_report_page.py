@@ -97,7 +97,9 @@ def test_the_page_says_once_what_all_published_rows_share_and_where_all_runs_are
 
 def test_the_same_runs_give_the_same_page(written, tmp_path: Path) -> None:
     runs = written.page.parent.parent / "runs"
-    again = report([runs], tmp_path, title="A <sweep>")
+    again = report([runs], tmp_path / "again.html", title="A <sweep>")
+    assert again.page == tmp_path / "again.html"
+    assert {path.parent for path in again.figures} == {tmp_path / "again" / "figures"}
     assert again.page.read_bytes() == written.page.read_bytes()
     assert [path.read_bytes() for path in again.figures] == [
         path.read_bytes() for path in written.figures
