@@ -12,7 +12,7 @@ from editkit.cli.arguments import RunFolders
 
 def report(
     folders: RunFolders,
-    to: Annotated[Path, typer.Option(help="Folder to write, or the page: x.html.")] = Path("report"),
+    to: Annotated[Path, typer.Option(help="Folder, or page x.html, to write.")] = Path("report"),
     title: Annotated[
         str | None, typer.Option(help="Title of the page.", show_default=False)
     ] = None,
