@@ -17,8 +17,9 @@ from editkit.errors import ConfigError
 from editkit.evaluation.base import AbstractSuite
 from editkit.evaluation.harness.catalogue import local_data, own_tasks, takes_examples_from_test
 from editkit.evaluation.harness.load_tasks import build_requests, load_tasks
-from editkit.evaluation.harness.suite import Suite
-from tests.support.helpers import real_data
+from editkit.evaluation.harness.suite import LoadedSuite, Suite
+from editkit.runner.inputs import require_same
+from tests.support.helpers import real_data, tiny_model
 from tests.test_imports import loaded_after
 
 OWN = own_tasks()
@@ -39,7 +40,7 @@ NUMERALS = "Therefore, the answer (arabic numerals) is:"
 ENTAILS = "It rains. entails the It is wet.. True or False? answer:"
 PASSAGE = "Refer to the passage below and answer the following question. Passage: \n\nIt is here. Question: where is it?"
 SENTIMENT = (
-    "For each snippet of text,label the sentiment of the text as positive or negative."
+    "For each snippet of text, label the sentiment of the text as positive or negative. "
     "The answer should be exact 'positive' or 'negative'. text: fine .  answer:"
 )
 PROMPTS = {
@@ -55,7 +56,7 @@ PROMPTS = {
     "published_rte": ENTAILS,
     "published_nq": f"{PASSAGE}. Answer:",
     "published_samsum": "A: Hi!\r\nB: Hello.\nTL;DR:",
-    "published_sst2": SENTIMENT,
+    "published_sst2": SENTIMENT.replace(", label", ",label").replace(". The", ".The"),
 }
 CHOICES = {
     "paper_rte_likelihood": [" True", " False"],
@@ -117,6 +118,22 @@ def test_prompts_are_word_for_word_the_papers(folder: Path) -> None:
             assert [request.args[1] for request in requests] == CHOICES[name]
         else:
             assert requests[0].args[1]["do_sample"] is False
+
+
+def test_a_run_that_began_with_another_text_of_a_task_is_not_resumed(folder: Path) -> None:
+    values = {key: value for key, value in node("paper").items() if key != "_target_"}
+    options = Suite(**values | {"tasks": ("paper_sst2",), "data": str(folder)})
+    model = tiny_model("gpt2")
+    loaded = options.load(options.tasks)
+    now = options.inputs(model)
+    (task,) = loaded["paper_sst2"].tasks
+    task.config.doc_to_text = task.config.doc_to_text.replace("text, label", "text,label")
+    before = LoadedSuite(options, loaded).inputs(model)
+    with pytest.raises(
+        ConfigError, match=r"suite\.tasks: paper_sst2: the data is not what the run"
+    ):
+        require_same(before, now, source="the data")
+    require_same(options.inputs(model), now, source="the data")
 
 
 def test_validation_reads_every_tasks_data(tmp_path: Path, folder: Path) -> None:
