@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from editkit.records.reader import RunRecords
 from editkit.report import formats
-from editkit.report.compare.against_published import HEAD, PublishedComparison, cells_of, notes_of
+from editkit.report.compare.against_published import (
+    HEAD,
+    ONLY,
+    PublishedComparison,
+    cells_of,
+    notes_of,
+)
 from editkit.report.compare.collapse import Collapses
 from editkit.report.compare.significance import Comparison
 from editkit.report.compare.summary import Summary
@@ -19,6 +25,12 @@ from editkit.report.figures import curves
 from editkit.report.labels import labels
 from editkit.report.tables import edits_by_step
 
+KINDS = (
+    "Two kinds of number are called specificity in papers and are never mixed here. locality: the "
+    "edited model answers as the unedited one, or under the protocol probability still prefers the "
+    "true answer. specificity: the true answer is right, whatever the unedited model says."
+)
+KIND_NAMES = ("locality", "specificity")
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
@@ -34,6 +46,7 @@ th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee;
 thead th { border-bottom: 2px solid #888; }
 th[scope=row], td.text, thead th.text { text-align: left; } th[scope=row] { font-weight: normal; }
 td.best { font-weight: bold; } .bad { color: #b00020; } .note { color: #666; }
+tr.only td { color: #767676; }
 summary { cursor: pointer; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto;
   font-size: .8rem; }
 """
@@ -93,8 +106,16 @@ def overview(runs: Sequence[RunRecords]) -> str:
     return f"{len(runs)} runs ({ended}), seeds {', '.join(map(str, seeds))}."
 
 
-def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "") -> str:
-    """A plain table. Columns of numbers are right-aligned, all others left-aligned."""
+def table_of(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    caption: str = "",
+    greyed: Collection[int] = (),
+) -> str:
+    """A plain table. Columns of numbers are right-aligned, all others left-aligned. The rows at the
+    places `greyed` are grey.
+    """
     rows = list(rows)
     kind = [
         "" if all(_is_number(row[place]) for row in rows) else " class='text'"
@@ -102,10 +123,10 @@ def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str
     ]
     titles = "".join(f"<th{kind[place]}>{escape(title)}</th>" for place, title in enumerate(head))
     body = "".join(
-        "<tr>"
+        f"<tr{' class=only' if number in greyed else ''}>"
         + "".join(f"<td{kind[place]}>{escape(text)}</td>" for place, text in enumerate(row))
         + "</tr>"
-        for row in rows
+        for number, row in enumerate(rows)
     )
     below = f"<caption>{escape(caption)}</caption>" if caption else ""
     head = f"<thead><tr>{titles}</tr></thead>"
@@ -113,7 +134,7 @@ def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str
 
 
 def _is_number(text: str) -> bool:
-    return text in ("-", "?", "None") or text[:1] in "+-<" or text[:1].isdigit()
+    return text in ("-", "?", "None", "", ONLY) or text[:1] in "+-<" or text[:1].isdigit()
 
 
 def _summaries(content: Content) -> Iterable[str]:
@@ -151,6 +172,8 @@ def _published(found: Sequence[PublishedComparison]) -> Iterable[str]:
             "compare the effect, not the numbers: which row "
             "is better, what grows, what collapses.</p>"
         )
+    if any(each.published.metric.startswith(KIND_NAMES) for each in found):
+        yield f"<p class='note'>{escape(KINDS)}</p>"
     for preset in dict.fromkeys(each.published.preset for each in found):
         here = [each for each in found if each.published.preset == preset]
         rows = [cells_of(each) for each in here]
@@ -163,7 +186,9 @@ def _published(found: Sequence[PublishedComparison]) -> Iterable[str]:
             if not (alike[place] and (place == 0 or rows[0][place] == "-"))
         ]
         table = table_of(
-            [HEAD[place] for place in kept], [[row[place] for place in kept] for row in rows]
+            [HEAD[place] for place in kept],
+            [[row[place] for place in kept] for row in rows],
+            greyed=[place for place, each in enumerate(here) if each.is_published_only],
         )
         yield f"<h3>{escape(f'{preset}: {rows[0][0]}' if alike[0] else preset)}</h3>{table}"
         yield from (f"<p class='note'>{escape(note)}</p>" for note in notes_of(here))

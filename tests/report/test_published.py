@@ -20,6 +20,7 @@ from editkit.report.compare.against_published import (
 from editkit.report.compare.collapse import collapses
 from editkit.report.compare.published import load_published
 from editkit.report.compare.subjects import Measured, measured
+from editkit.report.page import Content, page
 from tests.support.records import editing
 from tests.support.sweeps import add_run, config_of, evals_of
 
@@ -64,14 +65,17 @@ def test_published_numbers_stand_beside_those_of_the_preset_that_repeats_them(
     assert not any(each.is_stand_in for each in found)
 
 
-def test_a_bundled_model_stands_in_at_the_milestones_of_the_same_place(tmp_path: Path) -> None:
+def test_a_bundled_model_stands_in_at_the_milestones_of_the_same_place_whatever_their_number(
+    tmp_path: Path,
+) -> None:
     config = config_of(
         0, restraint={}, model="tiny-gptj", name="d4s-table2_gptj-tiny", milestones=[0, 2, 4]
     )
-    add_run(tmp_path / "runs", config, evals_of(efficacy={"unrestrained": 0.25}, steps=(0, 1, 2)))
+    evals = [editing(step, "efficacy", value) for step, value in ((0, 0.0), (1, 0.75), (2, 0.25))]
+    add_run(tmp_path / "runs", config, evals)
     lines = [
         f"d4s/table2_gptj,D4S,Table 2,ROME,9,%,gptj-6b,rome,none,zsre,{edits},efficacy,probability"
-        for edits in (500, 1000)
+        for edits in (4, 1000)  # 4 is the first of the paper's milestones and the last of ours
     ]
     found = compare_with_published(
         subjects_in(tmp_path / "runs"), load_published([published(tmp_path, *lines)])
@@ -80,10 +84,126 @@ def test_a_bundled_model_stands_in_at_the_milestones_of_the_same_place(tmp_path:
         (each.published.edits, each.edits, each.measured.mean if each.measured else None)
         for each in found
     ] == [
-        (500, 2, 25.0),
+        (4, 2, 75.0),
         (1000, 4, 25.0),
     ]
     assert all(each.is_stand_in for each in found)
+    assert notes_of(found) == [
+        "milestones are matched by their place in the run: 4, 1,000 edits of the paper beside 2, 4 "
+        "of ours."
+    ]
+
+
+def test_a_real_models_milestone_is_that_of_the_published_number_and_no_other(
+    tmp_path: Path,
+) -> None:
+    config = config_of(0, restraint={}, model="gptj-6b", name="d4s-table4", milestones=[0, 2, 4])
+    add_run(tmp_path / "runs", config, evals_of(efficacy={"unrestrained": 0.25}, steps=(0, 1, 2)))
+    lines = [
+        f"d4s/table4,D4S,Table 4,ROME,9,%,gptj-6b,rome,none,world,{edits},efficacy,probability"
+        for edits in (2, 3)
+    ]
+    found = compare_with_published(
+        subjects_in(tmp_path / "runs"), load_published([published(tmp_path, *lines)])
+    )
+    assert [(each.edits, each.measured is None) for each in found] == [(2, False), (None, True)]
+    assert notes_of(found) == []
+
+
+def test_zsres_locality_has_its_own_name_and_a_stand_in_without_it_gives_its_locality(
+    tmp_path: Path,
+) -> None:
+    """The papers' average takes the locality that the dataset has."""
+    metrics = {"efficacy": 0.9, "generalization": 0.6, "locality_out_of_distribution": 0.3}
+    for name, model, named in (
+        ("d4s-table2_gptj", "gptj-6b", metrics),
+        ("d4s-table2_gptj-tiny", "tiny-gptj", {**metrics, "locality": 0.6}),
+    ):
+        if model == "tiny-gptj":
+            named.pop("locality_out_of_distribution")
+        config = config_of(0, restraint={}, model=model, name=name, milestones=[0, 4])
+        evals = [editing(2, metric, value) for metric, value in named.items()]
+        add_run(tmp_path / "runs", config | {"dataset": {"name": "zsre"}}, evals)
+    lines = [
+        f"d4s/table2_gptj,D4S,Table 2,ROME,9,%,gptj-6b,rome,none,zsre,4,{metric},probability"
+        for metric in ("locality_out_of_distribution", "average")
+    ]
+    found = compare_with_published(
+        subjects_in(tmp_path / "runs"), load_published([published(tmp_path, *lines)])
+    )
+    assert [each.measured and each.measured.mean for each in found] == [
+        pytest.approx(value) for value in (30.0, 60.0, 60.0, 70.0)
+    ]
+    assert [each.remark != "" for each in found] == [False, False, True, False]
+    assert "measured is its locality" in found[2].remark
+
+
+def test_locality_and_specificity_are_each_compared_with_their_own_kind(tmp_path: Path) -> None:
+    config = config_of(0, restraint={}, model="gptj-6b", name="d4s-table2_gptj")
+    evals = [editing(2, "locality", 1.0), editing(2, "specificity", 0.0004)]
+    add_run(tmp_path / "runs", config, evals)
+    lines = [
+        f"d4s/table2_gptj,X,Table 2,ROME,9,%,gptj-6b,rome,none,world,4,{metric},probability"
+        for metric in ("locality", "specificity")
+    ]
+    found = compare_with_published(
+        subjects_in(tmp_path / "runs"), load_published([published(tmp_path, *lines)])
+    )
+    assert [each.measured and each.measured.mean for each in found] == [100.0, 0.04]
+
+
+WIDE = HEADER.replace("protocol\n", "protocol,options,not_measured,note\n")
+
+
+def test_a_row_that_no_run_can_have_is_published_only_and_says_why(tmp_path: Path) -> None:
+    add_run(
+        tmp_path / "runs",
+        config_of(0, restraint={}, model="gptj-6b", name="d4s-table2_gptj"),
+        evals_of(efficacy={"unrestrained": 0.5}),
+    )
+    path = tmp_path / "published.csv"
+    start = "d4s/table2_gptj,D4S,Table 2"
+    path.write_text(
+        f"{WIDE}{start},GRACE,99,%,gptj-6b,grace,none,world,4,efficacy,argmax,,editkit has none.,\n"
+        f"{start},MEMIT,98,%,gptj-6b,memit,none,world,4,efficacy,argmax,,,\n"
+    )
+    found = compare_with_published(subjects_in(tmp_path / "runs"), load_published([path]))
+    assert [cells_of(each)[-4:] for each in found] == [
+        ["", "", "", "published only"],
+        ["-", "-", "-", "-"],
+    ]
+    assert notes_of(found) == ["published only: editkit has none."]
+    nothing = dict.fromkeys(("runs", "notes", "tables", "drawings", "collapses"), ())
+    text = page(Content(title="a", published=found, comparisons={}, **nothing))
+    assert text.count("<tr class=only>") == 1
+
+
+def test_a_row_can_name_options_that_a_run_must_have(tmp_path: Path) -> None:
+    for objective, value in (("target", 0.9), ("prompt_last", 0.2)):
+        config = config_of(0, restraint={}, editor="ft", model="gptj-6b", name="memoe-table2")
+        config["editor"]["objective"] = objective
+        add_run(tmp_path / "runs", config, evals_of(efficacy={"unrestrained": value}))
+    path = tmp_path / "published.csv"
+    path.write_text(
+        WIDE
+        + "".join(
+            f"memoe/table2,M,Table 2,{row},9,%,gptj-6b,ft,none,world,4,efficacy,probability,"
+            f"editor.objective={objective},,\n"
+            for row, objective in (("FT-L", "prompt_last"), ("FT-M", "target"), ("FT-X", "none"))
+        )
+    )
+    found = compare_with_published(subjects_in(tmp_path / "runs"), load_published([path]))
+    assert [each.measured and each.measured.mean for each in found] == [20.0, 90.0, None]
+
+
+def test_fluency_is_compared_in_hundredths_of_a_bit(tmp_path: Path) -> None:
+    config = config_of(0, restraint={}, model="gptj-6b", name="knowedit-table4")
+    add_run(tmp_path / "runs", config, [editing(2, "fluency_bits", 5.5, protocol="text")])
+    line = "knowedit/table4,K,Table 4,ROME,574.28,bits x 100,gptj-6b,rome,none,world,4,fluency_bits,text"
+    (found,) = compare_with_published(
+        subjects_in(tmp_path / "runs"), load_published([published(tmp_path, line)])
+    )
+    assert cells_of(found)[-5:] == ["574.28 bits x 100", "gptj-6b", "world", "4", "550.0"]
 
 
 def test_two_datasets_of_one_row_are_told_apart_also_where_one_stands_in_for_both(

@@ -88,7 +88,7 @@ def test_the_page_says_once_what_all_published_rows_share_and_where_all_runs_are
     assert re.findall(r"<th[^>]*>(.*?)</th>", head)[:3] == [
         "row",
         "metric",
-        "paper&#x27;s dataset",
+        "paper&#x27;s model",
     ], "no column without a value"
     runs = written.page.parent.parent / "runs"
     assert f"Runs below {runs}" in body and body.count(str(runs)) == 1

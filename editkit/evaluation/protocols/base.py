@@ -56,8 +56,8 @@ class Questions:
 
     @cached_property
     def unchanged(self) -> dict[Kind, tuple[Probe, ...]]:
-        """The prompts whose answers must stay those of the unedited model (locality). The
-        out-of-distribution kind has a metric of its own.
+        """The prompts whose answers must stay (locality). The out-of-distribution kind has a metric
+        of its own.
         """
         kinds = {NEIGHBOURS: self.request.neighbours, **self.request.locality}
         inside = {kind: probes for kind, probes in kinds.items() if kind != OUT_OF_DISTRIBUTION}

@@ -1,31 +1,36 @@
 """The papers' numbers next to the measured ones.
 
-The runs of a preset are named after it, with `-tiny` behind where a bundled model stands in for the
-paper's (`scale=tiny`); those show the effect, not the number.
+The runs of a preset are named after it. Where another model stands in for the paper's, the name
+ends in the scale (`-tiny`); those runs show the effect, not the number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from editkit.report.compare.collapse import EFFICACY, collapse_points, thresholds_of
 from editkit.report.compare.published import Published
 from editkit.report.compare.subjects import Measured
 from editkit.report.compare.summary import Mean, SummaryColumn, seconds_an_edit, text_of
 from editkit.report.figures.panels import weights_by_edits
-from editkit.report.tables import edits_by_step, is_summarised, number
+from editkit.report.tables import ALL_EDITS_SO_FAR, edits_by_step, number
 
-TINY = "-tiny"  # behind the name of a preset's runs at scale=tiny
+SCALED = ("-tiny", "-small")  # behind the name of a preset's runs with scale=tiny or scale=small
+# The architectures of the bundled models. Any other model stands in for every model.
 STANDS_FOR = {
     "tiny-gpt2": "gpt2",
     "tiny-gptj": "gptj",
     "tiny-llama": "llama",
-}  # the bundled models' architectures
-AVERAGED = ("efficacy", "generalization", "locality")  # D4S's Avg
+}
+LOCALITY, LOCALITY_OUTSIDE = "locality", "locality_out_of_distribution"
+AVERAGED = ("efficacy", "generalization")  # the papers' average, with the dataset's locality
 # the metric: edits up to the last milestone before the efficacy's collapse point
 EFFECTIVE = "effective_edits"
+SCALES = {"%": 100.0, "bits x 100": 100.0}  # by unit
+ONLY = "published only"
 HEAD = (
     *("source", "row", "metric", "paper's model", "paper's dataset", "paper's edits", "published"),
     *("our model", "our dataset", "our edits", "measured"),
@@ -46,62 +51,88 @@ class PublishedComparison:
     remark: str = ""  # on how it was measured
 
     @property
+    def is_published_only(self) -> bool:
+        """Whether no run can have the number."""
+        return bool(self.published.not_measured)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Remarks that a comparison of the two needs."""
-        said = (self.published.note, self.remark if self.measured is not None else "")
-        return tuple(f"{self.published.metric}: {each}" for each in said if each)
+        if self.is_published_only:
+            return (f"{ONLY}: {self.published.not_measured}",)
+        texts = (self.published.note, self.remark if self.measured is not None else "")
+        return tuple(f"{self.published.metric}: {text}" for text in texts if text)
 
 
 def compare_with_published(
     subjects: Sequence[Measured], published: Sequence[Published]
 ) -> tuple[PublishedComparison, ...]:
     """Every published number of the presets that are among the runs."""
-    found = []
+    by_name: dict[str, list[Measured]] = {}
+    for subject in subjects:
+        by_name.setdefault(str(subject.run.config.get("experiment_name")), []).append(subject)
+    comparisons = []
     for preset in dict.fromkeys(row.preset for row in published if row.preset):
-        name = preset.replace("/", "-")
-        runs = {each.run.config.get("experiment_name") for each in subjects}
         rows = [row for row in published if row.preset == preset]
-        for given in (name, name + TINY):
-            if given in runs:
-                here = [
-                    each for each in subjects if each.run.config.get("experiment_name") == given
-                ]
-                found += [
-                    _comparison(row, here, rows, is_stand_in=given.endswith(TINY)) for row in rows
-                ]
-    return tuple(found)
+        for suffix in ("", *SCALED):
+            here = by_name.get(preset.replace("/", "-") + suffix, [])
+            comparisons += [
+                _comparison(row, here, rows, is_stand_in=bool(suffix)) for row in rows if here
+            ]
+    return tuple(comparisons)
 
 
-def cells_of(each: PublishedComparison) -> list[str]:
+def cells_of(comparison: PublishedComparison) -> list[str]:
     """The cells of a table's row, in the order of HEAD."""
-    row, is_measured = each.published, each.measured is not None
+    row, measured = comparison.published, comparison.measured
     column = SummaryColumn(title=row.metric, is_fraction=False, better=None)
-    measured = (
-        _whole(each.measured)
-        if row.metric == EFFECTIVE and each.measured is not None
-        else text_of(each.measured, column)
-    )
-    edits = [
-        "-" if at is None else f"{at:,}" for at in (row.edits, each.edits if is_measured else None)
-    ]
+    is_count = row.metric == EFFECTIVE and measured is not None
+    text = _whole(measured) if is_count and measured is not None else text_of(measured, column)
+    ours = (comparison.model, comparison.dataset, _count(comparison.edits))
+    if comparison.is_published_only:
+        text, ours = ONLY, ("", "", "")
+    elif measured is None:
+        ours = ("-", "-", "-")
     return [
         f"{row.source}, {row.table}",
         row.row,
         row.metric,
         row.model or "-",
         row.dataset or "-",
-        edits[0],
+        _count(row.edits),
         f"{row.value:,g} {row.unit}".strip(),
-        each.model if is_measured else "-",
-        each.dataset if is_measured else "-",
-        edits[1],
-        f"at least {measured}" if each.is_lower_bound else measured,
+        *ours,
+        f"at least {text}" if comparison.is_lower_bound else text,
     ]
 
 
-def notes_of(found: Iterable[PublishedComparison]) -> list[str]:
+def notes_of(comparisons: Iterable[PublishedComparison]) -> list[str]:
     """The remarks below a table of these rows, each once."""
-    return list(dict.fromkeys(note for each in found for note in each.notes))
+    comparisons = list(comparisons)
+    remarks = dict.fromkeys(note for comparison in comparisons for note in comparison.notes)
+    return [*_places(comparisons), *remarks]
+
+
+def _places(comparisons: Iterable[PublishedComparison]) -> list[str]:
+    """Which milestone of a stand-in's run is compared with which of the paper's."""
+    pairs = {
+        (comparison.published.edits, comparison.edits)
+        for comparison in comparisons
+        if comparison.is_stand_in and comparison.measured is not None
+        if comparison.published.edits and comparison.edits
+    }
+    if all(theirs == ours for theirs, ours in pairs):
+        return []
+    theirs, ours = zip(*sorted(pairs), strict=True)
+    return [
+        "milestones are matched by their place in the run: "
+        f"{', '.join(map(_count, theirs))} edits of the paper beside "
+        f"{', '.join(map(_count, ours))} of ours."
+    ]
+
+
+def _count(edits: int | None) -> str:
+    return "-" if edits is None else f"{edits:,}"
 
 
 def _whole(counts: Mean) -> str:
@@ -112,56 +143,76 @@ def _whole(counts: Mean) -> str:
 def _comparison(
     row: Published, here: Sequence[Measured], rows: Sequence[Published], *, is_stand_in: bool
 ) -> PublishedComparison:
-    alike = [
-        each
-        for each in here
-        if (each.editor, each.restraint) == (row.editor, row.restraint)
-        and _is_model(each.model, row.model)
-    ]
-    if not is_stand_in:
-        alike = [each for each in alike if each.dataset == row.dataset or not row.dataset]
-    first = alike[:1]
-    subject = first[0].subject if first else ""
-    edits = _edits(row, rows, first[0], is_stand_in=is_stand_in) if first else row.edits
+    alike = (
+        []
+        if row.not_measured
+        else [subject for subject in here if _is_meant(subject, row, is_stand_in=is_stand_in)]
+    )
+    first = alike[0] if alike else None
+    edits = row.edits if first is None else _edits(row, rows, first, is_stand_in=is_stand_in)
     if edits is None and row.edits is not None:
         alike = []
-    alike = [each for each in alike if each.subject == subject]
-    remark, bounds = "", [False]
+    alike = [subject for subject in alike if first and subject.subject == first.subject]
+    remark, is_lower_bound, values = "", False, []
     if row.metric == EFFECTIVE:
-        counts = [
-            count for each in alike if (count := effective_edits(each, row.protocol)) is not None
-        ]
-        values, bounds = [float(edits) for edits, _ in counts], [is_bound for _, is_bound in counts]
+        counts = [effective_edits(subject, row.protocol) for subject in alike]
+        values = [float(count) for count, _ in filter(None, counts)]
+        is_lower_bound = any(is_bound for _, is_bound in filter(None, counts))
         remark = (
             f"measured is the last milestone with {EFFICACY} ({row.protocol}) of {_bound(first)} "
             "or more before the first below it"
         )
-        remark += "; at least: none was below." if any(bounds) else "."
-    else:
-        edits = (
-            edits
-            if edits is not None or not first
-            else max(edits_by_step(first[0].run.steps).values(), default=0)
-        )
-        values = [value for each in alike if (value := _value(each, row, edits)) is not None]
-    scale = 100.0 if row.unit == "%" else 1.0
+        remark += "; at least: none was below." if is_lower_bound else "."
+    elif first is not None:
+        if row.edits is None:  # the paper gives none: after the last edit
+            edits = max(edits_by_step(first.run.steps).values(), default=0)
+        by_seed = [numbers_at(subject, row, edits) for subject in alike if edits is not None]
+        metric = row.metric
+        if is_stand_in and metric == LOCALITY_OUTSIDE and not any(metric in own for own in by_seed):
+            metric = LOCALITY
+            remark = "the dataset that stands in has no such prompts; measured is its locality."
+        values = [own[metric] for own in by_seed if metric in own]
+    scale = SCALES.get(row.unit, 1.0)
     return PublishedComparison(
         published=row,
         measured=Mean(values=tuple(scale * value for value in values)) if values else None,
-        model=first[0].model if first else "",
-        dataset=first[0].dataset if first else "",
+        model=first.model if first else "",
+        dataset=first.dataset if first else "",
         edits=edits,
         is_stand_in=is_stand_in,
-        is_lower_bound=any(bounds),
+        is_lower_bound=is_lower_bound,
         remark=remark,
     )
 
 
-def _bound(first: Sequence[Measured]) -> str:
-    return number(thresholds_of(first[0].run.config).efficacy) if first else ""
+def _is_meant(subject: Measured, row: Published, *, is_stand_in: bool) -> bool:
+    """Whether a run's number can stand beside a row's, as far as its configuration says."""
+    is_model = subject.model == row.model or not row.model
+    is_dataset = subject.dataset == row.dataset or not row.dataset
+    if is_stand_in:
+        is_model = is_model or row.model.startswith(STANDS_FOR.get(subject.model, ""))
+        is_dataset = True
+    return (
+        is_model
+        and is_dataset
+        and (subject.editor, subject.restraint) == (row.editor, row.restraint)
+        and all(_value_of(subject.run.config, key) == value for key, value in row.wanted.items())
+    )
 
 
-def effective_edits(each: Measured, protocol: str) -> tuple[int, bool] | None:
+def _value_of(config: Mapping[str, Any], key: str) -> str:
+    """The value of a dotted key as text; "None" where the configuration does not have it."""
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return str(node)
+
+
+def _bound(subject: Measured | None) -> str:
+    return number(thresholds_of(subject.run.config).efficacy) if subject else ""
+
+
+def effective_edits(subject: Measured, protocol: str) -> tuple[int, bool] | None:
     """After how many edits the efficacy was last above its threshold, and whether that is only a
     lower bound: it never fell below.
 
@@ -169,80 +220,69 @@ def effective_edits(each: Measured, protocol: str) -> tuple[int, bool] | None:
     """
     evals = [
         record
-        for record in each.run.evals
+        for record in subject.run.evals
         if (record.view, record.measurement.kind, record.measurement.protocol)
-        == (each.view, "editing", protocol)
+        == (subject.view, "editing", protocol)
     ]
-    point = next(
-        collapse_points(evals, edits_by_step(each.run.steps), thresholds_of(each.run.config)), None
-    )
+    edits, thresholds = edits_by_step(subject.run.steps), thresholds_of(subject.run.config)
+    point = next(collapse_points(evals, edits, thresholds), None)
     return None if point is None else (point.sound_at or 0, point.edits is None)
 
 
-def _is_model(name: str, published: str) -> bool:
-    family = STANDS_FOR.get(name)
-    return (
-        name == published or not published or (family is not None and published.startswith(family))
-    )
-
-
 def _edits(
-    row: Published, rows: Sequence[Published], each: Measured, *, is_stand_in: bool
+    row: Published, rows: Sequence[Published], subject: Measured, *, is_stand_in: bool
 ) -> int | None:
-    """Where to look: at the published number of edits or within 1 % of it; a stand-in's at the
-    milestone of the same place, or its last.
+    """The milestone to look at: the published number of edits or within 1 % of it. A stand-in's is
+    that of the same place in its run, whatever its number: its i-th milestone beside the paper's
+    i-th, or the last beside the last.
     """
-    milestones: set[int] = {*(each.run.config.get("milestones") or ())}
-    measured = sorted(edits for edits in milestones if edits)
-    if not row.edits or row.edits in measured:
+    given: set[int] = {*(subject.run.config.get("milestones") or ())}
+    milestones = sorted(edits for edits in given if edits)
+    if not row.edits:
         return row.edits
-    near = [edits for edits in measured if abs(edits - row.edits) <= 0.01 * row.edits]
-    if near or not is_stand_in:
-        return near[0] if near else None
+    if not is_stand_in:
+        near = [edits for edits in milestones if abs(edits - row.edits) <= 0.01 * row.edits]
+        return min(near, key=lambda edits: abs(edits - (row.edits or 0)), default=None)
     published = sorted({other.edits for other in rows if other.edits})
-    if len(measured) == len(published):
-        return measured[published.index(row.edits)]
-    return measured[-1] if measured and row.edits == published[-1] else None
+    if len(milestones) == len(published):
+        return milestones[published.index(row.edits)]
+    return milestones[-1] if milestones and row.edits == published[-1] else None
 
 
-def _value(each: Measured, row: Published, at: int | None) -> float | None:
-    """What one run gives for a published number; fractions as fractions, nan where it was not
-    finite.
+def numbers_at(subject: Measured, row: Published, at: int) -> dict[str, float]:
+    """What one run has after so many edits, by the metrics of published numbers, under a row's
+    protocol. Fractions are fractions; nan where a number was not finite.
     """
-    steps = edits_by_step(each.run.steps)
-    if at is None:
-        return None
-    if row.metric == "seconds":
-        return seconds_an_edit(each, at, steps)
-    if row.metric == "total_sigma_max":
-        return weights_by_edits(each, row.metric, max).get(at)
-    if row.metric == "l1_growth":
-        norms = weights_by_edits(each, "l1_norm", sum)
-        return norms[at] / norms[0] - 1 if at in norms and 0 in norms else None
-    found: dict[str, float] = {}
-    for record in each.run.evals:
+    steps = edits_by_step(subject.run.steps)
+    numbers: dict[str, float] = {}
+    for record in subject.run.evals:
+        measurement = record.measurement
         if (
-            record.view == each.view
-            and is_summarised(record)
-            and steps.get(record.step, record.step) == at
+            record.view != subject.view
+            or steps.get(record.step, record.step) != at
+            or measurement.timing not in ALL_EDITS_SO_FAR
+            or measurement.kind in ("weights", "comparison")
+            or measurement.is_part
         ):
-            if record.measurement.kind == "editing" and row.protocol not in (
-                "",
-                record.measurement.protocol,
-            ):
-                continue
-            name = (
-                record.measurement.metric
-                if record.measurement.kind == "editing"
-                else str(record.measurement.task)
-            )
-            found.setdefault(
-                name, math.nan if record.measurement.value is None else record.measurement.value
-            )
-    if row.metric == "average":
-        return (
-            sum(found[name] for name in AVERAGED) / len(AVERAGED)
-            if all(name in found for name in AVERAGED)
-            else None
-        )
-    return found.get(row.metric)
+            continue
+        if measurement.kind != "editing":
+            name = str(measurement.task)  # a task's first metric stands for it, as in the tables
+        elif measurement.task is None and row.protocol in ("", measurement.protocol):
+            name = measurement.metric
+        else:
+            continue
+        numbers.setdefault(name, math.nan if measurement.value is None else measurement.value)
+    parts = [numbers.get(name) for name in AVERAGED]
+    parts.append(numbers.get(LOCALITY, numbers.get(LOCALITY_OUTSIDE)))
+    known = [part for part in parts if part is not None]
+    if len(known) == len(parts):
+        numbers["average"] = math.fsum(known) / len(known)
+    if (seconds := seconds_an_edit(subject, at, steps)) is not None:
+        numbers["seconds"] = seconds
+    largest = weights_by_edits(subject, "total_sigma_max", max)
+    norms = weights_by_edits(subject, "l1_norm", sum)
+    if at in largest:
+        numbers["total_sigma_max"] = largest[at]
+    if at in norms and 0 in norms:
+        numbers["l1_growth"] = norms[at] / norms[0] - 1
+    return numbers

@@ -1,8 +1,13 @@
 """The papers' numbers: the content of `experiments/<paper>/published.csv`, one number a line.
 
 A line says where its number is from (source, table, row, value) and what was measured there (model,
-editor, restraint, dataset, edits, metric, protocol). `preset` says which experiment here repeats
-it, `note` what a reader has to know to compare the two.
+editor, restraint, dataset, edits, metric, protocol, options). `preset` says which experiment here
+repeats it. `note` says what a reader has to know to compare the two, and `not_measured` why no run
+can have the number.
+
+A metric has the name under which editkit records it for that dataset: zsRE's locality is
+`locality_out_of_distribution`, and a table's "specificity" is `locality` where it is agreement with
+the unedited model.
 """
 
 from __future__ import annotations
@@ -18,16 +23,16 @@ from editkit.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One number of a paper; the fields are the columns of `published.csv`, of which `note` may be
-    missing.
+    """One number of a paper; the fields are the columns of `published.csv`, of which those with a
+    default may be missing.
     """
 
-    preset: str  # "d4s/table2_gptj"; empty if no experiment repeats it
+    preset: str  # "d4s/table2_gptj"; empty if no experiment repeats its table
     source: str
     table: str
     row: str
     value: float
-    unit: str  # "%", "s", "edits" or empty
+    unit: str  # "%", "s", "edits", "bits x 100" or empty
     model: str
     editor: str
     restraint: str
@@ -37,7 +42,14 @@ class Published:
     # task's name
     metric: str
     protocol: str
+    options: str = ""  # of the run that has the number: "editor.objective=prompt_last"
+    not_measured: str = ""  # why no run can have the number; empty: runs can
     note: str = ""
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """The values that a run's configuration must have, by dotted key."""
+        return dict(option.split("=", 1) for option in self.options.split())
 
 
 NAMES = tuple(field.name for field in fields(Published))
@@ -72,10 +84,10 @@ def load_published(files: Iterable[Path] | None = None) -> tuple[Published, ...]
         else []
     )
     problems: list[str] = []
-    found = [each for path in paths for each in _read(path, problems)]
+    rows = [row for path in paths for row in _read(path, problems)]
     if problems:
         raise ConfigError(problems)
-    return tuple(found)
+    return tuple(rows)
 
 
 def _read(path: Path, problems: list[str]) -> Iterator[Published]:
@@ -112,6 +124,8 @@ def _published(line: Mapping[str | None, str | None]) -> Published:
         raise ValueError(f"value: {texts['value']!r} is no number")
     if edits and not edits.isdecimal():
         raise ValueError(f"edits: {edits!r} is no whole number")
+    if wrong := [option for option in texts["options"].split() if "=" not in option]:
+        raise ValueError(f"options: {wrong[0]!r} is not key=value")
     return Published(**texts | {"value": value, "edits": int(edits) if edits else None})  # type: ignore[arg-type]
 
 
