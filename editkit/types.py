@@ -41,7 +41,8 @@ class EditRequest:
     neighbours: tuple[Probe, ...] = ()  # locality: prompts whose answer must stay
     # Further locality by kind: "out_of_distribution" (zsRE's NQ questions); every other kind is in
     # distribution ("relation_specificity", "forgetfulness", "unaffected_subject"). It is compared
-    # with the unedited model alone: an answer need not be true (CSK's are not known).
+    # with the unedited model, unless specificity is asked for: an answer need not be true (CSK's
+    # are not known).
     locality: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     # Consequences of the edit by kind: "alias", "reasoning", "logical_generalization" (KnowEdit),
     # "one_hop" (zsRE), "two_hop" (world), "multi_hop" (MQuAKE), "affected_subject",

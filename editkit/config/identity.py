@@ -24,6 +24,7 @@ UNHASHED = (
 LATER: dict[tuple[str, str], Any] = {
     ("model", "weights"): "pretrained",
     ("model", "tokenizer"): None,
+    ("evaluation", "specificity"): False,
 }
 # Former paths of configured classes, and where each class is now. The first former path of a class
 # is its stable name. A class that moves again gets one more line.

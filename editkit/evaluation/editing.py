@@ -13,7 +13,9 @@ requests there are these, marked as such:
     immediate      the scores right after each request's own edit
     forgetting     in the metric's name: the mean of what each request has lost since then
 
-The answers of the unedited model are frozen at step 0, and its scores with them.
+The answers of the unedited model are frozen at step 0, and its scores with them. `specificity`
+takes the prompts of locality and asks whether the true answer is right (MEMIT, arXiv 2210.07229, on
+zsRE). Locality asks whether the answer is still the unedited model's.
 """
 
 from __future__ import annotations
@@ -85,6 +87,7 @@ class EditingEvaluator(AbstractEditEvaluator):
     bootstrap: int = 0  # resamples for 95 % confidence intervals; 0: none
     context: str = PLACE  # the template around every prompt
     attribute_prompts: bool = False  # measure CounterFact's too, which double its prompts
+    specificity: bool = False  # whether locality's prompts are judged by their true answers too
     generate: Generate = field(default_factory=Generate)
     distribution: Distribution = field(default_factory=Distribution)
     fluency: Fluency = field(
@@ -303,7 +306,11 @@ class EditingEvaluator(AbstractEditEvaluator):
 
     def _questions(self, requests: Sequence[EditRequest]) -> list[Questions]:
         return [
-            Questions(in_context(request, self.context), self.attribute_prompts)
+            Questions(
+                in_context(request, self.context),
+                with_attributes=self.attribute_prompts,
+                with_specificity=self.specificity,
+            )
             for request in requests
         ]
 

@@ -284,3 +284,25 @@ def test_kinds_of_prompts_are_told_apart_and_out_of_distribution_is_never_in_loc
     assert values["locality_out_of_distribution", None] == 0.0
     assert (values["portability", "alias"], values["portability", "hop"]) == (0.0, 0.0)
     assert ("efficacy", None) in values and ("locality", "out_of_distribution") not in values
+
+
+def test_specificity_is_whether_the_true_answer_is_right_and_locality_whether_it_stayed() -> None:
+    """An unedited model that does not know the answers: locality 1, specificity 0."""
+    far = Probe(prompt="who sang x", answer="Ann")
+    requests = [request("A", neighbours=1, locality={"out_of_distribution": (far,)})]
+    scores = scores_of(requests, scored(-1.0), {})
+    asked = Questions(requests[0], with_attributes=False, with_specificity=True)
+    greedy = [token for probe in asked.unchanged_probes for token in scores[probe].greedy]
+    frozen = {"greedy": torch.tensor(greedy)}
+    for protocol in (Argmax(), Token()):
+        judged = protocol.assess([asked], Answers(scores, {}), [frozen]).judged
+        values = {metric.name: tallies[0].mean for metric, tallies in judged.items()}
+        assert (values["locality"], values["specificity"]) == (1.0, 0.0)
+        assert values["locality_out_of_distribution"] == 1.0
+        assert values["specificity_out_of_distribution"] == 0.0
+    knowing = scores | {far: scored(-0.1, greedy=True)}
+    judged = Argmax().assess([asked], Answers(knowing, {}), [frozen]).judged
+    values = {metric.name: tallies[0].mean for metric, tallies in judged.items()}
+    assert values["specificity_out_of_distribution"] == 1.0
+    plain = Questions(requests[0], with_attributes=False)
+    assert not any("specificity" in metric for metric, _ in plain.expected)

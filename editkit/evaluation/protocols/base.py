@@ -35,6 +35,7 @@ class Questions:
 
     request: EditRequest
     with_attributes: bool
+    with_specificity: bool = False
 
     @cached_property
     def expected(self) -> dict[Kind, tuple[Probe, ...]]:
@@ -52,6 +53,11 @@ class Questions:
         probes["hop", None] = request.hops
         if self.with_attributes:
             probes["attribute", None] = request.attribute_prompts
+        if self.with_specificity:  # the same prompts as locality's, judged by their own answers
+            probes |= {
+                (metric.replace("locality", "specificity"), kind): of_kind
+                for (metric, kind), of_kind in self.unchanged.items()
+            }
         return {kind: of_kind for kind, of_kind in probes.items() if of_kind}
 
     @cached_property
