@@ -2,7 +2,8 @@
 
 `tests/data/runs_before_rooms` holds two folders written by commit d301527, before the package was
 divided into rooms: the same command once run to its end and once stopped after three of six edits.
-`tests/data/run_names.json` holds the run folders that this commit gave to 150 commands.
+`tests/data/run_names.json` holds the run folders that this commit gave to 124 commands. The presets
+that have been corrected since then are not among them.
 """
 
 from __future__ import annotations
