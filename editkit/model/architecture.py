@@ -15,7 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ASSET = "asset:"
+from editkit.errors import ConfigError
+from editkit.model.gguf import read_header
+from editkit.model.source import ASSET, GGUF, PACKAGE, find_source
+
 NAMES = {  # the keys of a size in config.json
     "width": ("hidden_size", "n_embd"),
     "num_layers": ("num_hidden_layers", "n_layer"),
@@ -30,8 +33,9 @@ EAGER = {"gptj"}
 
 
 def label_of(name: str | None, model_id: str) -> str:
-    """The model's name in results: `name`, or the last part of the hub id, folder or asset."""
-    return name or model_id.removeprefix(ASSET).rstrip("/").rsplit("/", 1)[-1]
+    """The model's name in results: `name`, or the last part of the id."""
+    bare = model_id.removeprefix(ASSET).removeprefix(PACKAGE).rstrip("/")
+    return name or bare.rsplit("/", 1)[-1].removesuffix(GGUF)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,19 +137,19 @@ def known_facts() -> dict[str, dict[str, Any]]:
 
 
 def facts_without_download(name: str, id: str) -> dict[str, Any] | None:
-    """The config.json of a bundled model or a folder, or the known parts of a named model's; None
-    if only the hub has it.
+    """The config.json of a bundled model or a folder, the sizes in the header of a GGUF file, or
+    the known parts of a named model's; None if only the hub has it.
     """
-    folder = (
-        Path(str(importlib.resources.files("editkit"))) / "assets" / id.removeprefix(ASSET)
-        if id.startswith(ASSET)
-        else Path(id)
-    )
-    path = folder.expanduser() / "config.json"
-    if path.is_file():
-        try:
+    try:
+        source = find_source(id)
+        path = Path(source.place) / "config.json"
+        if source.gguf is not None:
+            return read_header(source.gguf).facts()
+        if path.is_file():
             facts: dict[str, Any] = json.loads(path.read_text())
-        except ValueError:  # loading the model reports it, with a fix
-            return None
-        return facts
+            return facts
+    except ConfigError:  # loading the model reports it, with a fix
+        pass
+    except ValueError:  # a damaged config.json, likewise
+        return None
     return known_facts().get(name)

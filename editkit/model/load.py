@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.resources
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
-from editkit.model.architecture import ASSET, NAMES, facts_without_download, known_facts, label_of
+from editkit.model.architecture import NAMES, facts_without_download, known_facts, label_of
 from editkit.model.discover import family_suggestion
 from editkit.model.families import Family, family_of
+from editkit.model.gguf import file_problems
 from editkit.model.hub import is_unreachable, quietly
 from editkit.model.network import random_network
 from editkit.model.placement import placement
+from editkit.model.source import KEY, Source, find_source
 from editkit.model.tokens import require_offsets
 
 if TYPE_CHECKING:
@@ -28,7 +33,9 @@ BUNDLED_TOKENIZERS = {True: "asset:tiny-llama", False: "asset:tiny-gpt2"}
 class ModelConfig:
     """The choice of a model: the fields of `conf/model/*.yaml`."""
 
-    id: str  # a folder, a hub id, or "asset:<name>" for a bundled model
+    # a folder, a GGUF file, a hub id, "asset:<name>" for a bundled model, or
+    # "package:<module>/<file or folder>" for one in an installed package
+    id: str
     name: str | None = None  # the model's name in results; None: the last part of the id
     revision: str | None = None  # of the hub repository; None: its main branch
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -80,20 +87,21 @@ class ModelConfig:
             )
             # With output_loading_info it returns a pair, which its annotations do not declare.
             weights: Any = AutoModelForCausalLM
-            with quietly():
+            with quietly(), _without_gguf_progress():
                 network, report = weights.from_pretrained(
-                    source,
+                    source.place,
                     config=config,
                     dtype=getattr(torch, self.dtype),
                     output_loading_info=True,
                     **self._where,
-                    **_hub_options(source),
+                    **_source_options(source),
+                    **_dequantised(source),
                     **({"device_map": places} if places else {}),
                 )
         except ConfigError:
             raise
         # A missing, gated or unreachable repository, a damaged file, or tensors of other shapes.
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
             raise self._unloadable(source, error) from error
         if absent := sorted(report["missing_keys"]):
             raise ConfigError(
@@ -134,15 +142,17 @@ class ModelConfig:
         """
         from transformers import AutoConfig
 
-        facts = None if Path(self.id).expanduser().is_dir() else known_facts().get(self.label)
+        facts = None if Path(self.id).expanduser().exists() else known_facts().get(self.label)
         if facts is not None and (is_local or self.weights == "random"):
             kind = facts.pop("model_type")
             return AutoConfig.for_model(kind, **facts)
         source = self._source()
         try:
             with quietly():
-                return AutoConfig.from_pretrained(source, **self._where, **_hub_options(source))
-        except (OSError, ValueError) as error:
+                return AutoConfig.from_pretrained(
+                    source.place, **self._where, **_source_options(source)
+                )
+        except (OSError, ValueError, LookupError) as error:
             raise self._unloadable(source, error) from error
 
     def load_tokenizer(self, *, is_local: bool = False) -> Any:
@@ -154,7 +164,7 @@ class ModelConfig:
         from transformers import AutoTokenizer
 
         source, where = (
-            self.tokenizer or self._source(),
+            Source(self.tokenizer) if self.tokenizer else self._source(),
             {} if self.tokenizer else dict(self._where),
         )
         if self.weights == "random" and self.tokenizer is None and not _has_tokenizer(source):
@@ -164,9 +174,9 @@ class ModelConfig:
         try:
             with quietly():
                 tokenizer: Any = AutoTokenizer.from_pretrained(
-                    source, **where, **_hub_options(source, is_local=is_local)
+                    source.place, **where, **_source_options(source, is_local=is_local)
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError) as error:
             raise self._unloadable(source, error) from error
         require_offsets(tokenizer)
         return tokenizer
@@ -188,62 +198,76 @@ class ModelConfig:
     def _where(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": False}
 
-    def _unloadable(self, source: str, error: Exception) -> ConfigError:
+    def _unloadable(self, source: Source, error: Exception) -> ConfigError:
         return ConfigError(
             message(
-                "model.id",
+                KEY,
                 f"the model cannot be loaded from {self._looked_in(source)}: {_first_line(error)}",
                 got=self.id,
             )
         )
 
-    def _source(self) -> str:
-        """The folder or hub id for transformers. Raises ConfigError for a missing folder."""
-        if self.id.startswith(ASSET):
-            folder = (
-                Path(str(importlib.resources.files("editkit")))
-                / "assets"
-                / self.id.removeprefix(ASSET)
-            )
-            if not (folder / "config.json").is_file():
-                bundled = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
-                raise ConfigError(
-                    message(
-                        "model.id",
-                        "no bundled model has this name",
-                        got=self.id,
-                        expected=f"one of {', '.join(ASSET + name for name in bundled)}",
-                    )
-                )
-            return str(folder)
-        folder = Path(self.id).expanduser()
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise ConfigError(
-                    message(
-                        "model.id",
-                        "the folder has no config.json",
-                        got=str(folder),
-                        expected="a model folder as `save_pretrained` writes it",
-                    )
-                )
-            return str(folder)
-        if self.id.startswith((".", "/", "~")) or self.id.count("/") > 1:
-            raise ConfigError(
-                message("model.id", "the folder does not exist", got=str(folder.absolute()))
-            )
-        return self.id
+    def source_problems(self) -> list[str]:
+        """Why the model's files cannot be loaded, as far as this machine shows it without reading
+        weights: a missing folder, package or file, and a GGUF file that cannot be read.
+        """
+        try:
+            self._source()
+        except ConfigError as error:
+            return list(error.problems)
+        return []
 
-    def _looked_in(self, source: str) -> str:
-        if Path(source).is_dir():
-            return source
+    def _source(self) -> Source:
+        """The folder, file or hub id for transformers. Raises ConfigError for what is missing, and
+        for a GGUF file that cannot be read.
+        """
+        source = find_source(self.id)
+        if source.gguf is not None and (
+            problems := file_problems(
+                source.gguf,
+                any_family=self.family is not None,
+                needs_tokenizer=self.tokenizer is None,
+            )
+        ):
+            raise ConfigError(problems)
+        return source
+
+    def _looked_in(self, source: Source) -> str:
+        if source.is_folder:
+            return str(source.gguf or source.place)
         branch = f"revision {self.revision}" if self.revision else "main branch"
-        return f"{Path(source).absolute()} (no such folder) or the hub, {branch}"
+        return f"{Path(source.place).absolute()} (no such folder) or the hub, {branch}"
 
 
-def _hub_options(source: str, *, is_local: bool = False) -> dict[str, Any]:
-    """Restricts loading to the local cache if the hub must not be used or is unreachable."""
-    return {"local_files_only": is_local or (not Path(source).is_dir() and is_unreachable())}
+def _source_options(source: Source, *, is_local: bool = False) -> dict[str, Any]:
+    """The file in a folder of GGUF files. Restricts loading to the local cache if the hub must not
+    be used or is unreachable.
+    """
+    from_cache = is_local or (not source.is_folder and is_unreachable())
+    return {"local_files_only": from_cache} | ({"gguf_file": source.file} if source.file else {})
+
+
+def _dequantised(source: Source) -> dict[str, Any]:
+    """The option that makes a plain network of a GGUF file, also where the machine could multiply
+    with its quantised matrices: those cannot be edited or saved.
+    """
+    if source.file is None:
+        return {}
+    from transformers.utils.quantization_config import GgufConfig
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+@contextlib.contextmanager
+def _without_gguf_progress() -> Iterator[None]:
+    """Hides the bar of transformers' reader of GGUF files, which has no option for it."""
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = reader.tqdm
+    reader.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 def _at_once_on(device: str) -> dict[str, torch.device] | None:
@@ -253,9 +277,9 @@ def _at_once_on(device: str) -> dict[str, torch.device] | None:
     return {"": torch.device(device)} if device.startswith("cuda") else None
 
 
-def _has_tokenizer(source: str) -> bool:
-    return any(
-        (Path(source) / name).is_file()
+def _has_tokenizer(source: Source) -> bool:
+    return source.file is not None or any(
+        (Path(source.place) / name).is_file()
         for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
     )
 

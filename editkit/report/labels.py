@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from editkit.model.architecture import label_of
+
 Labels = dict[str, str]
 NONE = "none"
 
@@ -26,11 +28,7 @@ def labels(config: Mapping[str, Any]) -> Labels:
 def model_label(config: Mapping[str, Any]) -> str:
     """The model's own name, or the last part of its id."""
     node = config.get("model") or {}
-    return str(
-        node.get("name")
-        or str(node.get("id", "?")).rstrip("/").rpartition("/")[2].removeprefix("asset:")
-        or "?"
-    )
+    return label_of(node.get("name"), str(node.get("id", "?"))) or "?"
 
 
 def restraint_label(name: str, node: Any) -> str:

