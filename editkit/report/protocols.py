@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from editkit.errors import ConfigError
-from editkit.report.tables import ALL_EDITS_SO_FAR, EDITING_ORDER, UNITS, Cell, number
+from editkit.report.columns import EDITING_ORDER
+from editkit.report.tables import ALL_EDITS_SO_FAR, UNITS, Cell, number
 from editkit.types import EvalRecord
 
 

@@ -69,6 +69,8 @@ def run_table(run: RunRecords, *, protocol: str | None = None) -> Table:
         run.evals,
         edits=edits_by_step(run.steps),
         protocol=protocol or default_protocol(run.evals),
+        trajectory=run.trajectory_view if run.config else None,
+        milestones=run.config.get("milestones") or (),
     )
 
 

@@ -9,21 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from editkit.errors import ConfigError
+from editkit.report.columns import (
+    TITLES,
+    check_unmixed,
+    headlines,
+    key_of,
+    place_of,
+    title_of,
+)
 from editkit.types import EvalRecord, StepRecord
 
 if TYPE_CHECKING:
     import pandas
 
-EDITING_ORDER = ("efficacy", "generalization", "locality", "portability", "score")
 # The timings in the row of a milestone. "before": the unedited model on the edits to come.
 # "rollback": each batch alone on the unedited model. Its editing metrics cover all batches so far,
 # its tasks and perplexity the last batch.
 ALL_EDITS_SO_FAR = ("before", "milestone", "rollback", None)
 UNITS = ("_bits", "_nats", "_per_token")  # endings of the metrics that are no fractions
+# The protocol of generated texts. Its metrics stand beside those of every other protocol.
+TEXT = "text"
 WEIGHT_COLUMNS = {"condition_number": "condition number", "l1_norm": "L1 norm"}  # title by metric
+# The columns of a run that measures nothing but weights, as for PRUNE's Table 1
+WEIGHTS_ALONE = WEIGHT_COLUMNS | {"total_sigma_max": "largest singular value of the total"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +67,15 @@ class Table:
     protocol: str | None  # of the editing metrics
     has_rollback: bool = False  # each batch was measured alone, on the otherwise unedited model
 
+    @property
+    def is_of_weights(self) -> bool:
+        """Whether nothing but the weights was measured."""
+        return {column.title for column in self.columns} == {*WEIGHTS_ALONE.values()}
+
 
 def is_summarised(record: EvalRecord) -> bool:
     """Whether the summary of a milestone shows this record. It shows fractions over all edits so
-    far: no subsets, differences or distances.
+    far and the fluency: no subsets, differences or distances.
     """
     if (
         record.measurement.timing not in ALL_EDITS_SO_FAR
@@ -68,9 +83,16 @@ def is_summarised(record: EvalRecord) -> bool:
         or record.measurement.is_part
     ):
         return False
-    return record.measurement.kind != "editing" or not record.measurement.metric.endswith(
-        ("_magnitude", "_forgetting", *UNITS)
+    return (
+        record.measurement.kind != "editing"
+        or record.measurement.metric in TITLES
+        or not record.measurement.metric.endswith(("_magnitude", "_forgetting", *UNITS))
     )
+
+
+def is_fraction(kind: str, metric: str) -> bool:
+    """Whether a summarised metric is a fraction, which is shown in percent."""
+    return kind not in ("language", "training") and not metric.endswith(UNITS)
 
 
 def edits_by_step(steps: Iterable[StepRecord]) -> dict[int, int]:
@@ -83,14 +105,15 @@ def edits_by_step(steps: Iterable[StepRecord]) -> dict[int, int]:
 
 
 def editing_protocols(evals: Iterable[EvalRecord]) -> tuple[str | None, ...]:
-    """The protocols of the editing metrics, in the order of the records."""
-    return tuple(
-        dict.fromkeys(
-            record.measurement.protocol
-            for record in evals
-            if record.measurement.kind == "editing" and is_summarised(record)
-        )
+    """The protocols of the editing metrics, in the order of the records. TEXT is among them only if
+    it is the only one.
+    """
+    protocols = dict.fromkeys(
+        record.measurement.protocol
+        for record in evals
+        if record.measurement.kind == "editing" and is_summarised(record)
     )
+    return tuple(protocol for protocol in protocols if protocol != TEXT) or tuple(protocols)
 
 
 def default_protocol(evals: Sequence[EvalRecord]) -> str | None:
@@ -105,6 +128,8 @@ def summarise(
     *,
     edits: Mapping[int, int],
     protocol: str | None,
+    trajectory: str | None = None,
+    milestones: Iterable[int] = (),
 ) -> Table:
     """The table of a run.
 
@@ -113,7 +138,10 @@ def summarise(
 
     Args:
         edits: the number of edits at each measured step (see `edits_by_step`).
-        protocol: the protocol of the editing metrics. None: the only one that was measured.
+        protocol: the protocol of the editing metrics. None: the only one that was measured. The
+            metrics of generated texts are shown beside it.
+        trajectory: the view that the steps describe. None: the first view of `evals`.
+        milestones: the numbers of edits of the rows if nothing but the weights was measured.
 
     Raises ConfigError if a column would mix protocols, timings or task versions, or would hold two
     numbers for one view and step.
@@ -123,24 +151,27 @@ def summarise(
         for record in evals
         if is_summarised(record)
         and (
-            record.measurement.kind != "editing" or protocol in (None, record.measurement.protocol)
+            record.measurement.kind != "editing"
+            or protocol is None
+            or record.measurement.protocol in (protocol, TEXT)
         )
     ]
+    weights = weight_cells(steps, evals, trajectory)
+    if not records:
+        return _table_of_weights(weights, edits, milestones)
     # sorted is stable: tasks keep the order of the file
-    keys = _headlines(sorted(dict.fromkeys(_key(record) for record in records), key=_place))
-    by_key = {key: [record for record in records if _key(record) == key] for key in keys}
+    keys = headlines(sorted(dict.fromkeys(key_of(record) for record in records), key=place_of))
+    by_key = {key: [record for record in records if key_of(record) == key] for key in keys}
     for key, of_key in by_key.items():
-        _check_unmixed(" ".join(part for part in key if part), of_key)
+        check_unmixed(" ".join(part for part in key if part), of_key)
     columns = tuple(
-        Column(title=_title(key, keys), is_fraction=key[0] not in ("language", "training"))
-        for key in keys
+        Column(title=title_of(key, keys), is_fraction=is_fraction(key[0], key[3])) for key in keys
     )
     cells = {
         (key, record.view, record.step): _cell(record)
         for key, of_key in by_key.items()
         for record in of_key
     }
-    weights = weight_cells(steps, evals)
     measured = sorted({(record.view, record.step) for record in records}, key=lambda pair: pair[1])
     rows = tuple(
         Row(
@@ -164,20 +195,47 @@ def summarise(
     )
 
 
+def _table_of_weights(
+    weights: Mapping[tuple[str, int], Mapping[str, Cell]],
+    edits: Mapping[int, int],
+    milestones: Iterable[int],
+) -> Table:
+    """The table of a run that measures nothing but weights. A milestone is the first step with at
+    least that many edits.
+    """
+    reached = [[step for step, made in edits.items() if made >= least] for least in milestones]
+    shown = {min(steps) for steps in reached if steps}
+    rows = tuple(
+        Row(
+            view=view,
+            edits=edits[step],
+            cells=tuple(cells.get(metric) for metric in WEIGHTS_ALONE),
+        )
+        for (view, step), cells in weights.items()
+        if step in shown
+    )
+    columns = tuple(Column(title=title, is_fraction=False) for title in WEIGHTS_ALONE.values())
+    return Table(columns=columns, rows=rows, protocol=None)
+
+
 def weight_cells(
-    steps: Iterable[StepRecord], evals: Sequence[EvalRecord]
+    steps: Iterable[StepRecord], evals: Sequence[EvalRecord], trajectory: str | None = None
 ) -> dict[tuple[str, int], dict[str, Cell]]:
-    """Condition number and L1 norm by (view, step).
+    """The metrics of WEIGHTS_ALONE by (view, step), over all edited matrices.
 
     Those of the trajectory come from the steps. The weights of a restrained view exist only while
     it is measured: its numbers come from evaluations of the kind "weights".
+
+    Args:
+        trajectory: the view that the steps describe. None: the first view of `evals`, as the runner
+            measures the trajectory first.
     """
-    # the runner measures the trajectory's view first
-    trajectory = evals[0].view if evals else ""
+    if trajectory is None:
+        trajectory = evals[0].view if evals else ""
     numbers: dict[tuple[str, int], dict[str, list[float]]] = {}
     for step in steps:
         for figures in step.modules.values():
-            for metric in WEIGHT_COLUMNS:
+            for metric in WEIGHTS_ALONE:
                 if metric in figures:
                     numbers.setdefault((trajectory, step.step), {}).setdefault(metric, []).append(
                         figures[metric]
@@ -185,7 +243,7 @@ def weight_cells(
     for record in evals:
         if (
             record.measurement.kind == "weights"
-            and record.measurement.metric in WEIGHT_COLUMNS
+            and record.measurement.metric in WEIGHTS_ALONE
             and record.view != trajectory
         ):
             value = math.nan if record.measurement.value is None else record.measurement.value
@@ -194,7 +252,7 @@ def weight_cells(
             ).append(value)
     return {
         place: {
-            metric: _finite_cell(_largest(values) if metric == "condition_number" else sum(values))
+            metric: _finite_cell(sum(values) if metric == "l1_norm" else _largest(values))
             for metric, values in metrics.items()
         }
         for place, metrics in numbers.items()
@@ -231,6 +289,11 @@ def markdown(table: Table, *, stderr: bool = False) -> str:
 
 def caption(table: Table) -> str:
     """The caption: protocol, units and marks."""
+    if table.is_of_weights:
+        return (
+            "Over all edited matrices (row 0: the unedited model): the largest condition number "
+            "and singular value, the sum of the L1 norms; n/f: not finite; -: not measured."
+        )
     over = (
         "each batch alone on the unedited model" if table.has_rollback else "over all edits so far"
     )
@@ -285,89 +348,6 @@ def _cell(record: EvalRecord) -> Cell:
     return Cell(
         value=record.measurement.value, stderr=record.measurement.stderr, n=record.measurement.n
     )
-
-
-_Key = tuple[
-    Literal["editing", "downstream", "language"] | str, str, str, str
-]  # kind, suite, task, metric
-
-
-def _key(record: EvalRecord) -> _Key:
-    return (
-        record.measurement.kind,
-        record.measurement.suite or "",
-        record.measurement.task or "",
-        record.measurement.metric,
-    )
-
-
-def _place(key: _Key) -> tuple[int, int]:
-    kind, _, _, metric = key
-    kinds = ("editing", "downstream", "language")
-    order = EDITING_ORDER.index(metric) if metric in EDITING_ORDER else len(EDITING_ORDER) - 1
-    return kinds.index(kind) if kind in kinds else len(kinds), order if kind == "editing" else 0
-
-
-def _headlines(keys: Sequence[_Key]) -> list[_Key]:
-    """The keys without the second and later metrics of each task."""
-    first = {key[:3]: key for key in reversed(keys)}
-    return [key for key in keys if key[0] == "editing" or first[key[:3]] == key]
-
-
-def _title(key: _Key, keys: Sequence[_Key]) -> str:
-    """The shortest name that no other column has: the task, if necessary with suite and metric."""
-    kind, suite, task, metric = key
-    if not task:
-        return metric
-    of_task = [other for other in keys if other[2] == task]
-    named_suite = f"{suite}/{task}" if suite and len({other[1] for other in of_task}) > 1 else task
-    return (
-        f"{named_suite} {metric}"
-        if kind == "editing" or len({other[3] for other in of_task}) > 1
-        else named_suite
-    )
-
-
-def _check_unmixed(name: str, records: Sequence[EvalRecord]) -> None:
-    for field in (
-        "protocol",
-        "task_version",
-        "shots",
-        "aggregation",
-        "context",
-        "max_new_tokens",
-        "max_tokens",
-        "dataset",
-    ):
-        values = list(
-            dict.fromkeys(
-                getattr(record.measurement, field) if field != "dataset" else record.dataset
-                for record in records
-            )
-        )
-        if field == "shots":
-            # None: old records, and groups of tasks
-            values = [value for value in values if value is not None]
-        if len(values) > 1:
-            given = ", ".join(str(value) for value in values)
-            raise ConfigError(
-                f"one column of the table would mix values of {field}: '{name}' was measured with "
-                f"{given}. Choose one of them."
-            )
-    if {"milestone", "rollback"} <= {record.measurement.timing for record in records}:
-        raise ConfigError(
-            "one column of the table would mix edits that add up with edits that were taken "
-            f"back: '{name}'. Choose one of them."
-        )
-    seen: set[tuple[str, int]] = set()
-    for record in records:
-        place = (record.view, record.step)
-        if place in seen:
-            raise ConfigError(
-                f"'{name}' was measured twice for view '{record.view}' at step {record.step}: the "
-                "table cannot say which one counts."
-            )
-        seen.add(place)
 
 
 def _finite_cell(value: float) -> Cell:

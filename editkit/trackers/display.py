@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
@@ -45,7 +46,12 @@ class Display:
         self._info = info
         self._watch = watch
         self._out = Console(highlight=False)
-        self._steps: dict[int, StepRecord] = {}  # the measured ones, by step
+        self._steps: dict[int, StepRecord] = {}  # of milestones, by step
+        # A run that measures nothing but weights has no evaluations at its milestones.
+        self._milestones: tuple[int, ...] = ()  # in edits
+        if info.unit == "edits":
+            self._milestones = tuple(info.config.get("milestones") or ())
+        self._measured = {-(-edits // info.batch_size) for edits in self._milestones}  # steps
         self._evals: dict[tuple[object, ...], EvalRecord] = {}
         self._last: StepRecord | None = None
         self._condition = math.nan  # the latest measured one, the maximum over the matrices
@@ -73,8 +79,8 @@ class Display:
             (figures.get("condition_number", math.nan) for figures in record.modules.values()),
             default=self._condition,
         )
-        if record.step == 0:
-            self._steps[0] = record
+        if record.step in (0, *self._measured):
+            self._steps[record.step] = record
         self._edits += len(record.requests)
         self._seconds += sum(record.seconds.values())
         if self._bar is not None:
@@ -103,7 +109,9 @@ class Display:
         title = f"{self._info.name}: {ENDINGS[status]}"
         self._out.print()
         try:
-            self._out.print(Summary(title=title, table=self._table(list(self._evals.values()))))
+            self._out.print(
+                Summary(title=title, table=self._table(list(self._evals.values()), self._steps))
+            )
         except ConfigError as error:  # a table that cannot be drawn must not cost the run
             self._print(f"{title}; no table: {error}")
         if self._watch.num_nonfinite:
@@ -126,7 +134,7 @@ class Display:
             for record in past.evals
             if record.step <= self._info.resumed_at
         }
-        measured = {0} | {record.step for record in self._evals.values()}
+        measured = {0, *self._measured, *(record.step for record in self._evals.values())}
         for record in past.steps:
             if record.step <= self._info.resumed_at:
                 list(self._watch.look(record))  # their warnings were shown then
@@ -142,11 +150,12 @@ class Display:
         """
         if self._last is None:
             return
-        evals = [record for record in self._evals.values() if record.step == self._last.step]
-        if not evals:
+        step = self._last.step
+        evals = [record for record in self._evals.values() if record.step == step]
+        if not evals and step not in self._measured:
             return
         try:
-            table = self._table(evals)
+            table = self._table(evals, {step: self._steps[step]})
         except ConfigError as error:
             self.warn(str(error))
             return
@@ -164,10 +173,17 @@ class Display:
             )
         self._print(" | ".join(parts))
 
-    def _table(self, evals: list[EvalRecord]) -> Table:
-        edits = {record.step: self._edits_at(record.step) for record in evals}
-        protocol = default_protocol(evals)
-        return summarise(list(self._steps.values()), evals, edits=edits, protocol=protocol)
+    def _table(self, evals: list[EvalRecord], steps: Mapping[int, StepRecord]) -> Table:
+        shown = {*steps, *(record.step for record in evals)}
+        edits = {step: self._edits_at(step) for step in sorted(shown)}
+        return summarise(
+            list(steps.values()),
+            evals,
+            edits=edits,
+            protocol=default_protocol(evals),
+            trajectory=self._info.views[0],
+            milestones=self._milestones,
+        )
 
     def _edits_at(self, step: int) -> int:
         return min(step * self._info.batch_size, self._info.edits)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from editkit.errors import ConfigError, message
 from editkit.files import write_atomically
 from editkit.records.reader import RunRecords
-from editkit.report.tables import EDITING_ORDER, is_summarised
+from editkit.report.columns import EDITING_ORDER
+from editkit.report.tables import is_fraction, is_summarised
 from editkit.wandb.client import INSTALL
 from editkit.wandb.history import EDITS, STEP
 
@@ -125,7 +126,7 @@ def _editing_sections(runs: Sequence[RunRecords]) -> Iterable[Section]:
             _panel(
                 metric,
                 f"^editing/{protocol}/(.+/)?{re.escape(metric)}/{VIEW}$".replace("//", "/"),
-                percent=True,
+                percent=is_fraction("editing", metric),
             )
             for metric in metrics
         ]

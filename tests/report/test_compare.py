@@ -300,3 +300,33 @@ def test_a_line_is_called_by_what_differs_and_lines_of_different_sizes_get_a_log
         not {panel.title: panel.is_log for panel in alone}["L1 norm"]
         and alone[0].lines[0].label == "none"
     )
+
+
+def test_weights_have_a_panel_for_each_model_and_generated_texts_a_sheet(tmp_path: Path) -> None:
+    for model in ("tiny-gpt2", "tiny-llama"):
+        for editor in ("rome", "memit"):
+            config = config_of(0, restraint={}, editor=editor)
+            config["model"] = {"id": f"asset:{model}", "name": model}
+            texts = [editing(2, "fluency_bits", 6.2, protocol="text")]
+            add_run(tmp_path, config, [*evals_of(efficacy={"unrestrained": 0.5}), *texts])
+    found = {sheet.name: sheet for sheet in sheets(subjects_in(tmp_path))}
+    weights = found["weights"]
+    assert weights.columns == 2
+    assert [panel.title for panel in weights.panels][:4] == [
+        "tiny-gpt2: condition number",
+        "tiny-llama: condition number",
+        "tiny-gpt2: largest singular value",
+        "tiny-llama: largest singular value",
+    ]
+    assert "tiny-llama: smallest singular value" in {panel.title for panel in weights.panels}
+    assert [{line.subject for line in panel.lines} for panel in weights.panels] == [
+        {"rome", "memit"}
+    ] * len(weights.panels)
+    (fluency,) = found["texts"].panels
+    assert fluency.title == "fluency (bits)" and not fluency.is_fraction
+    columns = {
+        column.title: column
+        for table in summaries(subjects_in(tmp_path))
+        for column in table.columns
+    }
+    assert not columns["fluency (bits)"].is_fraction

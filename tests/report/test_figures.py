@@ -63,6 +63,22 @@ def test_a_run_gets_a_png_for_each_kind_of_figure_without_pyplot(
     assert sorted((tmp_path / "figures").iterdir()) == sorted(drawn)  # nothing half written is left
 
 
+def test_generated_texts_have_a_figure_with_fluency_in_bits_and_consistency_in_percent(
+    tmp_path: Path,
+):
+    texts = [
+        editing(step, metric, value, protocol="text")
+        for step in (0, 2)
+        for metric, value in (("fluency_bits", 6.2), ("consistency", 0.3))
+    ]
+    write_run(tmp_path, evals=[*EVALS, *texts])
+    assert "texts.png" in {path.name for path in draw_figures(tmp_path)}
+    fluency, consistency = draw_editing(load_run(tmp_path), "text").axes
+    assert fluency.get_title() == "fluency (bits)" and consistency.get_title() == "consistency"
+    assert list(lines(fluency)["unrestrained"].get_ydata()) == [6.2, 6.2]
+    assert list(lines(consistency)["unrestrained"].get_ydata()) == [30.0, 30.0]
+
+
 def test_the_same_records_give_the_same_bytes(tmp_path: Path):
     first = [path.read_bytes() for path in draw_figures(write_run(tmp_path, evals=[]))]
     assert [path.read_bytes() for path in draw_figures(tmp_path)] == first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from editkit.records.reader import load_run
 from editkit.report.show import Summary, run_table, show
 from editkit.report.tables import (
     default_protocol,
+    editing_protocols,
     edits_by_step,
     frame,
     markdown,
@@ -79,6 +81,65 @@ def test_a_restrained_views_weights_are_shown_where_they_were_measured():
         for module, value in zip(MODULES, (70.0, 60.0), strict=True)
     ]
     assert frame(table_of(EVALS + measured)).loc[("prune", 4), "condition number"] == 70.0
+
+
+def test_fluency_and_consistency_stand_beside_every_protocol_in_their_own_units():
+    texts = [
+        editing(2, metric, value, view=view, protocol="text")
+        for view in ("unrestrained", "prune")
+        for metric, value in (("fluency_bits", 6.213), ("consistency", 0.314))
+    ]
+    for protocol in ("probability", "argmax"):
+        table = table_of([*EVALS, *texts], protocol=protocol)
+        titles = [column.title for column in table.columns]
+        assert titles.index("entailment") == titles.index("consistency") + 1
+        assert titles.index("consistency") == titles.index("fluency (bits)") + 1
+        assert frame(table).loc[("prune", 4), "fluency (bits)"] == 6.213
+        assert "| 6.2 | 31.4 |" in markdown(table)
+    assert editing_protocols([*texts, *EVALS]) == ("probability", "argmax")
+    assert editing_protocols(texts) == ("text",)
+    alone = table_of(texts, protocol=default_protocol(texts))
+    assert frame(alone).loc[("unrestrained", 4), "consistency"] == 0.314
+
+
+def test_a_run_that_measures_nothing_but_weights_has_a_table_of_its_milestones(tmp_path: Path):
+    steps = [
+        replace(
+            step,
+            modules={
+                module: figures | {"total_sigma_max": 0.5 * step.step}
+                for module, figures in step.modules.items()
+            },
+        )
+        for step in STEPS
+    ]
+    weights = evaluation(
+        step=2,
+        view="prune",
+        kind="weights",
+        task=MODULES[0],
+        metric="l1_norm",
+        value=7.0,
+        stderr=None,
+        n=1,
+    )
+    write_run(tmp_path, steps, [weights])
+    config = "milestones: [0, 3]\nrestraint:\n  prune:\n    apply_at: evaluation\n"
+    (tmp_path / "config.yaml").write_text(config)
+    table = run_table(load_run(tmp_path))
+    assert table.is_of_weights
+    found = frame(table)
+    assert list(found.index) == [("unrestrained", 0), ("unrestrained", 4), ("prune", 4)]
+    assert list(found.loc[("unrestrained", 4)]) == [900.0, 1000.0, 1.0]
+    assert found.loc[("prune", 4), "L1 norm"] == 7.0
+    shown = io.StringIO()
+    Console(width=120, file=shown).print(show(tmp_path))
+    assert "largest singular value of the total" in " ".join(shown.getvalue().split())
+    assert "largest condition number and singular value" in " ".join(shown.getvalue().split())
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    shown = io.StringIO()
+    Console(width=120, file=shown).print(show(tmp_path))
+    assert "no milestone was measured yet" in shown.getvalue()
 
 
 def test_the_first_metric_of_a_task_stands_for_it():

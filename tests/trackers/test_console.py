@@ -167,6 +167,27 @@ def test_a_run_that_was_cut_off_before_any_milestone_says_so(
     )
 
 
+def test_a_run_that_measures_nothing_but_weights_ends_with_their_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tracker = Console()
+    tracker.open(replace(a_run(tmp_path), config={"milestones": [0, 4, 10]}, batch_size=2))
+    for step in range(6):
+        tracker.step(a_step(step, condition=40.0 + step))
+    tracker.close("done")
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if "/10 edits" in line]
+    assert [line.partition(" ")[0] for line in lines] == ["0/10", "4/10", "10/10"]
+    assert "unrestrained: condition number 42.0, L1 norm 512.0" in lines[1]
+    table = shown[shown.index("tiny-rome: done") :]
+    rows = [line.split() for line in table.splitlines() if "512.0" in line]
+    assert [row[-4:] for row in rows] == [
+        [edits, condition, "512.0", "-"]
+        for edits, condition in (("0", "40.0"), ("4", "42.0"), ("10", "45.0"))
+    ]
+    assert "no milestone" not in shown
+
+
 def test_warnings_are_shown_before_during_and_after_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

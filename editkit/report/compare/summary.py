@@ -18,6 +18,7 @@ from editkit.report.compare.subjects import Measured
 from editkit.report.figures.panels import WEIGHTS, weights_by_edits
 from editkit.report.tables import (
     WEIGHT_COLUMNS,
+    WEIGHTS_ALONE,
     Cell,
     editing_protocols,
     edits_by_step,
@@ -221,7 +222,8 @@ def _add_weights(
     by_edits: dict[int, dict[str, tuple[Cell, SummaryColumn]]], each: Measured
 ) -> None:
     """The weights at milestones at which no task was measured."""
-    for metric, title in WEIGHT_COLUMNS.items():
+    is_alone = not any(is_summarised(record) for record in each.run.evals)
+    for metric, title in (WEIGHTS_ALONE if is_alone else WEIGHT_COLUMNS).items():
         _, _, together = WEIGHTS[metric]
         found = weights_by_edits(each, metric, together)
         column = SummaryColumn(title=title, is_fraction=False, better=None)
@@ -246,7 +248,7 @@ def _summary(
         return None
     ordered = sorted(
         columns.values(),
-        key=lambda column: (column.title == SECONDS, column.title in WEIGHT_COLUMNS.values()),
+        key=lambda column: (column.title == SECONDS, column.title in WEIGHTS_ALONE.values()),
     )
     rows = []
     for subject in dict.fromkeys(each.subject for each in here):

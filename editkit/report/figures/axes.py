@@ -24,11 +24,13 @@ LEGEND_LINE = 0.22  # inches
 LEGEND_LINES = 2  # every figure has room for as many
 
 
-def grid(num_panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of that many panels of `width` x `height` inches, at most four side by side."""
+def grid(
+    num_panels: int, *, width: float, height: float, columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of that many panels of `width` x `height` inches, `columns` side by side."""
     from matplotlib.figure import Figure
 
-    columns = num_columns(num_panels)
+    columns = columns or num_columns(num_panels)
     rows = -(-num_panels // columns)
     figure = Figure(
         figsize=(columns * width, rows * height + LEGEND_LINES * LEGEND_LINE), layout="constrained"

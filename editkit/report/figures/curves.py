@@ -34,7 +34,7 @@ def draw(sheet: Sheet) -> str:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    columns = num_columns(len(sheet.panels))
+    columns = sheet.columns or num_columns(len(sheet.panels))
     num_rows = -(-len(sheet.panels) // columns)
     figure = make_subplots(
         rows=num_rows, cols=columns, subplot_titles=[panel.title for panel in sheet.panels]

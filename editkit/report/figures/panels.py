@@ -11,8 +11,16 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from editkit.report.columns import EDITING_ORDER, TITLES
 from editkit.report.compare.subjects import Measured
-from editkit.report.tables import EDITING_ORDER, editing_protocols, edits_by_step, is_summarised
+from editkit.report.figures.axes import MAX_COLUMNS
+from editkit.report.tables import (
+    TEXT,
+    editing_protocols,
+    edits_by_step,
+    is_fraction,
+    is_summarised,
+)
 from editkit.types import EvalRecord
 
 WIDE = 1000  # a panel whose largest value exceeds the smallest by this factor has a log axis
@@ -21,6 +29,7 @@ MAX_POINTS = 400  # of a line, so that a page of many edits can be opened
 WEIGHTS: Mapping[str, tuple[str, bool, Callable[[Sequence[float]], float]]] = {
     "condition_number": ("condition number", True, max),
     "sigma_max": ("largest singular value", True, max),
+    "sigma_min": ("smallest singular value", True, min),
     "l1_norm": ("L1 norm", False, sum),
     "total_sigma_max": ("largest singular value of the total", True, max),
 }
@@ -54,6 +63,7 @@ class Sheet:
     name: str  # a file's name
     title: str
     panels: tuple[Panel, ...]
+    columns: int | None = None  # panels side by side; None: as many as look well
 
 
 def sheets(subjects: Sequence[Measured]) -> Iterator[Sheet]:
@@ -63,14 +73,20 @@ def sheets(subjects: Sequence[Measured]) -> Iterator[Sheet]:
         of_dataset = [run_view for run_view in subjects if run_view.dataset == dataset]
         prefix = f"{dataset}_" if len(datasets) > 1 else ""
         if panels := tuple(_weight_panels(of_dataset)):
+            models = len({run_view.model for run_view in of_dataset})
             yield Sheet(
-                name=f"{prefix}weights", title=f"{dataset}: the edited matrices", panels=panels
+                name=f"{prefix}weights",
+                title=f"{dataset}: the edited matrices",
+                panels=panels,
+                columns=models if 1 < models <= MAX_COLUMNS else None,
             )
-        for protocol in dict.fromkeys(
+        protocols = dict.fromkeys(
             protocol
             for run_view in of_dataset
             for protocol in editing_protocols(run_view.run.evals)
-        ):
+            if protocol != TEXT
+        )
+        for protocol in protocols:
             if panels := tuple(_editing_panels(of_dataset, protocol)):
                 name = f"{prefix}editing_{protocol}" if protocol else f"{prefix}editing"
                 yield Sheet(
@@ -78,6 +94,8 @@ def sheets(subjects: Sequence[Measured]) -> Iterator[Sheet]:
                     title=f"{dataset}: editing" + (f", protocol {protocol}" if protocol else ""),
                     panels=panels,
                 )
+        if panels := tuple(_editing_panels(of_dataset, TEXT)):
+            yield Sheet(name=f"{prefix}texts", title=f"{dataset}: generated texts", panels=panels)
         for suite in dict.fromkeys(
             record.measurement.suite
             for run_view in of_dataset
@@ -108,14 +126,30 @@ def label_of(run_view: Measured, subjects: Iterable[Measured]) -> str:
 
 
 def _weight_panels(of_dataset: Sequence[Measured]) -> Iterator[Panel]:
+    """A panel for each metric, and for each model: the weights of models have different scales. The
+    lines of all models have the same names and styles.
+    """
+    models = list(dict.fromkeys(run_view.model for run_view in of_dataset))
+    parts = [
+        place for place in (1, 2) if len({run_view.label[place] for run_view in of_dataset}) > 1
+    ]
+
+    def name(run_view: Measured) -> str:
+        return ", ".join(run_view.label[place] for place in parts) or run_view.label[2]
+
     for metric, (title, is_log, combine) in WEIGHTS.items():
         points = {
             id(run_view): weights_by_edits(run_view, metric, combine) for run_view in of_dataset
         }
-        if lines := _lines(of_dataset, points):
-            yield Panel(
-                title=title, is_log=is_log or _is_wide(lines), is_fraction=False, lines=lines
-            )
+        for model in models:
+            of_model = [run_view for run_view in of_dataset if run_view.model == model]
+            if lines := _lines(of_model, points, name=name if len(models) > 1 else None):
+                yield Panel(
+                    title=f"{model}: {title}" if len(models) > 1 else title,
+                    is_log=is_log or _is_wide(lines),
+                    is_fraction=False,
+                    lines=lines,
+                )
 
 
 def _is_wide(lines: Iterable[Line]) -> bool:
@@ -161,10 +195,11 @@ def _editing_panels(of_dataset: Sequence[Measured], protocol: str | None) -> Ite
 
     for task, metric in sorted(_names(of_dataset, is_wanted), key=_place):
         points = _points_of_all(of_dataset, is_wanted, metric=metric, task=task)
+        title = TITLES.get(metric, metric)
         yield Panel(
-            title=f"{metric}, {task}" if task else metric,
+            title=f"{title}, {task}" if task else title,
             is_log=False,
-            is_fraction=True,
+            is_fraction=is_fraction("editing", metric),
             lines=_lines(of_dataset, points),
         )
 
@@ -249,9 +284,17 @@ def _points(
 
 
 def _lines(
-    of_dataset: Sequence[Measured], points: Mapping[int, Mapping[int, float]]
+    of_dataset: Sequence[Measured],
+    points: Mapping[int, Mapping[int, float]],
+    *,
+    name: Callable[[Measured], str] | None = None,
 ) -> tuple[Line, ...]:
-    """A line for each subject that has points. `points` are values by edits, by run view's id."""
+    """A line for each subject that has points.
+
+    Args:
+        points: values by edits, by the id of the run view.
+        name: the label and the style of a line. None: by what the subjects differ.
+    """
     lines = []
     for subject in dict.fromkeys(run_view.subject for run_view in of_dataset):
         seeds = [run_view for run_view in of_dataset if run_view.subject == subject]
@@ -271,8 +314,8 @@ def _lines(
         bands = list(zip(means, deviations, strict=True))
         lines.append(
             Line(
-                label=label_of(seeds[0], of_dataset),
-                subject=subject,
+                label=name(seeds[0]) if name else label_of(seeds[0], of_dataset),
+                subject=name(seeds[0]) if name else subject,
                 is_restrained=seeds[0].is_restrained,
                 at=tuple(at),
                 mean=tuple(means),

@@ -23,7 +23,8 @@ def draw(sheet: Sheet) -> Figure:
     """A panel for each metric, a line for each subject: the mean over seeds, with a band of one
     standard deviation.
     """
-    figure, axes = grid(len(sheet.panels), width=2.8, height=2.6)
+    columns = sheet.columns or num_columns(len(sheet.panels))
+    figure, axes = grid(len(sheet.panels), width=2.8, height=2.6, columns=columns)
     styles = styles_of(sheet.panels)
     has_bands = False
     for place, (axis, panel) in enumerate(zip(axes, sheet.panels, strict=True)):
@@ -60,7 +61,7 @@ def draw(sheet: Sheet) -> Figure:
             )
         if panel.is_fraction:
             axis.set_ylim(-4, 104)
-        is_left = place % num_columns(len(sheet.panels)) == 0
+        is_left = place % columns == 0
         dress(axis, title=panel.title, ylabel="%" if panel.is_fraction and is_left else "")
     legend(figure, axes, note="bands: one standard deviation over seeds" if has_bands else None)
     return figure

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from editkit.files import write_atomically
 from editkit.records.reader import RunRecords, load_run
 from editkit.records.views import UNRESTRAINED
+from editkit.report.columns import EDITING_ORDER, TITLES
 from editkit.report.figures.axes import (
     colours,
     dress,
@@ -25,7 +26,13 @@ from editkit.report.figures.axes import (
     view_style,
 )
 from editkit.report.figures.retention import draw_retention, retention_protocols
-from editkit.report.tables import EDITING_ORDER, editing_protocols, edits_by_step, is_summarised
+from editkit.report.tables import (
+    TEXT,
+    editing_protocols,
+    edits_by_step,
+    is_fraction,
+    is_summarised,
+)
 from editkit.types import EvalRecord, StepRecord
 
 if TYPE_CHECKING:
@@ -46,10 +53,12 @@ def draw_figures(folder: Path) -> tuple[Path, ...]:
         "spectrum": draw_spectrum(run),
         "l1_norm": draw_l1_norm(run),
         "tasks": draw_tasks(run),
+        "texts": draw_editing(run, TEXT),
     }
     figures |= {
         f"editing_{protocol}" if protocol else "editing": draw_editing(run, protocol)
         for protocol in editing_protocols(run.evals)
+        if protocol != TEXT
     }
     files: list[Path] = []
     figures |= {
@@ -95,13 +104,11 @@ def draw_editing(run: RunRecords, protocol: str | None) -> Figure | None:
     for record in sorted(
         records, key=lambda record: order.get(record.measurement.metric, len(order))
     ):
-        panels.setdefault(
-            f"{record.measurement.metric}, {record.measurement.task}"
-            if record.measurement.task
-            else record.measurement.metric,
-            [],
-        ).append(record)
-    return _draw_panels(run, panels, ylabel=f"{protocol} protocol, %" if protocol else "%")
+        metric, task = record.measurement.metric, record.measurement.task
+        title = TITLES.get(metric, metric)
+        panels.setdefault(f"{title}, {task}" if task else title, []).append(record)
+    name = "" if protocol == TEXT else f"{protocol} protocol, " if protocol else ""
+    return _draw_panels(run, panels, ylabel=f"{name}%")
 
 
 def draw_tasks(run: RunRecords) -> Figure | None:
@@ -205,17 +212,22 @@ def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> 
 def _draw_panels(
     run: RunRecords, panels: Mapping[str, Sequence[EvalRecord]], *, ylabel: str
 ) -> Figure | None:
-    """A panel for each metric, a line for each view; fractions in percent."""
+    """A panel for each metric, a line for each view. Fractions are in percent."""
     if not panels:
         return None
     edits = edits_by_step(run.steps)
     views = list(dict.fromkeys(record.view for records in panels.values() for record in records))
     figure, axes = grid(len(panels), width=2.6, height=2.5)
     for place, (axis, (title, records)) in enumerate(zip(axes, panels.items(), strict=True)):
+        first = records[0].measurement
+        in_percent = is_fraction(first.kind, first.metric)
         for view in views:
-            _draw_view(axis, [record for record in records if record.view == view], edits, views)
-        axis.set_ylim(-4, 104)
-        dress(axis, title=title, ylabel=ylabel if place % num_columns(len(panels)) == 0 else "")
+            of_view = [record for record in records if record.view == view]
+            _draw_view(axis, of_view, edits, views, scale=100 if in_percent else 1)
+        if in_percent:
+            axis.set_ylim(-4, 104)
+        is_left = place % num_columns(len(panels)) == 0
+        dress(axis, title=title, ylabel=ylabel if is_left and in_percent else "")
     has_errors = any(
         record.measurement.stderr is not None for records in panels.values() for record in records
     )
@@ -224,13 +236,18 @@ def _draw_panels(
 
 
 def _draw_view(
-    axis: Axes, records: Sequence[EvalRecord], edits: Mapping[int, int], views: Sequence[str]
+    axis: Axes,
+    records: Sequence[EvalRecord],
+    edits: Mapping[int, int],
+    views: Sequence[str],
+    *,
+    scale: float,
 ) -> None:
     if not records:
         return
     at = [edits.get(record.step, record.step) for record in records]
-    values = [100 * _number(record.measurement.value) for record in records]
-    errors = [100 * (record.measurement.stderr or 0.0) for record in records]
+    values = [scale * _number(record.measurement.value) for record in records]
+    errors = [scale * (record.measurement.stderr or 0.0) for record in records]
     style = view_style(records[0].view, views)
     axis.errorbar(
         at,
