@@ -289,7 +289,11 @@ def test_the_wheel_brings_configurations_and_models_and_works_from_an_empty_fold
         for path in (site / "editkit").rglob("*")
         if path.is_file()
     }
-    for folder, source in (("conf", ROOT / "conf"), ("assets", ROOT / "editkit/assets")):
+    for folder, source in (
+        ("conf", ROOT / "conf"),
+        ("assets", ROOT / "editkit/assets"),
+        ("evaluation/tasks", ROOT / "editkit/evaluation/tasks"),
+    ):
         wanted = {
             f"{folder}/{path.relative_to(source)}"
             for path in source.rglob("*")

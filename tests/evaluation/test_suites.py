@@ -23,7 +23,17 @@ from tests.support.helpers import real_data, tiny_model
 from tests.test_imports import loaded_after
 
 OWN = own_tasks()
-SUITES = ["d4s", "knowedit", "memoe", "none", "paper", "published_code", "standard", "world"]
+SUITES = [
+    "d4s",
+    "knowedit",
+    "memoe",
+    "none",
+    "paper",
+    "published_code",
+    "small",
+    "standard",
+    "world",
+]
 HINT = "She has 2 and gets 3: 2 + 3 = <<2+3=5>>5\n"
 RECORDS: dict[str, Any] = {
     "gsm8k/test.jsonl": [{"question": "How many?", "answer": f"{HINT}#### 5"}],

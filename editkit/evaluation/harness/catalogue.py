@@ -97,16 +97,35 @@ def takes_examples_from_test(option: Callable[[str], Any]) -> bool:
     Args:
         option: the value of a task's option by its name; None if it is not given.
     """
-    given = option("fewshot_config")
-    split, samples = (
-        (given.get if isinstance(given, Mapping) else partial(getattr, given))(key, None)
-        for key in ("split", "samples")
-    )
-    split = split or option("fewshot_split")
-    if split is None and samples is not None:
+    if _listed(option) is not None:
         return False
+    split = _example_option(option, "split") or option("fewshot_split")
     training, validation, test = (option(f"{kind}_split") for kind in SPLITS)
     return bool((split or training or validation or test) == (test or validation))
+
+
+def listed_examples(option: Callable[[str], Any]) -> int | None:
+    """The number of examples that a task's yaml lists; None if it lists none."""
+    samples = _listed(option)
+    return len(samples) if isinstance(samples, Sequence) else None
+
+
+def _listed(option: Callable[[str], Any]) -> Any:
+    """The examples of a task that takes them from no split."""
+    if _example_option(option, "split") or option("fewshot_split"):
+        return None
+    return _example_option(option, "samples")
+
+
+def _example_option(option: Callable[[str], Any], key: str) -> Any:
+    given = option("fewshot_config")
+    return (given.get if isinstance(given, Mapping) else partial(getattr, given))(key, None)
+
+
+def too_few_examples(name: str, shots: int, listed: int) -> str:
+    """The problem of a task whose yaml lists fewer examples than requested."""
+    problem, expected = "the task lists fewer examples", f"at most {listed}"
+    return message(f"suite.shots.{name}", problem, got=shots, expected=expected)
 
 
 def no_examples(name: str, shots: int, *, members: Sequence[str] = ()) -> str:

@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from editkit.errors import ConfigError, message
@@ -17,10 +18,12 @@ from editkit.evaluation.harness.catalogue import (
     SPLITS,
     Local,
     harness_folders,
+    listed_examples,
     local_data,
     no_examples,
     own_tasks,
     takes_examples_from_test,
+    too_few_examples,
     unknown_task,
 )
 from editkit.evaluation.harness.lm import quiet
@@ -209,8 +212,8 @@ def _stand_in(
 
 
 def _check_shots(name: str, tasks: Sequence[Any], *, shots: int | None) -> None:
-    """Raises ConfigError if requested examples would be tested records. The yaml of a task may do
-    that.
+    """Raises ConfigError if requested examples would be tested records, which the yaml of a task
+    may do, or if they exceed the examples that the yaml lists.
     """
     tested = [
         str(task.config.task)
@@ -219,6 +222,10 @@ def _check_shots(name: str, tasks: Sequence[Any], *, shots: int | None) -> None:
     ]
     if tested:
         raise ConfigError(no_examples(name, shots or 0, members=[] if tested == [name] else tested))
+    listed = [listed_examples(partial(getattr, task.config)) for task in tasks]
+    fewest = min((count for count in listed if count is not None), default=shots or 0)
+    if (shots or 0) > fewest:
+        raise ConfigError(too_few_examples(name, shots or 0, fewest))
 
 
 def examples_are_tested(task: Any) -> bool:

@@ -24,12 +24,14 @@ from editkit.errors import ConfigError, OptionError, message
 from editkit.evaluation.base import AbstractSuite, Samples
 from editkit.evaluation.harness.catalogue import (
     OPTIONS,
+    listed_examples,
     missing_harness,
     no_examples,
     no_room,
     own_tasks,
     room_of,
     takes_examples_from_test,
+    too_few_examples,
 )
 from editkit.evaluation.harness.lm import check_answers, check_room, harness_model
 from editkit.evaluation.harness.load_tasks import LoadedTasks, build_requests, load_tasks
@@ -117,8 +119,11 @@ class Suite(AbstractUnpreparedSuite):
                 read(**content[OPTIONS], data=self.data)
             except ConfigError as error:
                 problems += [f"suite.tasks: {name}: {problem}" for problem in error.problems]
-            if (shots := (self.shots or {}).get(name)) and takes_examples_from_test(content.get):
+            shots = (self.shots or {}).get(name) or 0
+            if shots and takes_examples_from_test(content.get):
                 problems.append(no_examples(name, shots))
+            elif shots > (listed := listed_examples(content.get) or shots):
+                problems.append(too_few_examples(name, shots, listed))
         loaded: dict[str, LoadedTasks] = {}
         try:
             loaded = self.load([name for name in self.tasks if name not in own])

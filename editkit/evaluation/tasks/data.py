@@ -2,7 +2,8 @@
 
 Local files are jsonl, json (a list), tsv (with a line of names) and MMLU's csv (without one), in
 the folder `suite.data`, otherwise $EDITKIT_DATA, or in its folder `downstream`. Without local files
-the hub is asked. Nothing here needs torch, a model or the harness.
+the hub is asked. The items of `suite=small` are jsonl files beside their yamls. Nothing here needs
+torch, a model or the harness.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from editkit.errors import ConfigError, message
 
 DATA_FOLDER = "EDITKIT_DATA"  # environment variable: a folder that holds datasets
 WORLD_ITEMS = 500  # of each task of the bundled world, which has no end
+BUNDLED = Path(__file__).parent / "small"
 MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")  # of its csv files
 MAX_SHOWN = 5  # problems of one file that an error lists
 
@@ -44,6 +46,7 @@ def read(
     first: int | None = None,
     quotes: bool = False,
     world: str | None = None,
+    bundled: str | None = None,
     data: str | None = None,
     **_: object,
 ) -> Splits:
@@ -58,6 +61,7 @@ def read(
         quotes: whether the fields of a tsv may be quoted as in a csv. Otherwise quotation marks are
             part of the text.
         world: the task of the bundled world whose items are generated, instead of all of the above.
+        bundled: the task of `suite=small` whose items are read, instead of `files` and `hub`.
         data: the data folder; None: $EDITKIT_DATA, then the hub.
 
     Raises:
@@ -74,6 +78,8 @@ def read(
         }
     folder = data or os.environ.get(DATA_FOLDER)
     paths = locate(folder, files or {}) if folder else None
+    if bundled is not None:
+        paths = {"test": BUNDLED / f"{bundled}.jsonl"}
     if paths is not None:
         splits = {split: read_file(path, quotes=quotes)[:first] for split, path in paths.items()}
         where = {split: str(path) for split, path in paths.items()}

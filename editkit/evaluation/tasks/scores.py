@@ -54,20 +54,21 @@ def is_most_likely(
     return float(doc_choices[log_probs.index(max(log_probs))] == answer)
 
 
-# The bundled world
+# The bundled world and the suite `small`
 
 
-def world_arithmetic(doc: Doc, results: Sequence[str]) -> Scores:
+def number(doc: Doc, results: Sequence[str]) -> Scores:
     """The generation is the number and nothing else, except for a full stop."""
     return {"solve_rate": float(results[0].strip().removesuffix(".") == doc["answer"])}
 
 
+def choice(doc: Doc, results: Sequence[tuple[float, bool]]) -> Scores:
+    """The answer is the most likely of the choices."""
+    return {"accuracy_likelihood": is_most_likely(doc["choices"], doc["answer"], results)}
+
+
 def world_entailment(doc: Doc, results: Sequence[str]) -> Scores:
     return {"accuracy": exact_match(results[0], [doc["answer"]])}
-
-
-def world_entailment_likelihood(doc: Doc, results: Sequence[tuple[float, bool]]) -> Scores:
-    return {"accuracy_likelihood": is_most_likely(doc["choices"], doc["answer"], results)}
 
 
 def world_passage(doc: Doc, results: Sequence[str]) -> Scores:
