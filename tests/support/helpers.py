@@ -12,12 +12,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 
 from editkit.datasets.world import WorldDataset
+from editkit.errors import ConfigError
 from editkit.model.editable import EditableModel
 from editkit.model.families import family_of
+from editkit.model.source import find_source
 from editkit.types import EditRequest, Probe
-from tests.support.paths import ROOT
+from tests.support.paths import CONF, ROOT
 
 Kind = Literal["gpt2", "llama", "gptj"]
 KINDS: tuple[Kind, ...] = ("gpt2", "llama", "gptj")
@@ -93,6 +96,20 @@ def real_data(relative: str) -> Path:
         if (root / relative).exists():
             return root / relative
     pytest.skip(f"no real data: {relative} is not below EDITKIT_DATA or ../shared/data")
+
+
+def real_model_id() -> str:
+    """The `model.id` of the real language model. Skips the test, with the reason, if its package is
+    not installed.
+    """
+    model_id: str = yaml.safe_load((CONF / "model" / "smollm2-135m-instruct.yaml").read_text())[
+        "id"
+    ]
+    try:
+        find_source(model_id)
+    except ConfigError as error:
+        pytest.skip(f"no real model: {error}")
+    return model_id
 
 
 @functools.lru_cache(maxsize=1)
