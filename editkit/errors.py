@@ -1,9 +1,10 @@
-"""The one error that is the user's to fix."""
+"""The errors that are the user's to fix."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 _ABSENT = object()
 
@@ -41,6 +42,8 @@ class ConfigError(ValueError):
     (with its config key, file or record), what was given, and what is allowed.
     """
 
+    exit_code: ClassVar[int] = 2  # of a command that ends with this error
+
     def __init__(self, problems: Sequence[str] | str) -> None:
         self.problems: tuple[str, ...] = (
             (problems,) if isinstance(problems, str) else tuple(problems)
@@ -65,6 +68,14 @@ class OptionError(ConfigError):
     def under(self, key: str) -> ConfigError:
         """The same problems with full keys: `ratio: ...` becomes `restraint.cap2.ratio: ...`."""
         return ConfigError([f"{key}.{problem}" for problem in self.problems])
+
+
+class OutOfSpace(ConfigError):
+    """A disk, a quota or a limit of a file's size is exhausted. What was written before is intact;
+    the same command resumes.
+    """
+
+    exit_code = 4
 
 
 @contextlib.contextmanager

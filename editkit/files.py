@@ -5,10 +5,12 @@ places need.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import IO, Any
 
 LOCK = ".lock"  # the file in a folder whose lock stands for the whole folder
 RETRY_S = 0.02  # between two attempts to take a lock
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
@@ -38,8 +41,22 @@ def written_atomically(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        if (number := is_out_of_space(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_out_of_space(error: BaseException) -> int | None:
+    """The number of an operating system's error that says that nothing more can be written; None
+    for every other error. Libraries in Rust give the number as text: `(os error 28)`.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    return number if number in OUT_OF_SPACE else None
 
 
 def take_lock(file: IO[Any], *, patience_s: float | None = 0.0, shared: bool = False) -> bool:

@@ -9,8 +9,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+WAIT_POLICY = "OMP_WAIT_POLICY"
+
+
+def wait_passively() -> None:
+    """Lets torch's threads sleep while they wait for each other, unless the user chose otherwise.
+
+    By default they spin. Beside other busy processes a thread then spins for one that is not
+    running: a ROME edit of SmolLM2-135M took 240 s of a loaded machine with two cores instead of
+    21 s. OpenMP reads the variable when torch is imported. It changes no result.
+    """
+    os.environ.setdefault(WAIT_POLICY, "PASSIVE")
+
 
 if TYPE_CHECKING:
     import torch as torch
@@ -18,6 +32,7 @@ else:
 
     class _Torch:
         def __getattr__(self, name: str) -> Any:
+            wait_passively()
             value = getattr(importlib.import_module("torch"), name)
             setattr(self, name, value)  # the next access costs nothing
             return value

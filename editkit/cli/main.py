@@ -31,9 +31,10 @@ from editkit.cli import (
     wandb,
 )
 from editkit.cli.arguments import UNPARSED
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, OutOfSpace, message
 from editkit.errors import report as show_error
-from editkit.sweeps.plan import INVALID
+from editkit.files import is_out_of_space
+from editkit.lazy import wait_passively
 
 app = typer.Typer(
     name="editkit",
@@ -46,13 +47,25 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The entry point. Invalid input is reported without a traceback; the exit code is then 2."""
+    """The entry point. Invalid input is reported without a traceback; the exit code is then 2. A
+    full disk is reported in the same way, with exit code 4.
+    """
     run.make_importable(Path.cwd())
+    wait_passively()
     try:
         app()
     except ConfigError as error:
         show_error(error)
-        sys.exit(INVALID)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if is_out_of_space(error) is None:
+            raise
+        problem = f"cannot be written ({error.strerror})"
+        full = OutOfSpace(
+            message(error.filename or "output", problem, fix="free space and repeat the command")
+        )
+        show_error(full)
+        sys.exit(full.exit_code)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,7 +1,7 @@
 """`editkit run`, the Hydra application: it composes, builds and runs one configuration or a sweep.
 
 Exit codes: 0 done; 1 an internal failure (with its traceback) or a collapsed run; 2 invalid command
-or data; 3 another process is writing the run; 128 + n stopped by signal n.
+or data; 3 another process is writing the run; 4 the disk is full; 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from editkit.config.compose import ROOT, conf_folder
 from editkit.config.explain import composition_errors, explained, unwritable_is_invalid
 from editkit.errors import ConfigError, report
 from editkit.sweeps.plan import (
-    BUSY,
     CELLS,
     FAILURE,
     INVALID,
@@ -174,7 +173,6 @@ def execute(
         reports_invalid: whether an invalid configuration is reported on stderr.
     """
     from editkit.config.build import build
-    from editkit.runner.lock import Busy
 
     make_importable(Path.cwd())  # repeated: a launcher may run this in another process
     folder = None
@@ -189,12 +187,9 @@ def execute(
                 code=session.run(experiment, leave_failed=leaves_failed), folder=folder
             )
     except ConfigError as error:
-        is_busy = isinstance(error, Busy)
-        if is_busy or reports_invalid:
+        if error.exit_code != INVALID or reports_invalid:
             report(error, label=label)
-        return RunOutcome(
-            code=BUSY if is_busy else INVALID, error=" ".join(str(error).split()), folder=folder
-        )
+        return RunOutcome(code=error.exit_code, error=" ".join(str(error).split()), folder=folder)
     except Exception as error:
         report_failure(label)
         return RunOutcome(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from editkit.config.compose import Composed, compose, explain_composition_error, force_add
 from editkit.errors import ConfigError, message
+from editkit.files import is_out_of_space
 
 
 def composed(overrides: Sequence[str] | None, config_dir: Path | None) -> Composed:
@@ -66,9 +67,13 @@ def unwritable_is_invalid(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or not (
-            folder.absolute().is_relative_to(named := Path(error.filename).absolute())
-            or folder in named.parents
+        if (
+            is_out_of_space(error)
+            or error.filename is None
+            or not (
+                folder.absolute().is_relative_to(named := Path(error.filename).absolute())
+                or folder in named.parents
+            )
         ):
             raise
         raise ConfigError(

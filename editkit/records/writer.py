@@ -6,6 +6,7 @@ truncates them to these lengths, so that a killed run leaves no duplicate and no
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -66,5 +67,7 @@ class RecordFiles:
         return {name: file.tell() for name, file in self._files.items()}
 
     def close(self) -> None:
+        """Closes the files. A resumed run writes again what a full disk did not take."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()

@@ -8,10 +8,7 @@ writing the last file.
 from __future__ import annotations
 
 import abc
-import json
-import shutil
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,25 +17,34 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 import yaml
 
 from editkit.datasets.base import LoadedDataset
-from editkit.files import write_atomically
+from editkit.files import is_out_of_space, write_atomically
 from editkit.lazy import torch
 from editkit.model.load import ModelConfig, require_device
 from editkit.records.tracker import AbstractTracker, RunInfo, Status
-from editkit.records.writer import EVALS, STEPS, RecordFiles, save_samples
+from editkit.records.writer import STEPS, RecordFiles, save_samples
 from editkit.resources.estimate import free_bytes, require_fit
 from editkit.resources.footprint import Demand, Trained
 from editkit.resources.peak_memory import Peaks
 from editkit.resources.runtime import Runtime
 from editkit.runner.checkpoint import (
-    LATEST,
     Checkpoint,
     read_checkpoint,
-    read_pointer,
     write_checkpoint,
+)
+from editkit.runner.folder import (
+    CONFIG,
+    DONE,
+    FAILED,
+    STATE,
+    Collapsed,
+    clear,
+    out_of_space,
+    save_failure,
+    steps_after,
 )
 from editkit.runner.inputs import MODEL, of_dataset, require_same
 from editkit.runner.lock import locked
-from editkit.runner.provenance import PROVENANCE, recorded_dataset, save_provenance
+from editkit.runner.provenance import recorded_dataset, save_provenance
 from editkit.runner.signals import Received, Stopped, stop_signals
 from editkit.trackers.guarded import Guarded
 from editkit.trackers.logged import warnings_shown
@@ -47,7 +53,6 @@ from editkit.types import EvalRecord, SampleRecord, StepRecord
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-DONE, FAILED, CONFIG, STATE = "DONE", "FAILED.json", "config.yaml", "state"
 OK, FAILURE = 0, 1  # exit codes; 2 is a ConfigError
 SIGNALLED = 128  # plus the number of the signal that stopped the session
 
@@ -84,15 +89,6 @@ class Settings(Protocol):
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 StateT = TypeVar("StateT", bound=Steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collapsed:
-    """A number that is not finite ended the session."""
-
-    kind: str  # in FAILED.json
-    step: int
-    warning: str | None = None  # for the tracker
 
 
 class AbstractWork(abc.ABC, Generic[StateT]):
@@ -191,6 +187,7 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
         Raises:
             ConfigError: the user can fix it.
             Busy: another process holds the folder's lock and `when_locked` is "leave".
+            OutOfSpace: the disk is full.
         """
         settings, folder, warn = self.settings, self.settings.folder, self.settings.tracker.warning
         with locked(
@@ -211,7 +208,12 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
                     warn(f"failed before, and left so: {folder} (retry_failed=true tries again)")
                     return FAILURE
             with stop_signals() as received, warnings_shown(settings.tracker):
-                return self.execute(received)
+                try:
+                    return self.execute(received)
+                except OSError as error:
+                    if is_out_of_space(error) is None:
+                        raise
+                    raise out_of_space(folder, error) from error
 
     @final
     def execute(self, received: Received) -> int:
@@ -242,6 +244,7 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
         for warning in work.warnings():
             tracker.warning(warning)
         status: Status = "failed"
+        is_full = False
         is_complete = state is not None and work.reached(state)
         events = work.events(state)
         del checkpoint, state  # of a training, its tensors are several times the network's size
@@ -255,6 +258,9 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
                 del event  # for the same reason
             status = "done" if is_complete else "interrupted"
         except Exception as error:
+            is_full = is_out_of_space(error) is not None
+            if is_full:
+                raise
             collapsed = work.collapsed(error)
             save_failure(folder, error, collapsed)
             if collapsed is None:
@@ -264,22 +270,41 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
                 tracker.warning(collapsed.warning)
         finally:
             records.close()
-            work.save_results()
-            save_provenance(
-                folder,
-                work.provenance(),
-                seconds=time.time() - started,
-                num_lost=num_lost,
-                measured=work.measured(),
-            )
-            if status == "done":
-                write_atomically(folder / DONE, b"")
             try:
-                work.draw()
-            except Exception as error:  # the figures can be drawn again, the work cannot
-                tracker.warning(f"no figures: {type(error).__name__}: {error}")
-            tracker.close(status)
+                if not is_full:
+                    work.save_results()
+                    save_provenance(
+                        folder,
+                        work.provenance(),
+                        seconds=time.time() - started,
+                        num_lost=num_lost,
+                        measured=work.measured(),
+                    )
+                    draw(work, tracker)
+                    # Last: a session that is killed before this is repeated, and draws the figures.
+                    if status == "done":
+                        write_atomically(folder / DONE, b"")
+            except OSError:
+                status = "failed"
+                raise
+            finally:
+                tracker.close(status)
         return {"done": OK, "collapsed": FAILURE}.get(status, SIGNALLED + (received.number or 0))
+
+
+def draw(work: AbstractWork[Any], tracker: AbstractTracker) -> None:
+    """Draws the figures. An error of a library is only a warning: the figures can be drawn again,
+    the work cannot.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        work.draw()
+    except Exception as error:
+        if is_out_of_space(error) is not None:
+            raise
+        tracker.warning(f"no figures: {type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,46 +357,3 @@ def write_record(
         tracker.step(record)
     else:
         tracker.evaluation(record)
-
-
-def save_failure(folder: Path, error: Exception, collapsed: Collapsed | None) -> None:
-    """Writes FAILED.json: the error, and the checkpoint from which the same command resumes."""
-    failure: dict[str, Any] = (
-        {
-            "kind": "error",
-            "error": f"{type(error).__name__}: {error}",
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        if collapsed is None
-        else {"kind": collapsed.kind, "error": str(error), "step": collapsed.step}
-    )
-    saved = read_pointer(folder / STATE)
-    where = (
-        {"state": f"{STATE}/{saved['file']}", "saved_step": saved["step"]}
-        if saved
-        else {"state": None, "saved_step": None}
-    )
-    write_atomically(folder / FAILED, json.dumps(failure | where, indent=1).encode())
-
-
-def steps_after(path: Path, num_bytes: int) -> int:
-    """The number of steps recorded after the checkpoint, which a resumed session repeats."""
-    if not path.exists():
-        return 0
-    with open(path, "rb") as file:
-        file.seek(num_bytes)
-        return file.read().count(b"\n")
-
-
-def clear(folder: Path, results: Sequence[str] = ()) -> None:
-    """Removes the files of earlier sessions.
-
-    The order matters. A process killed at any point leaves work that resumes as before, or work
-    that has not begun; never half of complete work.
-    """
-    for name in (DONE, FAILED, f"{STATE}/{LATEST}", STEPS, EVALS, PROVENANCE, CONFIG):
-        (folder / name).unlink(missing_ok=True)
-    for name in (STATE, "figures", "samples", "wandb"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in results:
-        (folder / name).unlink(missing_ok=True)

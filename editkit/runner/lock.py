@@ -24,6 +24,8 @@ PATIENCE_S = 0.5  # `is_locked` of another process holds the lock for an instant
 class Busy(ConfigError):
     """Another process holds the lock of the folder."""
 
+    exit_code = 3
+
 
 @contextlib.contextmanager
 def locked(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.datasets.base import LoadedDataset
 from editkit.files import read_object, write_atomically
-from editkit.lazy import torch
+from editkit.lazy import WAIT_POLICY, torch
 from editkit.runner.inputs import of_dataset
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         else platform.processor() or platform.machine(),
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),  # a launcher's slot
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get(WAIT_POLICY),  # of these threads
         "command": sys.argv[1:],
     }
 

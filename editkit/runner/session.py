@@ -13,9 +13,10 @@ from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.records.tracker import RunInfo
 from editkit.report.figures.run_figures import draw_figures
-from editkit.runner.base import AbstractSession, AbstractWork, Collapsed, load_model
+from editkit.runner.base import AbstractSession, AbstractWork, load_model
 from editkit.runner.checkpoint import Checkpoint, RunState
 from editkit.runner.context_length import require_room
+from editkit.runner.folder import Collapsed
 from editkit.runner.inputs import require_same, second_moment
 from editkit.runner.loop import Event, run_edits
 from editkit.runner.measure import views

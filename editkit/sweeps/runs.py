@@ -9,7 +9,7 @@ import yaml
 from editkit.errors import ConfigError, message
 from editkit.files import LOCK
 from editkit.records.writer import STEPS
-from editkit.runner.base import CONFIG
+from editkit.runner.folder import CONFIG
 from editkit.sweeps.plan import Cell, Plan, Run
 
 

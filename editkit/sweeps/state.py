@@ -9,8 +9,8 @@ from typing import Literal
 
 from editkit.errors import ConfigError
 from editkit.records.writer import STEPS
-from editkit.runner.base import DONE, FAILED
 from editkit.runner.checkpoint import read_pointer
+from editkit.runner.folder import DONE, FAILED
 from editkit.runner.lock import describe_holder, is_locked
 from editkit.runner.provenance import PROVENANCE
 

@@ -13,8 +13,9 @@ from editkit.hypernet.network import new_hypernetwork
 from editkit.hypernet.store import FILE, save_hypernetwork
 from editkit.records.tracker import RunInfo
 from editkit.records.writer import EVALS
-from editkit.runner.base import AbstractSession, AbstractWork, Collapsed, Loaded, load_model
+from editkit.runner.base import AbstractSession, AbstractWork, Loaded, load_model
 from editkit.runner.checkpoint import Checkpoint
+from editkit.runner.folder import Collapsed
 from editkit.runner.provenance import describe, peak_memory_bytes
 from editkit.training.build import Training
 from editkit.training.figures import draw_training
