@@ -19,12 +19,13 @@ UNHASHED = (
     *("stats.folder", "stats.save_every_s", "evaluation.thresholds"),
     *("model.device_map", "editor.train"),
 )
-# Options added later, with the default that reproduces earlier behaviour. A run with that default
-# keeps its folder.
-LATER: dict[tuple[str, str], Any] = {
-    ("model", "weights"): "pretrained",
-    ("model", "tokenizer"): None,
-    ("evaluation", "specificity"): False,
+# Options added later, with the value that reproduces earlier behaviour. A run with that value keeps
+# its folder.
+LATER: dict[str, Any] = {
+    "model.weights": "pretrained",
+    "model.tokenizer": None,
+    "evaluation.specificity": False,
+    "restraint.d4s.base": "trajectory",
 }
 # Former paths of configured classes, and where each class is now. The first former path of a class
 # is its stable name. A class that moves again gets one more line.
@@ -50,13 +51,17 @@ def stable_name(path: str) -> str:
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits of the options that can change a result. 1 and 1.0 are the same."""
-    later = tuple(
-        f"{group}.{key}"
-        for (group, key), former in LATER.items()
-        if (config.get(group) or {}).get(key, former) == former
-    )
+    later = tuple(key for key, former in LATER.items() if _value(config, key, former) == former)
     kept = _without(config, (*UNHASHED, *later))
     return hashlib.sha256(json.dumps(canonical(kept), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value at a dotted key."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        config = config.get(parent) or {}
+    return config.get(name, default)
 
 
 def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

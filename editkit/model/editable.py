@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.linalg.lowrank import Update, dense, frobenius
 from editkit.linalg.total import Total
+from editkit.model.editability import require_editable
 from editkit.model.families import Family, Outline, check_family, not_a_matrix
 from editkit.model.fingerprint import fingerprint
 from editkit.model.history import Mark
@@ -70,6 +71,7 @@ class EditableModel:
         self.fingerprint = fingerprint(network, tokenizer)
         self._edited: dict[str, _Edited] = {}
         self._is_corrected = False
+        self._at_base: set[str] = set()  # matrices that are W_0 for a while, without their total
         self._marks: list[Mark] = []
 
     # Properties of the model
@@ -181,7 +183,7 @@ class EditableModel:
         for name in modules:
             if name not in self._edited:
                 weight_OI = self.weight(name)
-                self._require_editable(name, weight_OI)
+                require_editable(self.network, name, weight_OI)
                 zeros_OI = torch.zeros(
                     weight_OI.shape, dtype=torch.float32, device=weight_OI.device
                 )
@@ -213,6 +215,20 @@ class EditableModel:
     def totals(self) -> dict[str, Total]:
         """The totals of all declared matrices."""
         return {name: edited.total for name, edited in self._edited.items()}
+
+    def total_times(self, module: str, keys_IN: torch.Tensor) -> torch.Tensor:
+        """D @ keys, (O, N) float32."""
+        return self._declared(module).sum_OI @ keys_IN.float()
+
+    def edited_weight(self, module: str) -> torch.Tensor:
+        """(O, I): the matrix with its total, as `weight` outside `unedited`. Callers must not write
+        it.
+        """
+        weight_OI = self.weight(module)
+        if module not in self._at_base:
+            return weight_OI
+        sum_OI = self._edited[module].sum_OI
+        return (self.base(module).to(sum_OI) + sum_OI).to(weight_OI.dtype)
 
     def apply(self, module: str, update: Update) -> float:
         """Adds an update (O, I) to a declared matrix. No other method changes weights for good.
@@ -262,7 +278,7 @@ class EditableModel:
 
         The former bits are restored at the end of the block, also after an error.
         """
-        if self._is_corrected:
+        if self._is_corrected or self._at_base:
             raise RuntimeError("`temporarily` does not nest.")
         declared = {name: self._declared(name) for name in corrections}
         self._is_corrected = True
@@ -275,6 +291,25 @@ class EditableModel:
             for name, edited in declared.items():
                 self._store(name, edited.sum_OI)
             self._is_corrected = False
+
+    @contextlib.contextmanager
+    def unedited(self, modules: Collection[str]) -> Iterator[None]:
+        """Sets each named matrix to W_0 inside the block. The totals stay as they are.
+
+        `apply` ends this for its matrix, which becomes W_0 + total. At the end of the block, also
+        after an error, all matrices are W_0 + total.
+        """
+        if self._is_corrected or self._at_base:
+            raise RuntimeError("`unedited` does not nest.")
+        self._at_base = {name for name in modules if not self.total(name).is_zero}
+        try:
+            with torch.no_grad():
+                for name in self._at_base:
+                    self.weight(name).copy_(self.base(name))
+            yield
+        finally:
+            for name in tuple(self._at_base):
+                self._store(name, self._edited[name].sum_OI)
 
     def mark(self) -> Mark:
         """Remembers the present totals: the next `undo` returns to them."""
@@ -346,42 +381,9 @@ class EditableModel:
                 base = base.to(total.device, non_blocking=True)
                 weight.copy_(base.float() + total)
                 squares += (weight.double() - (base.double() + total.double())).square().sum()
+        self._at_base.discard(module)
         norm: float = float(squares) ** 0.5
         return norm
-
-    def _require_editable(self, module: str, weight_OI: torch.Tensor) -> None:
-        if weight_OI.device.type == "meta":
-            raise ConfigError(
-                message(
-                    module,
-                    "the weights are offloaded, and offloaded weights cannot be edited",
-                    fix="place the module on a device with enough memory",
-                )
-            )
-        if not weight_OI.is_floating_point():
-            raise ConfigError(
-                message(
-                    module,
-                    "quantised weights cannot be edited",
-                    got=str(weight_OI.dtype),
-                    expected="a floating-point dtype",
-                )
-            )
-        storage = weight_OI.untyped_storage().data_ptr()
-        sharing = [
-            name
-            for name, parameter in self.network.named_parameters(remove_duplicate=False)
-            if parameter.untyped_storage().data_ptr() == storage and name != f"{module}.weight"
-        ]
-        if sharing:
-            raise ConfigError(
-                message(
-                    module,
-                    f"the matrix shares its weights with {', '.join(sharing)}, which an edit would "
-                    "change as well",
-                    fix="edit another matrix",
-                )
-            )
 
 
 def _moved(total: Total, device: torch.device | str) -> Total:

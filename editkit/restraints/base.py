@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from editkit.targets.objective import Site
 
 Place = Literal["objective", "solve", "update", "total"]
+Base = Literal["trajectory", "unedited"]
 PLACES: tuple[Place, ...] = get_args(Place)
 KindT = TypeVar("KindT")
 
@@ -62,6 +63,10 @@ class AbstractObjectiveRestraint(AbstractRestraint):
 
 class AbstractSolveRestraint(AbstractRestraint):
     """Acts inside the least squares. Its state may remember earlier keys and residuals."""
+
+    # The model on which an edit is planned and measured: as the earlier edits left it, or with
+    # each matrix at W_0 until its own update is written.
+    base: Base = "trajectory"
 
     @property
     def place(self) -> Place:

@@ -63,37 +63,60 @@ def apply_batch(
 ) -> AppliedBatch:
     """Plans a batch and writes its updates into the model, module by module.
 
+    With a restraint of base `unedited`, targets, keys and residuals are those of the unedited
+    model: each matrix is W_0 until its own update is written.
+
     Args:
         step: without a solver; the restraint on the solve is added here.
         base_sigma_max: sigma_max(W_0) by module.
         solve_state: the state of the restraint on the solve, from before this batch.
     """
     model, problems, solver = step.model, list[LeastSquares](), restraints.solve
+    modules = editor.modules(model)
+    at_base = modules if solver is not None and solver.base == "unedited" else ()
 
     def solve(problem: LeastSquares) -> Update:
+        if at_base:  # the total writes a part of what the unedited matrix lacks
+            written_ON = model.total_times(problem.module, problem.keys_IN)
+            residuals_ON = problem.residuals_ON - written_ON.to(problem.residuals_ON)
+            problem = replace(problem, residuals_ON=residuals_ON)
         problems.append(problem)
         if solver is None:
             return least_squares(problem, step.moments)
         return solver.solve(problem, solve_state, step.moments)
 
     step = replace(step, solver=solve)
-    with clock.phase("target"), keys_under("editor"):
-        plan = editor.plan(step)
-    nonfinite = plan.nonfinite
     updates: dict[str, tuple[Update, float]] = {}
-    for module in editor.modules(model) if nonfinite is None else ():
-        with clock.phase("solve"):
-            update = editor.propose(step, module, plan)
-            weight_OI = model.weight(module)
-            norms = Norms(sigma_max=base_sigma_max[module], frobenius=model.base_frobenius(module))
-            for restraint in restraints.updates:
-                update = restraint.restrain(update.to(device=weight_OI.device), weight_OI, norms)
-            if not is_finite(update):
-                nonfinite = f"update of {module}"
-                break
-        with clock.phase("apply"):
-            updates[module] = (update, model.apply(module, update))
+    with model.unedited(at_base):
+        with clock.phase("target"), keys_under("editor"):
+            plan = editor.plan(step)
+        nonfinite = plan.nonfinite
+        for module in modules if nonfinite is None else ():
+            with clock.phase("solve"):
+                update = editor.propose(step, module, plan)
+                if restraints.updates:
+                    update = _restrained(update, module, model, restraints, base_sigma_max[module])
+                if not is_finite(update):
+                    nonfinite = f"update of {module}"
+                    break
+            with clock.phase("apply"):
+                updates[module] = (update, model.apply(module, update))
     return AppliedBatch(plan=plan, updates=updates, problems=tuple(problems), nonfinite=nonfinite)
+
+
+def _restrained(
+    update: Update,
+    module: str,
+    model: EditableModel,
+    restraints: Restraints,
+    base_sigma_max: float,
+) -> Update:
+    """The update after the restraints on updates, in their order."""
+    weight_OI = model.edited_weight(module)
+    norms = Norms(sigma_max=base_sigma_max, frobenius=model.base_frobenius(module))
+    for restraint in restraints.updates:
+        update = restraint.restrain(update.to(device=weight_OI.device), weight_OI, norms)
+    return update
 
 
 def next_states(

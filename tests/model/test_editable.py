@@ -227,6 +227,37 @@ def test_a_correction_applies_inside_the_block_only(dtype: str) -> None:
     assert all(torch.equal(model.total(name).dense(), total) for name, total in totals.items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inside_unedited_a_matrix_is_w0_until_an_update_is_written(kind: Kind, dtype: str) -> None:
+    model, other = tiny_model(kind, dtype=dtype), tiny_model(kind, dtype=dtype)
+    modules = [model.family.down_projection(layer) for layer in (0, 1, 2)]
+    for each in (model, other):
+        each.edit(modules)
+        for module in modules[:2]:  # nothing is written into the third
+            each.apply(module, rank_one(each, module, seed=1))
+    before, update = bits(model), rank_one(model, modules[0], seed=2)
+    with model.unedited(modules):
+        assert all(torch.equal(model.weight(name), model.base(name)) for name in modules)
+        assert torch.equal(model.edited_weight(modules[0]), other.weight(modules[0]))
+        for block in (model.unedited(modules), model.temporarily({})):
+            with pytest.raises(RuntimeError, match="does not nest"), block:
+                pass
+        assert model.apply(modules[0], update) == other.apply(modules[0], update)
+        assert torch.equal(model.weight(modules[0]), other.weight(modules[0]))
+        assert torch.equal(model.weight(modules[1]), model.base(modules[1]))
+    assert not differing(bits(other), bits(model))
+    assert differing(before, bits(model)) == {f"{modules[0]}.weight"}
+    with pytest.raises(ZeroDivisionError), model.unedited(modules):
+        raise ZeroDivisionError
+    assert not differing(bits(other), bits(model))
+    keys = torch.randn(model.weight(modules[0]).shape[1], 2, dtype=torch.float64)
+    total = model.total(modules[0]).dense().double()
+    torch.testing.assert_close(
+        model.total_times(modules[0], keys), (total @ keys).float(), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_a_nonfinite_update_is_found_and_named(model: EditableModel) -> None:
     modules = [model.family.down_projection(layer) for layer in (0, 1)]
     model.edit(modules)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from editkit.config.build import build
 from editkit.config.compose import compose
+from editkit.config.identity import config_hash
 from editkit.errors import ConfigError
 from editkit.linalg.recursive import FOLDED_COLUMNS
-from editkit.restraints.base import Restraints
+from editkit.restraints.base import AbstractUpdateRestraint, Restraints
 from editkit.restraints.d4s import D4S
+from editkit.restraints.prune import Prune
 from editkit.runner.checkpoint import RunState, load_state, save_state
 from editkit.runner.loop import run_edits
 from editkit.stats.least_squares import LeastSquares
@@ -30,6 +33,7 @@ from tests.support.methods import (
 )
 
 ROWS, SIZE, WEIGHT = 10, 32, 2.0
+BASES = ("trajectory", "unedited")
 C = second_moment(SIZE, seed=3)
 
 
@@ -131,13 +135,24 @@ def test_a_second_moment_that_cannot_be_inverted_is_found_before_the_first_edit(
         D4S().init(None, moments)
 
 
-def job(model: Any, *, restraint: Any = None, batch_size: int = 1, weight: float = 0.1) -> Any:
-    editor = memit(covariance_weight=weight, target={"steps": 4})
+def job(
+    model: Any,
+    *,
+    restraint: Any = None,
+    batch_size: int = 1,
+    layers: tuple[int, ...] = (0, 1),
+    spread: Any = "recomputed",
+    plain: bool = False,
+    **others: Any,
+) -> Any:
+    """A run of six edits with a restraint on the solve, or with none."""
+    editor = memit(layers=layers, spread=spread, target={"steps": 4})
+    solve = None if plain else restraint or D4S()
     base = trajectory(
         model,
         [replace(each, id=f"r/{index}") for index, each in enumerate(requests(6))],
         editor=editor,
-        restraints=Restraints(solve=restraint or D4S()),
+        restraints=Restraints(solve=solve, **others),
         milestones=(6,),
         batch_size=batch_size,
         checkpoint_every=1,
@@ -145,14 +160,21 @@ def job(model: Any, *, restraint: Any = None, batch_size: int = 1, weight: float
     return replace(base, moments=model_moments(model, editor.modules(model)))
 
 
+def totals_of(run: Any, state: RunState | None = None) -> dict[str, torch.Tensor]:
+    """The totals at the end of a run."""
+    list(run_edits(run, state))
+    return {name: total.dense().double() for name, total in run.model.totals().items()}
+
+
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
 def test_a_runs_totals_are_one_batch_over_its_keys_and_its_residuals_relative_to_the_unedited_weights(
-    kind: Any, batch_size: int
+    kind: Any, base: Any, batch_size: int
 ) -> None:
-    model, watched = tiny_model(kind), Watched(D4S())
+    model, watched = tiny_model(kind), Watched(D4S(base=base), base=base)
     run = job(model, restraint=watched, batch_size=batch_size)
-    list(run_edits(run))
+    totals = totals_of(run)
     for module in run.editor.modules(model):
         size = model.weight(module).shape[1]
         cross, keys_sum, before = (
@@ -169,21 +191,131 @@ def test_a_runs_totals_are_one_batch_over_its_keys_and_its_residuals_relative_to
                 keys_sum = keys_sum + problem.keys_IN @ problem.keys_IN.T
                 before = before + update.dense().double()
         wanted = cross @ torch.linalg.solve(keys_sum, torch.eye(size, dtype=torch.float64))
-        assert (
-            relative(model.total(module).dense(), wanted) < 1e-5
-        )  # updates are applied in float32
+        assert relative(totals[module], wanted) < 1e-5  # updates are applied in float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(kind: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch_size", "spread"), [(1, "recomputed"), (4, "published_code")])
+def test_on_the_unedited_model_a_sequence_in_one_layer_is_one_memit_batch_of_them_all(
+    kind: Any, batch_size: int, spread: Any
+) -> None:
+    options: dict[str, Any] = {"layers": (1,), "spread": spread}
+    d4s = D4S(base="unedited")
+    found = totals_of(job(tiny_model(kind), restraint=d4s, batch_size=batch_size, **options))
+    wanted = totals_of(job(tiny_model(kind), batch_size=6, plain=True, **options))
+    assert all(relative(found[name], wanted[name]) < 1e-4 for name in wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_the_unedited_model_the_lowest_of_several_layers_is_that_of_one_memit_batch(
+    kind: Any,
+) -> None:
+    """Above it they differ: a batch reads the keys of a layer with all edits in the layers below,
+    a sequence with those that were made by then.
+    """
+    found = totals_of(job(tiny_model(kind), restraint=D4S(base="unedited")))
+    wanted = totals_of(job(tiny_model(kind), batch_size=6, plain=True))
+    lowest, above = wanted
+    assert relative(found[lowest], wanted[lowest]) < 1e-4
+    assert relative(found[above], wanted[above]) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_the_unedited_model_all_edits_at_once_are_memits_batch_bit_for_bit(kind: Any) -> None:
+    found = totals_of(job(tiny_model(kind), restraint=D4S(base="unedited"), batch_size=6))
+    wanted = totals_of(job(tiny_model(kind), batch_size=6, plain=True))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_measured_unedited_above_the_layers_that_hold_all_edits(kind: Any) -> None:
+    """As in the authors' code. Every target, key and residual of the last edit is measured again,
+    on a model that is put together by hand.
+    """
+    model, watched = tiny_model(kind), Watched(D4S(base="unedited"), base="unedited")
+    run = job(model, restraint=watched)
+    states = [event for event in run_edits(run) if isinstance(event, RunState)]
+    before = {name: total.dense().double() for name, total in states[5].totals.items()}
+    plain = tiny_model(kind)
+    modules = run.editor.modules(plain)
+    plain.edit(modules)
+    measured: list[LeastSquares] = []
+    asked = step(plain, [run.requests[5]], states[0].contexts, solver=measured.append)
+    plan = run.editor.plan(asked)
+    for module, problem in zip(modules, watched.problems[-2:], strict=True):
+        run.editor.propose(asked, module, plan)
+        assert relative(problem.keys_IN, measured[-1].keys_IN.double()) < 1e-5
+        written = before[module] @ problem.keys_IN
+        residuals = problem.residuals_ON.double() + written
+        assert relative(residuals, measured[-1].residuals_ON.double()) < 1e-4
+        plain.apply(module, model.total(module).dense())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", BASES)
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
+    kind: Any, base: Any, tmp_path: Path
+) -> None:
     whole_model = tiny_model(kind)
-    for event in run_edits(job(whole_model)):
+    for event in run_edits(job(whole_model, restraint=D4S(base=base))):
         if isinstance(event, RunState) and event.step == 3:
             save_state(event, tmp_path, {})
     model = tiny_model(kind)
-    list(run_edits(job(model), load_state(tmp_path)))
+    list(run_edits(job(model, restraint=D4S(base=base)), load_state(tmp_path)))
     for module in model.edited_modules:
         assert torch.equal(model.weight(module), whole_model.weight(module))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_view_leaves_the_trajectory_alone(base: Any) -> None:
+    prune = Prune(
+        function="linear", alpha=2.0, apply_at="evaluation", every=None, allow_amplify=True
+    )
+    alone = totals_of(job(tiny_model(), restraint=D4S(base=base)))
+    viewed = totals_of(job(tiny_model(), restraint=D4S(base=base), totals={"prune": prune}))
+    assert all(torch.equal(viewed[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_with_rollback_every_batch_is_memits_own(base: Any) -> None:
+    run = replace(job(tiny_model(), restraint=D4S(base=base), batch_size=2), rollback=True)
+    plain = replace(job(tiny_model(), batch_size=2, plain=True), rollback=True)
+    found, wanted = totals_of(run), totals_of(plain)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@dataclass(frozen=True)
+class Seen(AbstractUpdateRestraint):
+    """Remembers the matrices that it was given."""
+
+    weights: list[torch.Tensor]
+
+    def restrain(self, update: Any, weight_OI: torch.Tensor, base: Any) -> Any:
+        self.weights.append(weight_OI.clone())
+        return update
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_restraint_on_updates_is_given_the_edited_matrix(base: Any) -> None:
+    seen, model, edited = Seen([]), tiny_model(), []
+    run = job(model, restraint=D4S(base=base), updates=(seen,))
+    for event in run_edits(run):
+        if isinstance(event, RunState):
+            edited += [model.weight(name).clone() for name in run.editor.modules(model)]
+    assert len(seen.weights) == 12
+    for found, wanted in zip(seen.weights, edited[:12], strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_configuration_from_before_the_option_keeps_its_meaning_and_its_folder() -> None:
+    config = compose(["editor=d4s", "model=tiny-gpt2"]).config
+    assert config["restraint"]["d4s"].pop("base") == "unedited"
+    assert build(config).restraints.solve == D4S(base="trajectory")
+    hashes = []
+    for base in BASES:
+        composed = compose(["editor=d4s", "model=tiny-gpt2", f"restraint.d4s.base={base}"])
+        hashes.append(config_hash(composed.config))
+    assert config_hash(config) == hashes[0] != hashes[1]
 
 
 def test_later_edits_spare_earlier_ones_more_than_memit_does() -> None:

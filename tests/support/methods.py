@@ -12,7 +12,7 @@ import torch
 
 from editkit.editors.base import Step
 from editkit.editors.memit import Memit
-from editkit.restraints.base import AbstractSolveRestraint
+from editkit.restraints.base import AbstractSolveRestraint, Base
 from editkit.stats.least_squares import LeastSquares
 from editkit.stats.store import Moments, SecondMoment
 from editkit.targets.settings import TargetSettings
@@ -100,6 +100,7 @@ class Watched(AbstractSolveRestraint):
     inner: AbstractSolveRestraint
     problems: list[LeastSquares] = field(default_factory=list)
     updates: list[Any] = field(default_factory=list)
+    base: Base = "trajectory"
 
     def init(self, model: Any, moments: Moments) -> Any:
         return self.inner.init(model, moments)
