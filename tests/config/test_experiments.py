@@ -127,6 +127,11 @@ def test_mend_is_refused_before_a_sweep_starts_until_it_has_a_hypernetwork_and_t
         place("experiment=prune/table1", f"editor.hypernetwork={tmp_path}")
     with_mend = [preset for preset in PRESETS if "mend" in grid(preset, "paper").get("editor", ())]
     assert with_mend == [
+        "knowedit/table4",
+        "knowedit/table5",
+        "knowedit/table6",
+        "memoe/table1",
+        "memoe/table2",
         "prune/figure2",
         "prune/figure3_gpt2_xl",
         "prune/figure3_llama2_7b",
@@ -203,9 +208,9 @@ def test_published_numbers_are_those_of_presets_and_their_columns_name_real_thin
     restraints = {path.stem for path in (conf_folder() / "restraint").glob("*.yaml")}
     models = {path.stem for path in (conf_folder() / "model").glob("*.yaml")} | {""}
     for row in load_published():
-        assert row.preset in PRESETS
-        assert row.restraint in restraints and row.model in models, row
-        assert row.editor in editors or f"no {row.row}." in row.not_measured, row
+        assert row.preset in PRESETS or (row.preset == "" and row.not_measured), row
+        assert row.restraint in restraints | {""} and row.model in models, row
+        assert row.editor in editors or row.not_measured, row
     assert len(published("d4s/table2_gptj")) == len(published("d4s/table2_llama2")) == 6 * 3 * 4
     assert len(published("d4s/table3")) == (5 + 4) * 4 * 2
 
@@ -220,10 +225,59 @@ def test_the_locality_of_a_dataset_has_the_name_under_which_editkit_records_it()
     assert not names & {("zsre", "locality"), ("counterfact", "locality_out_of_distribution")}
 
 
-def test_accuracies_of_d4s_and_eac_have_the_protocol_that_the_papers_define() -> None:
+@pytest.mark.parametrize(
+    ("source", "table", "count"),
+    [
+        ("KnowEdit", "Table 4", 18 * 8),
+        ("KnowEdit", "Table 5", 6 * 6),
+        ("KnowEdit", "Table 6", 8 * 3),
+        ("Knowledge Circuits", "Table 1", 14 * 5 + 4),
+        ("MEMoE", "Table 1", 17 * 8),
+        ("MEMoE", "Table 2", 16 * 8),
+        ("MEMoE", "Table 3", 6 * 5 - 6),  # six cells are lost in the available text
+        ("MEMoE", "Table 4", 4 * 4),
+        ("D4S", "Table 2", 2 * 6 * 3 * 4),
+        ("D4S", "Table 3", 2 * (5 + 4) * 4),
+        ("D4S", "Table 4", 2 * 5),
+        ("EAC", "Table 1", 4 * 2),
+        ("EAC", "Table 3", 2 * 4 * 6),
+        ("PRUNE", "Table 1", 4 * 3),
+    ],
+)
+def test_every_number_of_a_table_is_there_once(source: str, table: str, count: int) -> None:
+    rows = [row for row in load_published() if row.source.startswith(f"{source} (")]
+    cells = [
+        (row.row, row.model, row.dataset, row.edits, row.metric)
+        for row in rows
+        if row.table == table
+    ]
+    assert len(cells) == len(set(cells)) == count
+
+
+def test_averages_of_memoe_are_the_means_of_their_three_columns_but_for_three() -> None:
+    cells: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in load_published():
+        if row.preset.startswith("memoe/"):
+            metric = row.metric.removesuffix("_out_of_distribution")
+            about = (row.table, row.model, row.row, row.dataset)
+            cells.setdefault(about, {})[metric] = row.value
+    off = [
+        about
+        for about, row in cells.items()
+        if abs((row["efficacy"] + row["generalization"] + row["locality"]) / 3 - row["average"])
+        > 0.02
+    ]
+    assert off == [  # as printed: 96.33 instead of 96.00, 47.01 of 44.31, 57.70 of 57.37
+        ("Table 1", "llama2-7b", "MEMoE", "counterfact"),
+        ("Table 2", "gpt2-xl", "MEND", "zsre"),
+        ("Table 2", "llama2-7b", "GRACE", "counterfact"),
+    ]
+
+
+def test_accuracies_of_the_papers_have_the_protocol_that_the_papers_define() -> None:
     for row in load_published():
         if row.metric in ("efficacy", "generalization", "average", "effective_edits"):
-            assert row.protocol == "argmax", row
+            assert row.protocol == "argmax" or row.dataset == "convsent", row
 
 
 def test_what_mquake_cannot_measure_says_so() -> None:
@@ -240,6 +294,18 @@ def test_what_mquake_cannot_measure_says_so() -> None:
         ("d4s/table4", "D4S", 10000, "hellaswag", "llama2-7b", 52.99),
         ("eac/table1_time", "MEMIT-EAC", None, "seconds", "llama3-8b", 12.66),
         ("d4s/figure4", "MEMIT", None, "effective_edits", "gptj-6b", 850),
+        ("knowedit/table5", "FT-L", 5, "triviaqa", "llama2-7b-chat", 34.60),
+        ("memoe/table2", "MEND", 1000, "efficacy", "gpt2-xl", [20.95, 0.01]),
+        ("memoe/table1", "GRACE", None, "average", "llama2-7b", [77.53, 71.05]),
+        ("memoe/table4", "MEMoE, batches of 100", None, "generalization", "llama2-7b", 80.91),
+        (
+            "knowedit/table6",
+            "MEND",
+            None,
+            "fluency_bits",
+            "llama2-7b-chat",
+            [554.28, 592.82, 571.39],
+        ),
     ],
 )
 def test_a_sample_of_the_published_numbers(
@@ -250,7 +316,7 @@ def test_a_sample_of_the_published_numbers(
         for number in published(preset)
         if (number.row, number.edits, number.metric, number.model) == (row, edits, metric, model)
     ]
-    assert [number.value for number in numbers] == [value]
+    assert [number.value for number in numbers] == (value if isinstance(value, list) else [value])
 
 
 def test_averages_of_d4s_table_2_are_the_means_of_their_three_columns_as_printed() -> None:
@@ -280,7 +346,7 @@ def test_averages_of_d4s_table_2_are_the_means_of_their_three_columns_as_printed
         (
             "d4s/figure4",
             ["edits=6", "milestones=[0,3,6]", "evaluation.block_size=3", "editor=memit"],
-            "retention_token",
+            "retention_argmax",
         ),
         (
             "eac/table1_time",
@@ -289,10 +355,10 @@ def test_averages_of_d4s_table_2_are_the_means_of_their_three_columns_as_printed
         ),
         (
             "memoe/table2",
-            ["edits=4", "milestones=[0,4]", "batch_size=2", "editor=memit"],
-            "editing_token",
+            ["edits=4", "milestones=[0,4]", "batch_size=2", "model=tiny-llama", "editor=memit"],
+            "editing_argmax",
         ),
-        ("knowedit/table", ["edits=2", "milestones=[2]", "editor=ft"], "editing_token"),
+        ("knowedit/table4", ["edits=2", "milestones=[2]", "editor=ft"], "editing_argmax"),
     ],
 )
 def test_the_shortest_of_each_paper_runs_and_draws_its_figure(
