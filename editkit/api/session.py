@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from editkit.resources.stopwatch import Stopwatch
 from editkit.runner.checkpoint import generator_states, restore_generators
 from editkit.runner.context_length import require_room
 from editkit.runner.measure import corrections
+from editkit.runner.self_check import check_editing, check_reading
 from editkit.runner.step import (
     apply_batch,
     describe,
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from editkit.model.history import Mark
     from editkit.stats.corpus import StatsConfig
 
+log = logging.getLogger(__name__)
+# A text on which scoring and generation are compared with the network itself.
+SAMPLE = "The first railway between the two cities was opened in 1830, and it is still in use."
 TOKENS_PER_BATCH = 4096  # for the probabilities of the targets
 
 
@@ -109,7 +114,9 @@ class Session:
                     'ROME also works without, with options={"covariance": None}',
                 )
             )
+        self._is_checked = False  # whether the editor's shortcuts were compared
         with kept_generators(), _unedited(model):
+            _warn(check_reading(model, SAMPLE))
             with keys_under("editor"):
                 self.modules = self.editor.modules(model)
                 self._contexts = self.editor.contexts(model, torch.Generator().manual_seed(seed))
@@ -173,6 +180,9 @@ class Session:
             raise ConfigError(message("requests", problem, fix="leave one of the two out"))
         batch = batch_of(requests, self.editor)
         require_room(model, batch, self._contexts, [()] * len(batch))
+        if not self._is_checked:
+            _warn(check_editing(model, self.editor, batch[0]))
+            self._is_checked = True
         before = _probabilities(model, batch)
         step = Step(
             model=model,
@@ -293,6 +303,11 @@ def _unedited(model: EditableModel) -> Iterator[None]:
         yield
     finally:
         model.restore(totals)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        log.warning("%s", warning)
 
 
 def _probabilities(model: EditableModel, requests: Sequence[EditRequest]) -> tuple[float, ...]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from editkit.lazy import torch
     from editkit.linalg.lowrank import Update
     from editkit.model.editable import EditableModel
+    from editkit.model.shortcuts import Comparison
     from editkit.targets.objective import Objective
 
 
@@ -127,6 +128,10 @@ class AbstractEditor(abc.ABC, Generic[PlanT]):
         They are sampled once a run on the unedited model and kept in the run's state.
         """
         return (PLACE,)
+
+    def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
+        """The shortcuts that the editor takes, each beside the plain computation."""
+        return []
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
         """The state before the first edit. Raises ConfigError for what a run cannot begin with."""

@@ -16,11 +16,14 @@ from editkit.errors import OptionError, message
 from editkit.model.contexts import sample_contexts
 from editkit.resources.workload import EditorMemory, Workload
 from editkit.targets.search import Target, search_targets
+from editkit.targets.self_check import compare_search
 from editkit.targets.settings import TargetSettings
+from editkit.types import EditRequest
 
 if TYPE_CHECKING:
     from editkit.lazy import torch
     from editkit.model.editable import EditableModel
+    from editkit.model.shortcuts import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +79,29 @@ class AbstractLocateThenEdit(AbstractEditor[PlanT]):
     def contexts(self, model: EditableModel, generator: torch.Generator) -> tuple[str, ...]:
         return sample_contexts(model, lengths=self.context_lengths, generator=generator)
 
+    @abc.abstractmethod
+    def site(self, model: EditableModel) -> str:
+        """The module whose output a target vector is searched for."""
+
+    def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
+        if self.target.exact:
+            return []
+        comparison = compare_search(model, request, self.site(model))
+        return [] if comparison is None else [comparison]
+
     def memory(self, work: Workload) -> EditorMemory:
         return EditorMemory(
             working=self.target.working_bytes(work, context_lengths=self.context_lengths),
             saving="a lower editor.target.tokens_at_once or batch_size",
         )
 
-    def search(self, step: Step, site: str) -> tuple[Target, ...]:
-        """The target vector of each request at the output of the module `site`."""
+    def search(self, step: Step) -> tuple[Target, ...]:
+        """The target vector of each request at the output of the site."""
         requests = (step.request,) if self.max_batch_size == 1 else step.requests
         return search_targets(
             step.model,
             requests,
-            site=site,
+            site=self.site(step.model),
             contexts=step.contexts,
             settings=self.target,
             objective=step.objective,

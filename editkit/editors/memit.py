@@ -34,10 +34,14 @@ from editkit.resources.stopwatch import measured
 from editkit.restraints.base import Place
 from editkit.stats.least_squares import LeastSquares
 from editkit.targets.keys import Text, average_keys, clean_outputs, layerwise, subject_texts
+from editkit.targets.self_check import compare_keys
+from editkit.types import EditRequest
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
+    from editkit.model.editable import EditableModel
     from editkit.model.layerwise import LayerwiseForward
+    from editkit.model.shortcuts import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +82,16 @@ class Memit(AbstractLocateThenEdit[MemitPlan]):
     def needs_moments(self) -> bool:
         return True
 
+    def site(self, model: EditableModel) -> str:
+        return model.family.block(self.layers[-1])
+
+    def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
+        keys = compare_keys(model, request, self.layers)
+        return [*super().self_check(model, request), keys]
+
     def plan(self, step: Step) -> MemitPlan:
         """Searches z for every request on the weights from before the batch."""
-        targets = self.search(step, step.model.family.block(self.layers[-1]))
+        targets = self.search(step)
         texts = tuple(
             subject_texts(step.model, request, step.contexts) for request in step.requests
         )

@@ -30,9 +30,12 @@ from editkit.resources.stopwatch import measured
 from editkit.restraints.base import Place
 from editkit.targets.keys import keys_and_outputs
 from editkit.targets.search import Target
+from editkit.targets.self_check import require_outputs
+from editkit.types import EditRequest
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
+    from editkit.model.shortcuts import Comparison
     from editkit.stats.store import Moments
     from editkit.types import TensorState
 
@@ -65,8 +68,15 @@ class Rome(AbstractLocateThenEdit[RomePlan]):
             moments.factorise(module)
         return {}
 
+    def site(self, model: EditableModel) -> str:
+        return model.family.mlp(self.layers[0])
+
+    def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
+        require_outputs(model, request, self.site(model), self.modules(model)[0])
+        return super().self_check(model, request)
+
     def plan(self, step: Step) -> RomePlan:
-        targets = self.search(step, step.model.family.mlp(self.layers[0]))
+        targets = self.search(step)
         summary = summary_of(targets) | {"steps": targets[0].updates}  # a whole number, no mean
         return RomePlan(summary=summary, nonfinite=nonfinite_of(targets), target=targets[0])
 

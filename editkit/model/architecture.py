@@ -20,16 +20,26 @@ from editkit.model.gguf import read_header
 from editkit.model.source import ASSET, GGUF, PACKAGE, find_source
 
 NAMES = {  # the keys of a size in config.json
-    "width": ("hidden_size", "n_embd"),
-    "num_layers": ("num_hidden_layers", "n_layer"),
-    "num_heads": ("num_attention_heads", "n_head"),
-    "num_positions": ("max_position_embeddings", "n_positions"),
-    "inner": ("intermediate_size", "n_inner"),
+    "width": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "num_positions": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
+    "inner": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
 }
+# Where config.json does not say, as with Bloom, which has no positions and was trained on as many.
+NUM_POSITIONS = 2048
 # Families whose head is tied to the embedding unless their config.json says otherwise.
-TIED = {"gpt2", "gemma", "gemma2", "gemma3_text"}
+TIED = {
+    *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2"),
+    *("gpt_bigcode", "gpt_neo", "mpt", "opt", "smollm3", "starcoder2"),
+}
 # Families with eager attention only: transformers implements no other attention for them.
-EAGER = {"gptj"}
+EAGER = {"bloom", "codegen", "gpt_neo", "gptj", "mpt"}
+# Families whose MLP has one matrix into its inner width.
+NOT_GATED = {
+    *("bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt"),
+    *("opt", "phi", "starcoder2"),
+}
 
 
 def label_of(name: str | None, model_id: str) -> str:
@@ -56,8 +66,8 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """The exact number of parameters for the known families. Other families are counted as a
-        Llama, which is right to a few percent.
+        """The number of parameters, exact for the families of the named models. Other families are
+        counted as a Llama with or without gates, which is right to a few percent.
         """
         width, inner, layers, vocabulary = self.width, self.inner, self.num_layers, self.vocabulary
         if self.kind in ("gpt2", "gptj", "gpt_neox"):
@@ -81,7 +91,7 @@ class Architecture:
         head = 0 if self.is_tied else vocabulary * width
         return (
             vocabulary * width
-            + layers * (attention + norms + 3 * width * inner + biases)
+            + layers * (attention + norms + (3 if self.is_gated else 2) * width * inner + biases)
             + width
             + head
         )
@@ -89,7 +99,7 @@ class Architecture:
     @property
     def is_gated(self) -> bool:
         """Whether the MLP has a gate matrix, that is two matrices into its inner width."""
-        return self.kind not in ("gpt2", "gptj", "gpt_neox")
+        return self.kind not in NOT_GATED
 
     def of_depth(self, num_layers: int) -> Architecture:
         """The same architecture with another number of layers."""
@@ -124,9 +134,25 @@ def architecture_of(facts: Mapping[str, Any]) -> Architecture:
         num_key_value_heads=int(facts.get("num_key_value_heads") or heads),
         head_width=int(facts.get("head_dim") or width // heads),
         vocabulary=int(facts["vocab_size"]),
-        num_positions=positions or 2048,
+        num_positions=positions or NUM_POSITIONS,
         is_tied=bool(facts.get("tie_word_embeddings", kind in TIED)),
     )
+
+
+def context_length(config: Any) -> int:
+    """The number of positions of a transformers configuration."""
+    values = (getattr(config, key, None) for key in NAMES["num_positions"])
+    return next((int(value) for value in values if value is not None), NUM_POSITIONS)
+
+
+def sliding_window(config: Any) -> int | None:
+    """The tokens that a layer with a window attends to; None without such layers."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    if window is None and "local" in (getattr(config, "attention_layers", None) or ()):
+        window = config.window_size  # GPT-Neo
+    return window or None
 
 
 def known_facts() -> dict[str, dict[str, Any]]:

@@ -11,14 +11,14 @@ Shape letters: B sequences, T all tokens, P tokens before the start, S tokens fr
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from editkit.lazy import torch
-from editkit.model.capture import capture
+from editkit.model.architecture import sliding_window
+from editkit.model.capture import capture, replaced_input
 from editkit.model.shared_prefixes import SharedPrefixes, share_prefixes
 from editkit.model.sparse import at_tokens, sparse_modules
 
@@ -53,18 +53,17 @@ class CachedSuffix:
 
         Only the values at the tokens that are read are correct. Gradients flow.
         """
-        with (
-            at_tokens(self.sparse),
-            only_blocks(self.model, range(self.layer + 1, self.model.num_layers)) as base,
-        ):
-            result: torch.Tensor = base(
-                inputs_embeds=hidden_BSD,
-                attention_mask=self.mask_BT,
-                position_ids=self.positions_BS,
-                past_key_values=_cache(self.prefix),
-                use_cache=True,
-            ).last_hidden_state.to(self.model.device)
-            return result
+        arguments = {
+            "attention_mask": self.mask_BT,
+            "position_ids": self.positions_BS,
+            "past_key_values": _cache(self.prefix),
+            "use_cache": True,
+        }
+        with at_tokens(self.sparse):
+            above = range(self.layer + 1, self.model.num_layers)
+            output = run_blocks(self.model, above, hidden_BSD, arguments)
+        result: torch.Tensor = output.last_hidden_state.to(self.model.device)
+        return result
 
     @cached_property
     def sparse(self) -> dict[Any, torch.Tensor]:
@@ -102,7 +101,9 @@ def prepare(
     *,
     reads: Sequence[Sequence[int]] | None = None,
     at_start: Sequence[str] = (),
+    through: int | None = None,
     groups: Sequence[Hashable] | None = None,
+    least_shared: int | None = None,
 ) -> CachedSuffix:
     """Runs the prefixes of token sequences once.
 
@@ -110,8 +111,10 @@ def prepare(
         starts: by sequence, the position at which the suffix begins (the subject's last token).
         reads: by sequence, the positions whose final hidden states are read; all from the start on
             if None. Tokens after the last of them are dropped, because they cannot influence it.
-        at_start: modules up to block `layer` whose outputs at the starts are needed as well.
+        at_start: modules whose outputs at the starts are needed as well.
+        through: the block that contains the last of them; `layer` if None.
         groups: by sequence, the name of its group. Common beginnings within a group run once.
+        least_shared: the fewest tokens that sharing must save; `LEAST_TOKENS` if None.
     """
     if reads is None:
         reads = [range(start, len(ids)) for ids, start in zip(sequences, starts, strict=True)]
@@ -119,7 +122,7 @@ def prepare(
         max(start, *positions) + 1 if positions else start + 1
         for start, positions in zip(starts, reads, strict=True)
     ]
-    shared = share_prefixes(model, sequences, starts, groups)
+    shared = share_prefixes(model, sequences, starts, groups, least_shared=least_shared)
     skipped = [0] * len(starts) if shared is None else shared.lengths
     # At least one column before the start and two from it on. With fewer, transformers tests
     # whether the mask is all ones, which waits for a GPU.
@@ -139,7 +142,7 @@ def prepare(
     )
     is_token_BT, mask_BT = mask_BT.bool(), mask_BT.to(model.device)
     full_mask_BT = mask_BT if shared is None else torch.cat([shared.mask_BP, mask_BT], dim=1)
-    block, below = model.family.block(layer), range(layer + 1)
+    block, below = model.family.block(layer), range((layer if through is None else through) + 1)
     outputs, sparse = (
         capture(model, outputs=[*dict.fromkeys((block, *at_start))]),
         sparse_modules(model, below, is_token_BT),
@@ -180,41 +183,36 @@ def supports_caching(model: EditableModel, num_tokens: int) -> bool:
     It does not if a sliding window is shorter than the sequences, or if a layer caches anything
     other than keys and values.
     """
-    config = model.network.config
+    config = model.network.config.get_text_config()
     if not set(getattr(config, "layer_types", None) or ()) <= KEY_VALUE_LAYERS:
         return False
-    window: int | None = getattr(config, "sliding_window", None)
-    return window is None or num_tokens <= window or not getattr(config, "use_sliding_window", True)
+    window = sliding_window(config)
+    return window is None or num_tokens <= window
 
 
-@contextmanager
-def only_blocks(model: EditableModel, layers: range) -> Iterator[Any]:
-    """Reduces the base network to these blocks and the final norm. `inputs_embeds` is the input of
-    the first block.
+def run_blocks(
+    model: EditableModel, layers: range, hidden_BSD: torch.Tensor, arguments: Mapping[str, Any]
+) -> Any:
+    """The output of the base network, reduced to these blocks and the final norm.
+
+    `hidden_BSD` is the input of the first block, whatever the network makes of its embeddings.
     """
-    base, config = model.module(model.family.base), model.network.config
+    base, config = model.module(model.family.base), model.network.config.get_text_config()
     name = model.family.blocks.rpartition(".")[2]
     blocks, kinds = getattr(base, name), getattr(config, "layer_types", None)
+    first = blocks[layers.start] if layers else model.module(model.family.final_norm)
     setattr(base, name, blocks[layers.start : layers.stop])
     if kinds is not None:
         # Some networks look up a block's mask by its index in the list.
         config.layer_types = kinds[layers.start : layers.stop]
-    positions = getattr(base, "wpe", None)
-    # accelerate also sets `forward` on the instance.
-    former = vars(positions).get("forward") if positions is not None else None
-    if positions is not None:
-        # GPT-2 adds position embeddings to `inputs_embeds`, which already contain them.
-        positions.forward = lambda _: torch.zeros(())
     try:
-        yield base
+        with replaced_input(first, hidden_BSD):
+            ids_BS = torch.zeros(hidden_BSD.shape[:2], dtype=torch.long, device=hidden_BSD.device)
+            return base(input_ids=ids_BS, **arguments)
     finally:
         setattr(base, name, blocks)
         if kinds is not None:
             config.layer_types = kinds
-        if positions is not None and former is None:
-            del positions.forward
-        elif positions is not None:
-            positions.forward = former
 
 
 def _prefix(
@@ -233,20 +231,15 @@ def _prefix(
     above = range(layer + 1, model.num_layers)
     cache = _cache_arguments(shared, above).get("past_key_values", _cache(()))
     if above:
+        arguments = {
+            "attention_mask": mask_BP,
+            "position_ids": positions_BP,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
         stop = capture(model, inputs=[model.family.mlp(above[-1])])
-        with (
-            torch.no_grad(),
-            stop,
-            at_tokens(sparse_modules(model, above, is_token_BP)),
-            only_blocks(model, above) as base,
-        ):
-            base(
-                inputs_embeds=hidden_BPD,
-                attention_mask=mask_BP,
-                position_ids=positions_BP,
-                past_key_values=cache,
-                use_cache=True,
-            )
+        with torch.no_grad(), stop, at_tokens(sparse_modules(model, above, is_token_BP)):
+            run_blocks(model, above, hidden_BPD, arguments)
     placeholder = _placeholder(len(hidden_BPD), mask_BP.shape[1], hidden_BPD)
     return tuple(
         (cache.layers[index].keys, cache.layers[index].values) if index in above else placeholder

@@ -5,7 +5,8 @@ registers hooks.
         model.final_hidden(batch)  # stops once both tensors are captured
     captured.inputs[down_projection]  # (B, T, I)
 
-Hooks exist only inside the `with` block.
+Hooks exist only inside the `with` block. Some networks call their MLPs with rows of tokens,
+(B x T, X): OPT, and the experts that all tokens share. Hooks see these as (B, T, X).
 
 Shape letters: B rows, T tokens, R rank, I and O input and output width of a module.
 """
@@ -56,7 +57,7 @@ def capture(
     Raises:
         RuntimeError: no pass reached one of the modules.
     """
-    captured = Captured()
+    captured, shape = Captured(), _Shape(model)
     # Looking up all names first raises an error before the first hook is registered.
     hooked = {name: model.module(name) for name in (*inputs, *outputs)}
 
@@ -70,21 +71,22 @@ def capture(
 
     def read_input(name: str) -> Any:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.inputs[name] = (args[0] if args else next(iter(kwargs.values()))).to(
-                model.device
-            )
+            captured.inputs[name] = shape.by_row(args[0] if args else next(iter(kwargs.values())))
             stop_if_complete()
 
         return hook
 
     def read_output(name: str) -> Any:
         def hook(_module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            captured.outputs[name] = _tensor(output).to(model.device)
+            captured.outputs[name] = shape.by_row(_tensor(output))
             stop_if_complete()
+            # The rest of the pass may write into the output, as Falcon's blocks do.
+            captured.outputs[name] = captured.outputs[name].clone()
 
         return hook
 
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(shape.noted())
         for name in inputs:
             hooks.callback(
                 hooked[name].register_forward_pre_hook(read_input(name), with_kwargs=True).remove
@@ -96,6 +98,8 @@ def capture(
         except _Stop as stop:
             if stop.owner is not captured:
                 raise
+    for tensors in (captured.inputs, captured.outputs):
+        tensors.update({name: values.to(model.device) for name, values in tensors.items()})
     missing = [*(set(inputs) - set(captured.inputs)), *(set(outputs) - set(captured.outputs))]
     if missing:
         raise RuntimeError(f"the forward pass did not reach {', '.join(sorted(missing))}.")
@@ -112,21 +116,23 @@ def add_to_output(
         positions_B: columns of the padded batch (`PromptBatch.columns`).
         delta_BO: the vectors, or one vector (O,) for all rows. Gradients flow into it.
     """
-    calls = 0
+    calls, shape = 0, _Shape(model)
 
     def hook(_module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         nonlocal calls
         calls += 1
-        output_BTO = _tensor(output)
+        output_BTO = shape.by_row(_tensor(output))
         rows_B = torch.arange(len(positions_B), device=output_BTO.device)
         columns_B = positions_B.to(output_BTO.device)
         moved_BTO = output_BTO.clone()  # an in-place change would invalidate the graph
         moved_BTO[rows_B, columns_B] = output_BTO[rows_B, columns_B] + delta_BO.to(output_BTO)
+        moved_BTO = moved_BTO.view(_tensor(output).shape)
         return moved_BTO if torch.is_tensor(output) else (moved_BTO, *output[1:])
 
     handle = model.module(module).register_forward_hook(hook)
     try:
-        yield
+        with shape.noted():
+            yield
     finally:
         handle.remove()
     if not calls:
@@ -160,10 +166,32 @@ def add_low_rank(
     adds nothing.
     """
 
+    shape = _Shape(model)
+
     def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return output + (args[0] @ right_BRI.to(output).mT) @ left_BRO.to(output)
+        inputs_BTI = shape.by_row(args[0])
+        added_BTO = (inputs_BTI @ right_BRI.to(output).mT) @ left_BRO.to(output)
+        return output + added_BTO.view(output.shape)
 
     handle = model.module(module).register_forward_hook(hook)
+    try:
+        with shape.noted():
+            yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def replaced_input(module: torch.nn.Module, hidden_BTD: torch.Tensor) -> Iterator[None]:
+    """Calls the module with this tensor in place of its first argument. Gradients flow into it."""
+
+    def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (hidden_BTD, *args[1:]), kwargs
+        return args, kwargs | {next(iter(kwargs)): hidden_BTD}
+
+    # Before other hooks, which see the replacement.
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
     try:
         yield
     finally:
@@ -179,17 +207,21 @@ def capture_for_gradients(model: EditableModel, modules: Sequence[str]) -> Itera
     gradient of the module's matrix in factors. Enter this context inside `torch.enable_grad()` and
     after `add_low_rank`.
     """
-    captured = Captured()
+    captured, shape = Captured(), _Shape(model)
 
     def hook_of(name: str) -> Any:
-        def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if not output.requires_grad:
                 output.requires_grad_()
-            captured.inputs[name], captured.outputs[name] = args[0].detach(), output
+            captured.inputs[name] = shape.by_row(args[0]).detach()
+            captured.outputs[name] = shape.by_row(output)
+            # A copy, because the network may write into it (Falcon).
+            return captured.outputs[name].clone().view(output.shape)
 
         return hook
 
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(shape.noted())
         for name in modules:
             hooks.callback(model.module(name).register_forward_hook(hook_of(name)).remove)
         yield captured
@@ -214,6 +246,36 @@ def change_outputs(
         for module, change in changes.items():
             hooks.callback(model.module(module).register_forward_hook(changing(change)).remove)
         yield
+
+
+class _Shape:
+    """The rows and columns (B, T) of the batch that the base network is called with."""
+
+    def __init__(self, model: EditableModel) -> None:
+        self._base = model.module(model.family.base)
+        self._shape = torch.Size()
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Notes the shape of every batch."""
+
+        def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            batch = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+            self._shape = batch.shape[:2]
+
+        handle = self._base.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows of tokens, (B x T, X), as (B, T, X). Some of the tokens, (M, X), as (1, M, X)."""
+        if values.dim() != 2:
+            return values
+        is_whole = len(values) == self._shape.numel()
+        rows: torch.Tensor = values.unflatten(0, self._shape) if is_whole else values[None]
+        return rows
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -15,16 +15,20 @@ import contextlib
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.linalg.lowrank import Update, dense, frobenius
 from editkit.linalg.total import Total
+from editkit.model.architecture import context_length
 from editkit.model.editability import require_editable
 from editkit.model.families import Family, Outline, check_family, not_a_matrix
 from editkit.model.fingerprint import fingerprint
+from editkit.model.head import is_matrix, own_logits
 from editkit.model.history import Mark
+from editkit.model.shortcuts import Shortcuts
 from editkit.model.tokens import PromptBatch, require_offsets
 
 if TYPE_CHECKING:
@@ -69,6 +73,7 @@ class EditableModel:
         self.tokenizer = tokenizer
         self.family = family
         self.fingerprint = fingerprint(network, tokenizer)
+        self.shortcuts = Shortcuts()  # set once, by the check at the beginning of a run
         self._edited: dict[str, _Edited] = {}
         self._is_corrected = False
         self._at_base: set[str] = set()  # matrices that are W_0 for a while, without their total
@@ -90,8 +95,7 @@ class EditableModel:
     @property
     def max_length(self) -> int:
         """The context length: the number of positions of the network."""
-        positions: int = self.network.config.max_position_embeddings
-        return positions
+        return context_length(self.network.config.get_text_config())
 
     def module(self, name: str) -> torch.nn.Module:
         """The module of that dotted name. Raises ConfigError, with the nearest names, for an
@@ -148,10 +152,15 @@ class EditableModel:
         `hidden_ND` holds the rows of `final_hidden` at the positions that are read, so that logits
         of all positions are never computed.
         """
+        if not self.head_is_matrix:
+            return own_logits(self.network, self.module(self.family.base), hidden_ND)
         head: Any = self.network.get_output_embeddings()
-        logits_NV: torch.Tensor = head(hidden_ND).to(hidden_ND.device)
-        cap = getattr(self.network.config, "final_logit_softcapping", None)  # Gemma 2
-        return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
+        return head(hidden_ND).to(hidden_ND.device)  # type: ignore[no-any-return]
+
+    @cached_property
+    def head_is_matrix(self) -> bool:
+        """Whether logits are the head's product alone: not capped (Gemma 2) or scaled (Cohere)."""
+        return is_matrix(self.network, self.module(self.family.base))
 
     # Weights
 

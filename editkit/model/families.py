@@ -24,6 +24,8 @@ class Family:
     down_projection_in_block: str = "mlp.down_proj"
     # whether the MLP's output is added to the residual stream unchanged, without a norm in between
     adds_mlp_output: bool = True
+    # whether positions are those of `position_ids`; with ALiBi a token's column counts instead
+    follows_position_ids: bool = True
     # all matrices of the MLP, from input to output
     mlp_matrices_in_block: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -77,35 +79,100 @@ def require_layers(layers: Sequence[int], *, name: str, num_layers: int) -> None
 def known_families() -> dict[str, Family]:
     """The families by `config.model_type`."""
     llama = Family(base="model", blocks="model.layers", final_norm="model.norm")
+    gpt2 = Family(
+        base="transformer",
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        down_projection_in_block="mlp.c_proj",
+        mlp_matrices_in_block=("mlp.c_fc", "mlp.c_proj"),
+    )
+    gptj = replace(
+        gpt2,
+        down_projection_in_block="mlp.fc_out",
+        mlp_matrices_in_block=("mlp.fc_in", "mlp.fc_out"),
+    )
+    gpt_neox = Family(
+        base="gpt_neox",
+        blocks="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        down_projection_in_block="mlp.dense_4h_to_h",
+        mlp_matrices_in_block=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    )
+    # One matrix holds the gate and the other matrix into the inner width.
+    fused = replace(llama, mlp_matrices_in_block=("mlp.gate_up_proj", "mlp.down_proj"))
+    # A norm, or Granite's residual multiplier, stands between the MLP and the residual stream.
+    changed = replace(llama, adds_mlp_output=False)
+    falcon = replace(
+        gpt_neox, base="transformer", blocks="transformer.h", final_norm="transformer.ln_f"
+    )
     return {
-        "gpt2": Family(
+        # The whole MLP adds the residual stream itself.
+        "bloom": replace(falcon, mlp_in_block="mlp.dense_4h_to_h", follows_position_ids=False),
+        "codegen": gptj,
+        "cohere": llama,
+        "cohere2": llama,
+        "exaone4": changed,
+        "falcon": falcon,
+        "gemma": llama,
+        "gemma2": changed,
+        "gemma3_text": changed,
+        "glm": fused,
+        "glm4": replace(fused, adds_mlp_output=False),
+        "gpt2": gpt2,
+        "gpt_bigcode": gpt2,
+        "gpt_neo": gpt2,
+        "gpt_neox": gpt_neox,
+        "gptj": gptj,
+        "granite": changed,
+        "llama": llama,
+        "mistral": llama,
+        "mpt": replace(
+            llama,
             base="transformer",
-            blocks="transformer.h",
-            final_norm="transformer.ln_f",
+            blocks="transformer.blocks",
+            final_norm="transformer.norm_f",
+            mlp_in_block="ffn.down_proj",  # the whole MLP adds the residual stream itself
+            down_projection_in_block="ffn.down_proj",
+            follows_position_ids=False,
+            mlp_matrices_in_block=("ffn.up_proj", "ffn.down_proj"),
+        ),
+        "olmo": llama,
+        "olmo2": changed,
+        "olmo3": changed,
+        "opt": replace(
+            llama,
+            base="model.decoder",
+            blocks="model.decoder.layers",
+            final_norm="model.decoder.final_layer_norm",
+            mlp_in_block="fc2",  # there is no module of the whole MLP
+            down_projection_in_block="fc2",
+            mlp_matrices_in_block=("fc1", "fc2"),
+        ),
+        "phi": replace(
+            llama,
+            final_norm="model.final_layernorm",
+            down_projection_in_block="mlp.fc2",
+            mlp_matrices_in_block=("mlp.fc1", "mlp.fc2"),
+        ),
+        "phi3": fused,
+        "qwen2": llama,
+        # The expert that all tokens share: its output is multiplied by a gate.
+        "qwen2_moe": replace(
+            changed,
+            mlp_in_block="mlp.shared_expert",
+            down_projection_in_block="mlp.shared_expert.down_proj",
+            mlp_matrices_in_block=tuple(
+                f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")
+            ),
+        ),
+        "qwen3": llama,
+        "smollm3": llama,
+        "stablelm": llama,
+        "starcoder2": replace(
+            llama,
             down_projection_in_block="mlp.c_proj",
             mlp_matrices_in_block=("mlp.c_fc", "mlp.c_proj"),
         ),
-        "gptj": Family(
-            base="transformer",
-            blocks="transformer.h",
-            final_norm="transformer.ln_f",
-            down_projection_in_block="mlp.fc_out",
-            mlp_matrices_in_block=("mlp.fc_in", "mlp.fc_out"),
-        ),
-        "gpt_neox": Family(
-            base="gpt_neox",
-            blocks="gpt_neox.layers",
-            final_norm="gpt_neox.final_layer_norm",
-            down_projection_in_block="mlp.dense_4h_to_h",
-            mlp_matrices_in_block=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        ),
-        "llama": llama,
-        "mistral": llama,
-        "qwen2": llama,
-        "qwen3": llama,
-        "gemma": llama,
-        "gemma2": replace(llama, adds_mlp_output=False),
-        "gemma3_text": replace(llama, adds_mlp_output=False),
     }
 
 

@@ -13,7 +13,8 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
-from editkit.model.tokens import PADDING_ID, PromptBatch, encode_prompts, pad
+from editkit.model.continuation import continuation
+from editkit.model.tokens import encode_prompts
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -69,14 +70,9 @@ def generate(
         choose = _Choice(
             top_k, sorted(banned), None if draws_NT is None else draws_NT[chosen].to(model.device)
         )
-        batch = pad([prompts[index] for index in chosen], device=model.device, side="left")
-        new_ids.update(
-            zip(
-                chosen,
-                _continue(model, batch, max_new_tokens, choose, stops, stop_texts),
-                strict=True,
-            )
-        )
+        rows = [prompts[index] for index in chosen]
+        new = _continue(model, rows, max_new_tokens, choose, stops, stop_texts)
+        new_ids.update(zip(chosen, new, strict=True))
     return [new_ids[index] for index in range(len(prompts))]
 
 
@@ -184,35 +180,26 @@ class _StopTexts:
 
 def _continue(
     model: EditableModel,
-    batch: PromptBatch,
+    rows: Sequence[Sequence[int]],
     max_new_tokens: int,
     choose: _Choice,
     stops: torch.Tensor,
     stop_texts: _StopTexts | None,
 ) -> list[tuple[int, ...]]:
-    """Continues one left-padded batch. Finished rows get padding tokens until all rows are done."""
-    base = model.module(model.family.base)
-    arguments = batch.arguments
-    mask_BT, length_B = batch.mask_BT, batch.mask_BT.sum(-1)
+    """Continues one batch. Finished rows get padding tokens until all rows are done."""
+    text, steps = continuation(model, rows), []
+    length_B = torch.tensor([len(row) for row in rows], device=model.device)
     done_B = torch.zeros_like(length_B, dtype=torch.bool)
-    cache, steps = None, []
     with torch.inference_mode():
         for step in range(max_new_tokens):
-            output = base(**arguments, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            token_B = choose(model.hidden_to_logits(output.last_hidden_state[:, -1]), step)
+            token_B = choose(model.hidden_to_logits(text.last_hidden()), step)
             done_B = done_B | torch.isin(token_B, stops) | (length_B >= model.max_length)
             steps.append(torch.where(done_B, -1, token_B))
             if stop_texts is not None:
                 done_B = done_B | stop_texts(steps)
             if bool(done_B.all()):
                 break
-            mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=-1)
-            arguments = {
-                "input_ids": token_B.masked_fill(done_B, PADDING_ID)[:, None],
-                "attention_mask": mask_BT,
-                "position_ids": length_B.clamp(max=model.max_length - 1)[:, None],
-            }
+            text.append(token_B, done_B)
             length_B = length_B + 1
     return (
         [tuple(token for token in row if token >= 0) for row in torch.stack(steps, dim=1).tolist()]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
-from editkit.model.cached_suffix import only_blocks
+from editkit.model.cached_suffix import run_blocks
 from editkit.model.capture import Captured, capture
 from editkit.model.sparse import at_tokens, sparse_modules
 from editkit.model.tokens import PromptBatch, pad
@@ -73,8 +73,9 @@ class LayerwiseForward:
         block, module = self._model.family.block(layer), self._model.family.down_projection(layer)
         keys_at_ends, kept, num_bytes = [], [], 0
         for part in self._parts:
-            captured, is_sparse = self._run(part, layer, inputs=[block, module])
+            captured = self._run(part, layer, inputs=[block, module])
             keys, hidden_MTD = captured.inputs[module], captured.inputs[block]
+            is_sparse = keys.shape[:2] != part.is_end_MT.shape
             keys_at_ends.append(keys[0] if is_sparse else keys[part.is_end_MT.to(keys.device)])
             num_bytes += hidden_MTD.numel() * hidden_MTD.element_size()
             kept.append(hidden_MTD if num_bytes <= KEPT_BYTES else None)
@@ -88,7 +89,7 @@ class LayerwiseForward:
         block = self._model.family.block(layer)
         return torch.cat(
             [
-                self._run(part, layer, outputs=[block])[0].outputs[block][
+                self._run(part, layer, outputs=[block]).outputs[block][
                     part.is_end_MT.to(self._model.device)
                 ]
                 for part in self._parts
@@ -107,22 +108,23 @@ class LayerwiseForward:
 
     def _run(
         self, part: Part, layer: int, *, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
-    ) -> tuple[Captured, bool]:
-        """One pass up to a block, whose MLP runs only at the last tokens.
-
-        The second value tells whether the MLP got only these tokens, as (1, M, D).
-        """
+    ) -> Captured:
+        """One pass up to a block, whose MLP may run only at the last tokens, as (1, M, D)."""
         model, hidden_MTD = self._model, part.hidden_MTD
-        if not 0 < self._layer <= layer or self._made_by != self._versions(self._layer):
+        is_short = model.shortcuts.allows("keys")
+        is_kept = 0 < self._layer <= layer and self._made_by == self._versions(self._layer)
+        if not (is_short and is_kept):
             hidden_MTD = None
         blocks = range(0 if hidden_MTD is None else self._layer, model.num_layers)
-        sparse = sparse_modules(
-            model,
-            range(blocks.start, layer + 1),
-            part.is_token_MT,
-            read_layer=layer,
-            is_read_BT=part.is_end_MT,
-        )
+        sparse = {}
+        if is_short:
+            sparse = sparse_modules(
+                model,
+                range(blocks.start, layer + 1),
+                part.is_token_MT,
+                read_layer=layer,
+                is_read_BT=part.is_end_MT,
+            )
         batch = part.batch
         arguments = {
             "attention_mask": batch.mask_BT,
@@ -137,9 +139,8 @@ class LayerwiseForward:
             if hidden_MTD is None:
                 model.module(model.family.base)(input_ids=batch.ids_BT, **arguments)
             else:
-                with only_blocks(model, blocks) as base:
-                    base(inputs_embeds=hidden_MTD, **arguments)
-        return captured, model.module(model.family.mlp(layer)) in sparse
+                run_blocks(model, blocks, hidden_MTD, arguments)
+        return captured
 
     def _versions(self, layer: int) -> tuple[int, ...]:
         """The number of writes to each weight below this block, as counted by torch."""

@@ -17,6 +17,7 @@ from editkit.model.discover import family_suggestion
 from editkit.model.families import Family, family_of
 from editkit.model.gguf import file_problems
 from editkit.model.hub import is_unreachable, quietly
+from editkit.model.kinds import auto_class, family_of_config, require_decoder
 from editkit.model.network import random_network
 from editkit.model.placement import placement
 from editkit.model.source import KEY, Source, find_source
@@ -63,7 +64,6 @@ class ModelConfig:
                 checkpoint without some of the weights, or a missing device.
         """
         from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         from editkit.model.editable import EditableModel
@@ -85,10 +85,8 @@ class ModelConfig:
             places: Any = (
                 placement(config, family, self.dtype) if self.device_map else _at_once_on(device)
             )
-            # With output_loading_info it returns a pair, which its annotations do not declare.
-            weights: Any = AutoModelForCausalLM
             with quietly(), _without_gguf_progress():
-                network, report = weights.from_pretrained(
+                network, report = auto_class(config).from_pretrained(
                     source.place,
                     config=config,
                     dtype=getattr(torch, self.dtype),
@@ -189,8 +187,10 @@ class ModelConfig:
         """
         if isinstance(self.family, Family):
             return self.family
+        if self.family is None:
+            require_decoder(config)
         try:
-            return family_of(self.family or config.model_type)
+            return family_of(self.family) if self.family else family_of_config(config)
         except ConfigError as error:
             raise ConfigError([*error.problems, *family_suggestion(config)]) from None
 

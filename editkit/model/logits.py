@@ -77,12 +77,8 @@ def read_sliced(
     the slices would not save time or would not be exact.
     """
     head = model.network.get_output_embeddings()
-    is_matrix = (
-        isinstance(head, torch.nn.Linear)
-        and getattr(model.network.config, "final_logit_softcapping", None) is None
-    )
     if (
-        not is_matrix
+        not model.head_is_matrix
         or hidden_MD.device.type != "cpu"
         or hidden_MD.dtype not in (torch.float32, torch.float64)
     ):

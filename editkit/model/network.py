@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from editkit.lazy import torch
+from editkit.model.kinds import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,12 +18,10 @@ def random_network(config: Any, *, device: str, dtype: str) -> PreTrainedModel:
 
     The states of the global random generators do not change.
     """
-    from transformers import AutoModelForCausalLM
-
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.device(device):
         torch.manual_seed(SEED)
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(
+        network: PreTrainedModel = auto_class(config).from_config(
             config, dtype=getattr(torch, dtype)
         )
         return network
@@ -30,8 +29,6 @@ def random_network(config: Any, *, device: str, dtype: str) -> PreTrainedModel:
 
 def empty_network(config: Any) -> PreTrainedModel:
     """The network on the meta device, with module names and shapes but without weights."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        network: PreTrainedModel = auto_class(config).from_config(config)
         return network

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
+from editkit.model.architecture import sliding_window
 from editkit.model.tokens import PADDING_ID, PromptBatch, pad
 
 if TYPE_CHECKING:
@@ -159,8 +160,10 @@ def supports_trees(model: EditableModel, *, longest: int) -> bool:
     """Whether the network honours an explicit attention mask for sequences of up to `longest`
     tokens.
     """
-    config = model.network.config
-    window = getattr(config, "sliding_window", None)
+    if not (model.shortcuts.allows("scoring") and model.family.follows_position_ids):
+        return False
+    config = model.network.config.get_text_config()
+    window = sliding_window(config)
     return config._attn_implementation in ("sdpa", "eager") and (
         window is None or longest <= window
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.errors import ConfigError
 from editkit.lazy import torch
+from editkit.model.architecture import context_length
 from editkit.model.families import Family, check_family, not_a_matrix
 from editkit.model.network import empty_network
 from editkit.model.tokens import encode, encode_with_target, fill, subject_position
@@ -79,7 +80,7 @@ def probe(config: ModelConfig) -> Probed:
         matrices=tuple(matrices),
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
         is_tied=head.weight is network.get_input_embeddings().weight,
-        num_positions=network_config.max_position_embeddings,
+        num_positions=context_length(network_config.get_text_config()),
         attention=str(getattr(network.config, "_attn_implementation", "?")),
         tokenizer=() if tokenizer is None else behaviour(tokenizer),
         no_tokenizer=reason,

@@ -49,18 +49,22 @@ def share_prefixes(
     sequences: Sequence[Sequence[int]],
     limits: Sequence[int],
     groups: Sequence[Hashable] | None,
+    *,
+    least_shared: int | None = None,
 ) -> SharedPrefixes | None:
-    """Runs the common prefix of each group of sequences; None if that saves too few tokens.
+    """Runs the common prefix of each group of sequences; None if that saves fewer tokens than
+    `least_shared`, or without groups.
 
     A shared prefix has at most `limits` tokens, by sequence.
     """
-    lengths = (
-        common_lengths(sequences, limits, groups) if groups is not None else [0] * len(sequences)
-    )
+    if groups is None or not model.family.follows_position_ids:
+        return None  # columns of padding would lie between a shared prefix and what follows it
+    lengths = common_lengths(sequences, limits, groups)
     prefixes = {
         tuple(ids[:length]): None for ids, length in zip(sequences, lengths, strict=True) if length
     }
-    if sum(lengths) - sum(map(len, prefixes)) < LEAST_TOKENS:
+    least = LEAST_TOKENS if least_shared is None else least_shared
+    if not prefixes or sum(lengths) - sum(map(len, prefixes)) < least:
         return None
     from transformers import DynamicCache
 

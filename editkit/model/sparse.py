@@ -78,7 +78,7 @@ def at_tokens(tokens_by_module: Mapping[Any, torch.Tensor]) -> Iterator[None]:
     """Runs each of these modules only at the chosen tokens of its input; other tokens get zeros.
 
     A module must map (B, T, X) to (B, T, Y) for each token separately. It gets the chosen tokens as
-    (1, M, X). Gradients flow.
+    (1, M, X). A module that is called with rows of tokens, (B x T, X), gets (M, X). Gradients flow.
 
     Args:
         tokens_by_module: distinct indices into the flattened B x T tokens.
@@ -101,10 +101,9 @@ def _at(
     forward: Callable[[torch.Tensor], torch.Tensor], tokens_M: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     def sparse(hidden_BTX: torch.Tensor) -> torch.Tensor:
-        shape_BT = hidden_BTX.shape[:2]
-        output_MY = forward(
-            hidden_BTX.flatten(0, 1).index_select(0, tokens_M.to(hidden_BTX.device))[None]
-        )[0]
+        shape_BT = hidden_BTX.shape[:-1]
+        chosen_MX = hidden_BTX.flatten(0, -2).index_select(0, tokens_M.to(hidden_BTX.device))
+        output_MY = forward(chosen_MX) if len(shape_BT) == 1 else forward(chosen_MX[None])[0]
         places_M = tokens_M.to(output_MY.device)  # a module may lie on another device
         result: torch.Tensor = (
             output_MY.new_zeros(shape_BT.numel(), output_MY.shape[-1])

@@ -146,6 +146,8 @@ class RunState:
     notes: Mapping[str, TensorState] = field(default_factory=dict)
     # digests of what the run reads besides its configuration
     inputs: Mapping[str, str] = field(default_factory=dict)
+    # the model's shortcuts as their report; earlier versions of editkit compared none
+    shortcuts: Mapping[str, Any] = field(default_factory=dict)
     # the totals before a restraint was put in at the end; empty until then
     before_end: Mapping[str, Total] = field(default_factory=dict)
 
@@ -168,7 +170,7 @@ class RunState:
             "base_sigma_max": dict(self.base_sigma_max),
             "inputs": dict(self.inputs),
             "before_end": list(self.before_end),
-        }
+        } | ({"shortcuts": dict(self.shortcuts)} if self.shortcuts else {})
         return Checkpoint(step=self.step, groups=groups, facts=facts, record_bytes=record_bytes)
 
     @classmethod
@@ -196,6 +198,7 @@ class RunState:
             base_sigma_max=facts["base_sigma_max"],
             rng=groups["rng"],
             inputs=checkpoint.inputs,
+            shortcuts=facts.get("shortcuts", {}),
             before_end={
                 module: total(module, "before_end")
                 for module in facts.get("before_end", ())  # absent in old checkpoints

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
+from editkit.model.shortcuts import Shortcuts
 from editkit.runner.checkpoint import RunState, generator_states, restore_generators
 from editkit.runner.measure import evaluate, measure, measure_batch, measure_weights, note
 from editkit.runner.plan import Collapse, Trajectory
@@ -36,6 +37,7 @@ def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]
             yield from evaluate(run, state)
         yield state
     else:
+        run.model.shortcuts = Shortcuts.from_report(state.shortcuts)
         origin = unedited(run, state) if run.rollback else state
         run.model.restore(state.totals)
         restore_generators(state.rng)
@@ -97,6 +99,7 @@ def begin(run: Trajectory) -> RunState:
         base_sigma_max={module: spectrum.sigma_max for module, spectrum in spectra.items()},
         rng=generator_states(),
         inputs=run.inputs,
+        shortcuts=run.model.shortcuts.report(),
     )
 
 

@@ -22,6 +22,7 @@ from editkit.runner.loop import Event, run_edits
 from editkit.runner.measure import views
 from editkit.runner.plan import DIGITS, Collapse, Trajectory
 from editkit.runner.provenance import describe, earlier_sessions, peak_memory_bytes
+from editkit.runner.self_check import check_editing, check_reading
 from editkit.runner.signals import Stopped
 from editkit.stats.build import build as build_moments
 from editkit.trackers.collecting import collecting
@@ -64,6 +65,9 @@ class RunWork(AbstractWork[RunState]):
 
     def __init__(self, experiment: Experiment, trajectory: Trajectory) -> None:
         self.experiment, self.trajectory = experiment, trajectory
+        model = trajectory.model  # without comparisons in a resumed run, which said it before
+        family = str(model.network.config.model_type)
+        self.plain_paths = model.shortcuts.warnings(model.name, family)
 
     def info(self) -> RunInfo:
         experiment = self.experiment
@@ -77,10 +81,11 @@ class RunWork(AbstractWork[RunState]):
         )
 
     def warnings(self) -> Sequence[str]:
-        recipe = self.experiment.config.get("recipe") or {}
-        if recipe.get("provenance") != "untuned":
-            return ()
-        return [f"the numbers of this editor are not tuned for this model: {recipe['source']}"]
+        recipe, warnings = self.experiment.config.get("recipe") or {}, list(self.plain_paths)
+        if recipe.get("provenance") == "untuned":
+            source = recipe["source"]
+            warnings.append(f"the numbers of this editor are not tuned for this model: {source}")
+        return warnings
 
     def events(self, state: RunState | None) -> Iterator[Event]:
         return run_edits(self.trajectory, state)
@@ -103,6 +108,7 @@ class RunWork(AbstractWork[RunState]):
             "requests": [request.id for request in trajectory.requests],
             "evaluated": trajectory.evaluated(),
             "statistics": trajectory.moments.digests,
+            "shortcuts": trajectory.model.shortcuts.report(),
             "editor": dict(experiment.editor.provenance()),
             "seed": experiment.seed,
             "earlier_sessions": earlier_sessions(experiment.folder, shared),
@@ -141,9 +147,11 @@ def prepare(
     model, peaks = loaded.model, loaded.peaks
     requests = experiment.data.requests[: experiment.edits]
     contexts = None
-    if began_with is None:  # a resumed run has its contexts, and passed this check when it began
+    if began_with is None:  # a resumed run has its contexts, and passed these checks when it began
+        check_reading(model, f"{requests[0].full_prompt} {requests[0].target}")
         contexts = editor.contexts(model, torch.Generator().manual_seed(experiment.seed))
         require_room(model, requests, contexts, experiment.evaluation.probes(requests))
+        check_editing(model, editor, requests[0])
     modules = editor.modules(model)
     model.edit(modules, base_device=None if runtime.base == "device" else runtime.base)
     if restraints.totals:  # before second moments, which may take hours; needs only the weights

@@ -81,18 +81,29 @@ def plain_forward(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SuffixForward:
-    """The same function of delta up to rounding, at a site in the suffix's layer."""
+    """The same function of delta up to rounding.
+
+    The suffix begins after the site's block, whose output then moves by delta itself; or before it,
+    where a norm or a factor stands between the site and the residual stream.
+    """
 
     requests: tuple[Sequences, ...]
+    inside: str | None  # the site, if the suffix begins before its block
     suffix: cached_suffix.CachedSuffix
     owner_B: torch.Tensor
     columns_M: torch.Tensor  # the positions that are read, counted from the subject's last token
     readout: Readout
 
     def __call__(self, delta_NO: torch.Tensor, before_NV: torch.Tensor | None) -> ForwardResult:
-        hidden_BSD = self.suffix.hidden_BSD
-        moved_B1D = hidden_BSD[:, :1] + delta_NO[self.owner_B].to(hidden_BSD)[:, None]
-        final_BSD = self.suffix.run(torch.cat([moved_B1D, hidden_BSD[:, 1:]], dim=1))
+        hidden_BSD, delta_BO = self.suffix.hidden_BSD, delta_NO[self.owner_B]
+        if self.inside is None:
+            moved_B1D = hidden_BSD[:, :1] + delta_BO.to(hidden_BSD)[:, None]
+            final_BSD = self.suffix.run(torch.cat([moved_B1D, hidden_BSD[:, 1:]], dim=1))
+        else:
+            with add_to_output(
+                self.suffix.model, self.inside, torch.zeros_like(self.owner_B), delta_BO
+            ):
+                final_BSD = self.suffix.run(hidden_BSD)
         final_MD = final_BSD[self.readout.rows_M, self.columns_M]
         readings = read_sliced(self.suffix.model, final_MD, self.readout.ids_K, before_NV)
         return ForwardResult(self.readout.means(readings.log_p_K), readings.kl_N, readings.log_p_NV)
@@ -100,34 +111,57 @@ class SuffixForward:
     def only(self, kept: Sequence[int]) -> SuffixForward:
         first = [0, *accumulate(len(sequences.ids) for sequences in self.requests)]
         rows = [row for index in kept for row in range(first[index], first[index + 1])]
-        return _suffix_forward([self.requests[index] for index in kept], self.suffix.only(rows))
+        requests = [self.requests[index] for index in kept]
+        return _suffix_forward(requests, self.suffix.only(rows), self.inside)
 
 
 def suffix_layer(model: EditableModel, site: str, sequences: Sequences) -> int | None:
     """The layer above which the suffix begins if `site` changes; None if the whole network must
     run.
 
-    The whole network must run if the site is neither a block nor an MLP whose output is added to
-    the residual stream unchanged, or if a sliding window is shorter than the sequences.
+    The suffix begins above the site's block if the site is the block, or an MLP whose output is
+    added to the residual stream unchanged; else below it.
+
+    The whole network must run if the shortcut is wrong for it (`EditableModel.shortcuts`), if there
+    is no block below the site's, or if a sliding window is shorter than the sequences.
     """
+    if not model.shortcuts.allows("search"):
+        return None
     if not cached_suffix.supports_caching(model, max(map(len, sequences.ids))):
         return None
-    for layer in range(model.num_layers):
-        if site == model.family.block(layer) or (
-            site == model.family.mlp(layer) and model.family.adds_mlp_output
-        ):
-            return layer
-    return None
+    layer = _layer_of(model, site)
+    if layer is None or _is_added(model, site, layer):
+        return layer
+    return layer - 1 if layer else None
+
+
+def _layer_of(model: EditableModel, site: str) -> int | None:
+    """The layer whose block is or contains the site."""
+    layers = range(model.num_layers)
+    return next((k for k in layers if f"{site}.".startswith(f"{model.family.block(k)}.")), None)
+
+
+def _is_added(model: EditableModel, site: str, layer: int) -> bool:
+    """Whether a change of the site's output changes that of its block by the same vector."""
+    family = model.family
+    return site == family.block(layer) or (site == family.mlp(layer) and family.adds_mlp_output)
 
 
 def suffix_forward(
-    model: EditableModel, site: str, layer: int, requests: Sequence[Sequences]
+    model: EditableModel,
+    site: str,
+    layer: int,
+    requests: Sequence[Sequences],
+    *,
+    least_shared: int | None = None,
 ) -> tuple[SuffixForward, torch.Tensor]:
     """The function of delta, and the site's outputs for the clean prompts, (N, O), at least
     float32.
 
-    The lower blocks run here once.
+    The lower blocks run here once. See `cached_suffix.prepare` for `least_shared`.
     """
+    above = layer + 1
+    is_inside = above < model.num_layers and _layer_of(model, site) == above
     prepared = cached_suffix.prepare(
         model,
         layer,
@@ -135,20 +169,21 @@ def suffix_forward(
         [position for sequences in requests for position in sequences.sites],
         reads=[positions for sequences in requests for positions in sequences.reads],
         at_start=[site],
+        through=above if is_inside else layer,
         # All requests share the prefix of a context.
         groups=[row for sequences in requests for row in range(len(sequences.ids))],
+        least_shared=least_shared,
     )
     clean_N = torch.tensor(
         [0, *accumulate(len(sequences.ids) for sequences in requests)][:-1], device=model.device
     )
     # The steps do not need `at_start`.
-    return _suffix_forward(requests, replace(prepared, at_start={})), at_least_float32(
-        prepared.at_start[site][clean_N]
-    )
+    forward = _suffix_forward(requests, replace(prepared, at_start={}), site if is_inside else None)
+    return forward, at_least_float32(prepared.at_start[site][clean_N])
 
 
 def _suffix_forward(
-    requests: Sequence[Sequences], prepared: cached_suffix.CachedSuffix
+    requests: Sequence[Sequences], prepared: cached_suffix.CachedSuffix, inside: str | None
 ) -> SuffixForward:
     device = prepared.model.device
     readout = readout_of(requests, device=device)
@@ -157,6 +192,7 @@ def _suffix_forward(
     )
     return SuffixForward(
         requests=tuple(requests),
+        inside=inside,
         suffix=prepared,
         owner_B=_owners(requests, device),
         columns_M=readout.positions_M - sites_B[readout.rows_M],

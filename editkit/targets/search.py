@@ -90,11 +90,11 @@ def search_targets(
             for request in requests
         ]
     layers = [None if settings.exact else suffix_layer(model, site, texts) for texts in sequences]
-    if not settings.exact and None in layers:
+    if not settings.exact and None in layers and model.shortcuts.allows("search"):
         log.warning(
-            "%s: target searches run the whole network in every step, because the site's output is "
-            "not added to the residual stream unchanged, or texts are longer than a sliding "
-            "window. The results are the same, but the search takes several times longer.",
+            "%s: target searches run the whole network in every step, because texts are longer "
+            "than a sliding window, or the first block is edited and does not add its MLP's output "
+            "unchanged. The results are the same, but the search takes several times longer.",
             model.name,
         )
     at_block = site in map(model.family.block, range(model.num_layers))

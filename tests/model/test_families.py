@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from editkit.errors import ConfigError
+from editkit.model.editable import EditableModel
 from editkit.model.families import check_family, family_of, known_families
-from tests.support.helpers import KINDS, tiny_model
+from editkit.model.load import ModelConfig
+from editkit.model.network import random_network
+from editkit.model.tokens import pad
+from editkit.runner.self_check import check_reading
+from editkit.targets.self_check import compare_search
+from tests.support.families import CONFIGS, POSITIONS, WIDTH, family_config, family_model
+from tests.support.helpers import KINDS, request, tiny_model, tiny_tokenizer
 
 SIZES = {
     "hidden_size": 32,
@@ -24,41 +32,97 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GPT_SIZES = {
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "vocab_size": 64,
-    "rotary_dim": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
-def network_of(model_type: str) -> torch.nn.Module:
+def network_of(model_type: str, **sizes: Any) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **(GPT_SIZES if model_type in ("gpt2", "gptj") else SIZES))
-    ).eval()
+    config = AutoConfig.for_model(model_type, **SIZES | sizes)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("model_type", sorted(known_families()))
-def test_every_known_family_names_modules_that_exist(model_type: str) -> None:
-    network, family = network_of(model_type), family_of(model_type)
-    assert check_family(family, network) == 2
-    hidden = torch.randn(1, 3, 32)
-    projection = network.get_submodule(family.down_projection(1))
-    assert "down" in family.down_projection(1) or projection.weight.shape != hidden.shape
-    base = network.get_submodule(family.base)
-    ids = torch.tensor([[3, 4, 5, 6]])
+def test_every_known_family_is_tried() -> None:
+    assert set(CONFIGS) == set(known_families())
+
+
+@pytest.mark.parametrize("kind", sorted(known_families()))
+def test_every_known_family_names_modules_that_exist(kind: str) -> None:
+    model = family_model(kind, num_layers=2)
+    assert check_family(model.family, model.network) == model.num_layers == 2
+    for name in (*model.mlp_matrices([0, 1]), *model.down_projections([0, 1])):
+        rows, columns = model.weight(name).shape
+        is_down = name in model.down_projections([0, 1])
+        assert (rows if is_down else columns) == WIDTH < (columns if is_down else rows)
+    assert model.down_projections([1])[0] == model.mlp_matrices([1])[-1]
+    batch = pad([(3, 4, 5, 6, 300)])
     with torch.no_grad():
-        normed = base(ids, use_cache=False).last_hidden_state
-        logits = network.get_output_embeddings()(normed)
-        if cap := getattr(network.config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / cap) * cap
-        torch.testing.assert_close(logits, network(ids).logits)
+        logits = model.hidden_to_logits(model.final_hidden(batch)[0])
+        torch.testing.assert_close(logits, model.network(batch.ids_BT).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_matrix"),
+    [("llama", True), ("gemma2", False), ("cohere", False), ("granite", False)],
+)
+def test_logits_that_are_capped_or_scaled_are_the_networks_own(kind: str, is_matrix: bool) -> None:
+    model = family_model(kind, num_layers=2)
+    assert model.head_is_matrix == is_matrix
+    hidden_ND = torch.randn(3, WIDTH, requires_grad=True)
+    logits_NV = model.hidden_to_logits(hidden_ND)
+    products_NV = model.network.get_output_embeddings()(hidden_ND)
+    assert torch.equal(logits_NV, products_NV) == is_matrix
+    (gradient_ND,) = torch.autograd.grad(logits_NV.square().sum(), hidden_ND)
+    assert float(gradient_ND.abs().min()) > 0
+
+
+@pytest.mark.parametrize(("kind", "inner"), [("gemma3", "gemma3_text"), ("llava", "llama")])
+def test_the_language_model_of_a_multimodal_network_is_found(kind: str, inner: str) -> None:
+    from transformers import AutoConfig
+
+    text = family_config(inner, num_layers=2).to_dict()
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+        "model_type": "siglip_vision_model",
+    }
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision)
+    network = random_network(config, device="cpu", dtype="float32")
+    family = ModelConfig(id=kind).family_of(network.config)
+    assert family == replace(
+        family_of(inner),
+        base="model.language_model",
+        blocks="model.language_model.layers",
+        final_norm="model.language_model.norm",
+    )
+    model = EditableModel(network, tiny_tokenizer("llama"), name=kind, family=family)
+    assert model.max_length == POSITIONS
+    assert check_reading(model, "The mother tongue of Danielle Darrieux is French.") == []
+    site = family.block(0)
+    comparison = compare_search(model, request(), site)
+    assert comparison is not None and comparison.agrees
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("t5", "an encoder-decoder cannot be edited, only a decoder .got 't5'"),
+        ("bart", "an encoder-decoder cannot be edited"),
+        ("mixtral", "a mixture of experts without a shared expert cannot be edited: each token"),
+        ("qwen3_moe", "a mixture of experts .*Fix: choose a dense model, or qwen2_moe"),
+        ("gpt_oss", "a mixture of experts"),
+    ],
+)
+def test_an_architecture_without_one_matrix_a_block_is_refused_with_the_reason(
+    kind: str, message: str
+) -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(ConfigError, match=f"model.id: {message}"):
+        ModelConfig(id=kind).family_of(AutoConfig.for_model(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,10 +145,8 @@ def test_a_wrong_name_lists_the_nearest_modules() -> None:
     with pytest.raises(
         ConfigError, match=r"no such module \(got 'model.layer'\).*nearest.*model.layers"
     ):
-        check_family(dataclasses.replace(family_of("llama"), blocks="model.layer"), network)
+        check_family(replace(family_of("llama"), blocks="model.layer"), network)
     with pytest.raises(
         ConfigError, match=r"no such module \(got 'model.layers.0.mlp.down'\).*nearest.*down_proj"
     ):
-        check_family(
-            dataclasses.replace(family_of("llama"), down_projection_in_block="mlp.down"), network
-        )
+        check_family(replace(family_of("llama"), down_projection_in_block="mlp.down"), network)

@@ -75,7 +75,7 @@ def test_a_divergence_from_itself_is_zero_even_with_large_logits() -> None:
 def test_a_head_that_is_no_plain_matrix_is_read_whole() -> None:
     for dtype, cap in (("bfloat16", None), ("float32", 2.0)):
         model, hidden_MD, ids_K, before_NV = rows("llama", dtype, 1.0)
-        model.network.config.final_logit_softcapping = cap
+        model.head_is_matrix = cap is None
         whole, sliced = (
             read(model, hidden_MD, ids_K, before_NV.float()),
             read_sliced(model, hidden_MD, ids_K, before_NV.float()),

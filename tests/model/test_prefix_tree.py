@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from editkit.model.families import family_of
 from editkit.model.prefix_tree import Tree, build_trees, supports_trees, tree_batch
+from editkit.model.shortcuts import Shortcuts
 from editkit.model.tokens import PromptBatch
 from tests.support.helpers import KINDS, Kind, tiny_model
 
@@ -101,7 +103,10 @@ def test_hidden_states_in_a_tree_are_those_of_the_sequence_run_alone(
 
 def test_networks_with_other_attention_do_not_support_trees() -> None:
     def model(**config: Any) -> Any:
-        return SimpleNamespace(network=SimpleNamespace(config=SimpleNamespace(**config)))
+        given = SimpleNamespace(**config)
+        network = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: given))
+        family = family_of("llama")
+        return SimpleNamespace(network=network, shortcuts=Shortcuts(), family=family)
 
     assert supports_trees(model(_attn_implementation="sdpa"), longest=500)
     assert not supports_trees(model(_attn_implementation="flash_attention_2"), longest=5)

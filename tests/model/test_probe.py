@@ -99,19 +99,19 @@ def test_tokenizers_report_their_bos_and_their_blank() -> None:
 
 def test_an_unknown_architecture_gets_suggested_module_names(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
-        "opt",
+        "persimmon",
         hidden_size=32,
         num_hidden_layers=2,
-        ffn_dim=64,
+        intermediate_size=64,
         num_attention_heads=4,
-        word_embed_proj_dim=32,
     )
     config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError) as caught:
         probe(ModelConfig(id=str(tmp_path)))
     text = str(caught.value)
-    assert "the architecture is not known (got 'opt'" in text and "final_norm" in text
-    assert "blocks:model.decoder.layers" in text and "down_projection_in_block:fc2" in text
+    assert "the architecture is not known (got 'persimmon'" in text
+    assert "blocks:model.layers" in text and "final_norm:model.final_layernorm" in text
+    assert "down_projection_in_block:mlp.dense_4h_to_h" in text
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gptj", "gpt_neox", "llama", "qwen3"])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from editkit.model.shortcuts import Shortcuts
 from editkit.model.tokens import PromptBatch, encode_with_target
 from tests.support.helpers import tiny_tokenizer
 
@@ -23,10 +24,12 @@ class Bigram:
     ) -> None:
         self.tokenizer = tiny_tokenizer("gpt2", bos=bos)
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.name, self.family = "bigram", SimpleNamespace(base="base")
-        self.network = SimpleNamespace(
-            config=SimpleNamespace(_attn_implementation="sdpa"), generation_config=None
-        )
+        family = SimpleNamespace(base="base", follows_position_ids=True)
+        self.name, self.family = "bigram", family
+        text = SimpleNamespace(_attn_implementation="sdpa")
+        config = SimpleNamespace(get_text_config=lambda: text)
+        self.network = SimpleNamespace(config=config, generation_config=None)
+        self.shortcuts = Shortcuts()
         self.max_length = max_length
         self.logits_VV = torch.zeros(
             len(self.tokenizer), len(self.tokenizer)

@@ -280,12 +280,14 @@ def test_the_search_with_a_cached_suffix_equals_the_plain_one_up_to_rounding(
         )
 
 
-def test_a_site_that_is_not_added_to_the_residual_stream_needs_the_plain_forward() -> None:
+def test_a_site_behind_a_norm_is_searched_from_the_block_before_it() -> None:
     model = tiny_model("llama")
     sequences = prepare(model, request(0), ("{}",), kl_position="prompt_end")
     assert suffix_layer(model, model.family.mlp(2), sequences) == 2
-    assert suffix_layer(model, model.family.down_projection(2), sequences) is None
+    assert suffix_layer(model, model.family.down_projection(2), sequences) == 1
+    assert suffix_layer(model, model.network.base_model_prefix, sequences) is None
     # As in Gemma 2, which has a norm in between.
     model.family = dataclasses.replace(model.family, adds_mlp_output=False)
-    assert suffix_layer(model, model.family.mlp(2), sequences) is None
+    assert suffix_layer(model, model.family.mlp(2), sequences) == 1
+    assert suffix_layer(model, model.family.mlp(0), sequences) is None
     assert suffix_layer(model, model.family.block(2), sequences) == 2
