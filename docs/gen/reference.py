@@ -46,6 +46,7 @@ GROUPS = {  # title and what the group chooses, in the order of the navigation
     "scale": "`scale=tiny` runs any experiment on the bundled models, in minutes",
     "experiment": "presets of several choices: the demo, and the papers' figures and tables",
     "sweep": "a grid of runs by name",
+    "tune": "what `editkit tune` searches, and its budget",
     "debug": "small runs that show whether everything fits together",
 }
 

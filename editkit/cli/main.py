@@ -27,6 +27,7 @@ from editkit.cli import (
     status,
     submit,
     train,
+    tune,
     validate,
     wandb,
 )
@@ -91,6 +92,7 @@ hydra_command("run")(run_command)
 hydra_command("submit")(submit.submit)
 app.command("status", rich_help_panel=EXPERIMENTS)(status.status)
 app.command("train", rich_help_panel=EXPERIMENTS)(train.train)
+app.command("tune", rich_help_panel=EXPERIMENTS)(tune.tune)
 
 app.command("ls", rich_help_panel=PREPARE)(ls.list_options)
 app.command("validate", rich_help_panel=PREPARE)(validate.validate)

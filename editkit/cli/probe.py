@@ -173,8 +173,10 @@ def trace_table(
     title = (
         f"Causal tracing of {len(known)} known facts (of {len(requests)}): the MLP at the subject's"
         f" last token, {window} layer{'s' if window > 1 else ''} restored; total effect"
-        f" {effects.total_effect:.3f}. Suggested: ROME editor.layers=[{effects.rome_layer}], MEMIT"
-        f" editor.layers={list(effects.memit_layers)}"
+        f" {effects.total_effect:.3f}. Peak: layer {effects.peak}. Suggested, from layer"
+        f" {effects.first_suggested} on: ROME editor.layers=[{effects.rome_layer}], MEMIT"
+        f" editor.layers={list(effects.memit_layers)}. The first layers are left out:"
+        " restoring them undoes the noise itself. `editkit tune` measures which layer edits best."
     )
     columns = ("layer", "indirect effect", "standard error", "")
     table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)

@@ -17,7 +17,7 @@ from editkit.datasets.records import Records
 from editkit.errors import ConfigError, message
 from editkit.types import EditRequest
 
-Order = Literal["file", "shuffled"]
+Order = Literal["file", "shuffled", "reversed"]
 OnBadRecord = Literal["error", "skip"]
 _COUNTS = ("skipped", "left_out", "remarks")
 MAX_SHOWN = 20  # problems that one error message lists, unless the dataset wants all of them
@@ -215,8 +215,8 @@ def _repetitions(requests: Sequence[EditRequest]) -> Counter[str]:
 def arrange(
     requests: Sequence[EditRequest], *, order: Order, seed: int, limit: int | None
 ) -> tuple[EditRequest, ...]:
-    """The first `limit` requests in file order or shuffled by the seed. Groups stay together and
-    complete.
+    """The first `limit` requests in file order, shuffled by the seed, or from the last to the
+    first. Groups stay together and complete.
     """
     if limit is not None and limit < 1:
         raise ConfigError(
@@ -237,6 +237,8 @@ def arrange(
     ]
     if order == "shuffled":
         random.Random(f"order/{seed}").shuffle(units)
+    elif order == "reversed":
+        units.reverse()
     if limit is None:
         return tuple(itertools.chain.from_iterable(units))
     sizes = itertools.accumulate(len(unit) for unit in units)

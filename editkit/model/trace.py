@@ -11,6 +11,12 @@ the clean run. With p the probability of the first token of the fact's answer,
 
 The mean of the indirect effect over facts and noise draws is the average indirect effect (AIE).
 
+The peak is reported wherever it is, but the first two layers are never suggested for editing. The
+noise is on the embeddings, and the MLP of a first layer is still a function of little else than the
+embedding at its position. Restoring it gives the clean token back: it undoes the corruption instead
+of retrieving a fact, so that a peak there is no evidence of storage. An edit there also has nearly
+the same key for every subject that ends in the same token.
+
 All layers and draws of a fact run in one batch. As in the authors' code, the same draws serve all
 layers of a fact. Difference from the authors' code: the scale of the noise is a multiple of the
 standard deviation of all embeddings, theirs of the embeddings of a dataset's subjects.
@@ -33,6 +39,8 @@ from editkit.types import EditRequest
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
+
+EARLY = 2  # the first layers, which are not suggested for editing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +83,28 @@ class Trace:
         return float((self.clean_N[:, None] - self.corrupted_NS).mean())
 
     @property
-    def rome_layer(self) -> int:
-        """The layer with the largest AIE.
-
-        The last layer is excluded, because no later block reads the subject's state.
+    def peak(self) -> int:
+        """The layer with the largest AIE, wherever it is, except the last one: no later block reads
+        the subject's state.
         """
         return int(self.average_L[:-1].argmax())
 
     @property
+    def first_suggested(self) -> int:
+        """The first layer that is suggested: the first two are left out if others remain."""
+        return min(EARLY, max(0, len(self.average_L) - 2))
+
+    @property
+    def rome_layer(self) -> int:
+        """The layer with the largest AIE beyond the first layers and before the last one."""
+        return self.first_suggested + int(self.average_L[self.first_suggested : -1].argmax())
+
+    @property
     def memit_layers(self) -> tuple[int, ...]:
-        """Up to five layers that end at `rome_layer`, as the published MEMIT layers do."""
-        return tuple(range(max(0, self.rome_layer - 4), self.rome_layer + 1))
+        """Up to five layers that end at `rome_layer`, as the published MEMIT layers do. None of
+        them is one of the first layers.
+        """
+        return tuple(range(max(self.first_suggested, self.rome_layer - 4), self.rome_layer + 1))
 
 
 def known_facts_of(

@@ -47,12 +47,19 @@ class SweepIncomplete(Exception):
 
 
 class CellSweeper(Sweeper):
-    """Hydra's basic grid (`hydra.sweeper.params` and the command line), restricted to the cells
-    that are not done yet.
+    """Hydra's basic grid (`hydra.sweeper.params` and the command line) and listed cells
+    (`hydra.sweeper.cells`), restricted to the cells that are not done yet.
     """
 
-    def __init__(self, *, max_batch_size: int | None, params: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        *,
+        max_batch_size: int | None,
+        params: Mapping[str, Any] | None,
+        cells: Sequence[Sequence[str]] | None = None,
+    ) -> None:
         self.max_batch_size, self.params = max_batch_size, dict(params or {})
+        self.listed = [list(overrides) for overrides in cells or ()]
         self.config: Any = None
         self.hydra_context: Any = None
         self.launcher: Any = None
@@ -168,7 +175,9 @@ class CellSweeper(Sweeper):
         return None
 
     def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
-        """The overrides of every cell. The command line overrides a grid by name."""
+        """The overrides of every cell: the grid, in each of the listed cells if there are any. The
+        command line overrides a grid by name.
+        """
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -176,7 +185,7 @@ class CellSweeper(Sweeper):
             [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         )
         (cells,) = BasicSweeper.split_arguments(overrides, None)
-        return cells
+        return [[*cell, *listed] for listed in self.listed or [[]] for cell in cells]
 
     def _cell(self, number: int, overrides: tuple[str, ...]) -> ValidCell | InvalidCell:
         try:

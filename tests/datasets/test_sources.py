@@ -81,6 +81,8 @@ def test_the_order_is_that_of_the_file_or_determined_by_the_seed(tmp_path: Path)
     assert [
         request.id for request in counterfact(path, order="shuffled", limit=5).load(1).requests
     ] == shuffled[0][:5]
+    last_first = counterfact(path, order="reversed", limit=5).load(1).requests
+    assert [request.id for request in last_first] == in_file[:-6:-1]
     assert (
         "dataset.limit: out of range (got 0; expected at least 1"
         in problems_of(counterfact(path, limit=0))[0]

@@ -7,6 +7,7 @@ import shlex
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import typer
 from editkit.cli.main import app
 from editkit.config.build import locate
 from editkit.config.compose import compose
+from editkit.tuning import prepare as tuning
 from tests.config.test_experiments import PRESETS
 from tests.config.test_experiments import cells as preset_cells
 from tests.docs.pages import PAGES, blocks, commands, inline_commands, name_of
@@ -62,6 +64,9 @@ def test_a_command_is_valid(command: str, tmp_path: Path, monkeypatch: pytest.Mo
     else:
         assert words[0] == "editkit", "neither editkit nor make: list it with a reason"
         own_files(tmp_path, monkeypatch)
+        # The data that a search edits is not here.
+        nothing = SimpleNamespace(data=SimpleNamespace())
+        monkeypatch.setattr(tuning, "build", lambda *_, **__: nothing)
         assert_valid(words[1:])
 
 
@@ -94,6 +99,9 @@ def assert_valid(words: Sequence[str]) -> None:
         context = command.make_context(name, list(rest))
         overrides = list(context.params.get("overrides") or [])
         config_dir = context.params.get("config_dir")
+    if name == "tune":
+        wanted = [word for word in overrides if not word.startswith("tune.trials=")]
+        assert tuning.prepare([*wanted, "tune.trials=1"], config_dir).trials
     if name in COMPOSED:
         for cell in cells(overrides):
             composed = compose(cell, config_dir=Path(config_dir) if config_dir else None)
@@ -178,6 +186,10 @@ def test_a_configuration_file_that_a_page_shows_builds(
     values = {"dataset/pairs": ["dataset.path=pairs.tsv"], "recipe/rome/my-model": ["model=gpt2"]}
     for path in shown:
         group, *rest = path.with_suffix("").parts
+        if group == "tune":
+            words = [f"tune={'/'.join(rest)}", "tune.trials=1", "editor=rome", "model=tiny-llama"]
+            assert tuning.prepare(words, tmp_path / "conf").trials
+            continue
         choice = f"{'+' if group == 'protocol' else ''}{group}={'/'.join(rest)}"
         further = values.get("/".join((group, *rest)), [])
         composed = compose([choice, *further], config_dir=tmp_path / "conf")

@@ -153,7 +153,37 @@ def test_a_bundled_model_knows_its_facts_and_stores_them_in_lower_layers() -> No
     assert len(facts) >= 7
     effects = trace(model, facts, num_requests=len(selected), draws=1)
     assert effects.total_effect > 0.5
-    assert effects.rome_layer <= 1 and effects.memit_layers[-1] == effects.rome_layer
+    assert effects.peak <= 1
+    assert effects.rome_layer >= 2 and effects.memit_layers[-1] == effects.rome_layer
+
+
+def effects_of(*average: float) -> Trace:
+    """A trace with these average indirect effects."""
+    return Trace(
+        num_requests=1,
+        facts=(Fact(ids=(1, 2), subject=(0,), token=3),),
+        window=1,
+        clean_N=torch.ones(1),
+        corrupted_NS=torch.zeros(1, 1),
+        restored_NSL=torch.tensor([[average]]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("average", "peak", "rome", "memit"),
+    [
+        ((0.9, 0.5, 0.1, 0.2, 0.3, 0.2, 0.1, 0.8), 0, 4, (2, 3, 4)),  # a peak at the embeddings
+        ((0.1, 0.9, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0), 1, 2, (2,)),
+        ((0.1, 0.2, 0.1, 0.1, 0.2, 0.1, 0.2, 0.7, 0.3, 0.9), 7, 7, (3, 4, 5, 6, 7)),
+        ((0.9, 0.1, 0.2), 0, 1, (1,)),  # so few layers that only the first can be left out
+        ((0.9, 0.1), 0, 0, (0,)),
+    ],
+)
+def test_the_peak_is_reported_and_the_suggestion_lies_beyond_the_first_two_layers(
+    average: tuple[float, ...], peak: int, rome: int, memit: tuple[int, ...]
+) -> None:
+    effects = effects_of(*average)
+    assert (effects.peak, effects.rome_layer, effects.memit_layers) == (peak, rome, memit)
 
 
 def test_a_model_that_knows_no_fact_is_refused() -> None:
