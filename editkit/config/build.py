@@ -19,6 +19,7 @@ from editkit.config.checks import (
 )
 from editkit.config.experiment import Experiment, Settings, demand_of
 from editkit.config.identity import config_hash
+from editkit.config.loads import Loads
 from editkit.config.parts import PARTS, Parts
 from editkit.datasets.base import AbstractDataset
 from editkit.editors.base import AbstractEditor
@@ -30,17 +31,20 @@ from editkit.resources.runtime import Runtime
 from editkit.stats.corpus import StatsConfig
 
 
-def build(config: Any, *, choices: Mapping[str, Any] | None = None) -> Experiment:
+def build(
+    config: Any, *, choices: Mapping[str, Any] | None = None, loads: Loads | None = None
+) -> Experiment:
     """The experiment that a configuration describes.
 
     Args:
         config: an OmegaConf configuration or plain values; not modified.
         choices: the chosen option by group, for messages only.
+        loads: datasets and suites that other configurations have read.
 
     Raises:
         ConfigError: with all problems.
     """
-    parts = Parts(config, choices)
+    parts = Parts(config, choices, loads)
     settings = parts.settings()
     model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
     stats, restraints = parts.one("stats", StatsConfig), parts.restraints()

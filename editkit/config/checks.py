@@ -89,10 +89,13 @@ def check_requests(
     data: LoadedDataset | None,
     settings: Settings | None,
 ) -> None:
-    """The edit requests that the editor cannot edit."""
-    if editor is not None and data is not None and settings is not None:
+    """The edit requests that the editor cannot edit. Without requests, what the editor lacks."""
+    if editor is None or settings is None:
+        return
+    problems = editor.lacks()
+    if data is not None:
         problems = editor.check_requests(data, data.requests[: settings.edits])
-        parts.problems.add_all(f"editor.{problem}" for problem in problems)
+    parts.problems.add_all(f"editor.{problem}" for problem in problems)
 
 
 def checked_suite(
@@ -104,7 +107,9 @@ def checked_suite(
     if not isinstance(suite, AbstractSuite):
         return suite
     try:
-        return suite.check(positions=model.positions if model is not None else None)
+        positions = model.positions if model is not None else None
+        key = ["suite", parts.config["suite"], positions]
+        return parts.loads.get(key, lambda: suite.check(positions=positions))
     except ConfigError as error:
         parts.problems.add_all(error.problems)
         return None

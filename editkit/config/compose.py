@@ -100,12 +100,32 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Comp
     Raises:
         HydraException, OmegaConfBaseException: the overrides cannot be composed.
     """
+    return without_hydra(with_hydra(overrides, config_dir=config_dir))
+
+
+def groups(config_dir: Path | None = None) -> set[str]:
+    """The names of the configuration groups. `config_dir` adds the user's own folder."""
+    folders = (conf_folder(), *((config_dir,) if config_dir else ()))
+    return {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
+
+
+def with_hydra(overrides: Sequence[str], *, config_dir: Path | None = None) -> Any:
+    """The composed configuration as OmegaConf, with Hydra's own node.
+
+    Raises:
+        HydraException, OmegaConfBaseException: the overrides cannot be composed.
+    """
     import hydra
-    from omegaconf import open_dict
 
     own = [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir else []
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="editkit"):
-        config = hydra.compose(ROOT, overrides=[*overrides, *own], return_hydra_config=True)
+        return hydra.compose(ROOT, overrides=[*overrides, *own], return_hydra_config=True)
+
+
+def without_hydra(config: Any) -> Composed:
+    """The result of `with_hydra` as plain values; the argument loses Hydra's node."""
+    from omegaconf import open_dict
+
     choices = dict(config.hydra.runtime.choices)
     with open_dict(config):
         del config["hydra"]
@@ -164,7 +184,7 @@ def force_add(overrides: Sequence[str]) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
 
-    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
+    known_groups = groups()
     forced = []
     for text, override in zip(
         overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True
@@ -175,7 +195,7 @@ def force_add(overrides: Sequence[str]) -> list[str]:
             text = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
         is_value = (
             override.type is OverrideType.CHANGE
-            and override.key_or_group.split("/")[0] not in groups
+            and override.key_or_group.split("/")[0] not in known_groups
         )
         forced.append(f"++{text}" if is_value else text)
     return forced

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from editkit.config.compose import plain
 from editkit.config.experiment import Measuring, Settings
 from editkit.config.identity import TARGET
+from editkit.config.loads import Loads
 from editkit.config.schema import Problems, construct, resolve, unknown_option
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.datasets.groups import without_split_groups
@@ -51,11 +52,18 @@ class Parts:
     Args:
         config: an OmegaConf configuration or plain values; not modified.
         choices: the chosen option by group, for messages only.
+        loads: datasets and suites that other configurations have read.
     """
 
-    def __init__(self, config: Any, choices: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        choices: Mapping[str, Any] | None = None,
+        loads: Loads | None = None,
+    ) -> None:
         self.config: dict[str, Any] = {"restraint": {}} | plain(config)
         self.problems = Problems()
+        self.loads = loads or Loads()
         self._choices = choices or {}
 
     def one(self, key: str, expected: type[T]) -> T | None:
@@ -169,7 +177,8 @@ class Parts:
         if dataset is None or settings is None:
             return None
         try:
-            data = dataset.load(settings.seed)
+            key = ["dataset", self.config["dataset"], settings.seed]
+            data = self.loads.get(key, lambda: dataset.load(settings.seed))
         except ConfigError as error:
             self.problems.add_all(error.problems)
             return None

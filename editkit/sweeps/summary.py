@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.records.views import UNRESTRAINED
+from editkit.sweeps.grid import varying_keys, varying_values
 from editkit.sweeps.plan import BUSY, FAILURE, INVALID, OK, Cell, Plan, load_outcome
 from editkit.sweeps.state import STATES, RunStatus, State, read_status
 
@@ -116,17 +117,11 @@ def table(plan: Plan, statuses: Sequence[RunStatus]) -> Table:
 
 def values_of(cell: Cell, varying: set[str]) -> str:
     """The values of a cell that are not the same in every cell."""
-    values = (text for text in cell.overrides if text.partition("=")[0] in varying)
-    return " ".join(values) or cell.text
+    return varying_values(cell.overrides, varying) or cell.text
 
 
 def _varying(plan: Plan) -> set[str]:
-    """The keys whose values are not the same in every cell."""
-    overrides_by_key: dict[str, set[str]] = {}
-    for cell in plan.cells:
-        for override in cell.overrides:
-            overrides_by_key.setdefault(override.partition("=")[0], set()).add(override)
-    return {key for key, overrides in overrides_by_key.items() if len(overrides) > 1}
+    return varying_keys(cell.overrides for cell in plan.cells)
 
 
 def edits_of(cell: Cell, plan: Plan, status: RunStatus) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import open_dict
@@ -18,6 +17,7 @@ from editkit.config.build import Place, locate
 from editkit.config.compose import explain_composition_error
 from editkit.errors import ConfigError, report
 from editkit.sweeps import summary
+from editkit.sweeps.grid import cells_of_grid
 from editkit.sweeps.merge import ValidCell
 from editkit.sweeps.plan import (
     CELLS,
@@ -80,10 +80,13 @@ class CellSweeper(Sweeper):
         Raises:
             SweepIncomplete: some cells are not done, and the launcher waited for its jobs.
         """
-        cells = [
-            self._cell(number, tuple(overrides))
-            for number, overrides in enumerate(self._grid(arguments))
-        ]
+        grid = cells_of_grid(
+            self.params,
+            arguments,
+            listed=self.listed,
+            config_loader=self.hydra_context.config_loader,
+        )
+        cells = [self._cell(number, tuple(overrides)) for number, overrides in enumerate(grid)]
         valid = {cell.number: cell for cell in cells if isinstance(cell, ValidCell)}
         if self.composition_error is not None and not valid:
             raise self.composition_error  # the command is wrong, and not one cell
@@ -173,19 +176,6 @@ class CellSweeper(Sweeper):
         except Exception as error:  # of the launcher; jobs record their own errors
             show_lines([f"the launcher failed: {type(error).__name__}: {error}"])
         return None
-
-    def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
-        """The overrides of every cell: the grid, in each of the listed cells if there are any. The
-        command line overrides a grid by name.
-        """
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides(
-            [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
-        )
-        (cells,) = BasicSweeper.split_arguments(overrides, None)
-        return [[*cell, *listed] for listed in self.listed or [[]] for cell in cells]
 
     def _cell(self, number: int, overrides: tuple[str, ...]) -> ValidCell | InvalidCell:
         try:
