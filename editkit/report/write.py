@@ -17,6 +17,7 @@ from editkit.report.compare.subjects import measured, pairs
 from editkit.report.compare.summary import summaries
 from editkit.report.figures import curves, heatmaps, print_sheets, scatter
 from editkit.report.figures.panels import sheets
+from editkit.report.figures.target_probability import target_probabilities
 from editkit.report.page import Content, page
 
 PAGE = "report.html"
@@ -57,7 +58,7 @@ def report(
     runs = load_runs(folders)
     subjects, notes = measured(runs)
     tables, twins = summaries(subjects), pairs(subjects)
-    curve_sheets = list(sheets(subjects))
+    curve_sheets = [*sheets(subjects), *target_probabilities(subjects)]
     comparisons = compare_with_published(subjects, load_published(published))
     heatmap_sheets, scatters = list(heatmaps.heatmaps(subjects)), scatter.scatters(subjects)
     drawings = [

@@ -293,7 +293,7 @@ def test_what_mquake_cannot_measure_says_so() -> None:
         ("d4s/table2_gptj", "MEMIT", 500, "generalization", "gptj-6b", 76.15),
         ("d4s/table4", "D4S", 10000, "hellaswag", "llama2-7b", 52.99),
         ("eac/table1_time", "MEMIT-EAC", None, "seconds", "llama3-8b", 12.66),
-        ("d4s/figure4", "MEMIT", None, "effective_edits", "gptj-6b", 850),
+        ("d4s/figure5", "MEMIT", None, "effective_edits", "gptj-6b", 850),
         ("knowedit/table5", "FT-L", 5, "triviaqa", "llama2-7b-chat", 34.60),
         ("memoe/table2", "MEND", 1000, "efficacy", "gpt2-xl", [20.95, 0.01]),
         ("memoe/table1", "GRACE", None, "average", "llama2-7b", [77.53, 71.05]),

@@ -143,7 +143,7 @@ def _weight_panels(of_dataset: Sequence[Measured]) -> Iterator[Panel]:
         }
         for model in models:
             of_model = [run_view for run_view in of_dataset if run_view.model == model]
-            if lines := _lines(of_model, points, name=name if len(models) > 1 else None):
+            if lines := lines_of(of_model, points, name=name if len(models) > 1 else None):
                 yield Panel(
                     title=f"{model}: {title}" if len(models) > 1 else title,
                     is_log=is_log or _is_wide(lines),
@@ -200,7 +200,7 @@ def _editing_panels(of_dataset: Sequence[Measured], protocol: str | None) -> Ite
             title=f"{title}, {task}" if task else title,
             is_log=False,
             is_fraction=is_fraction("editing", metric),
-            lines=_lines(of_dataset, points),
+            lines=lines_of(of_dataset, points),
         )
 
 
@@ -210,7 +210,7 @@ def _task_panels(of_dataset: Sequence[Measured], suite: str | None) -> Iterator[
 
     for task, metric in _names(of_dataset, is_wanted):
         points = _points_of_all(of_dataset, is_wanted, metric=metric, task=task)
-        lines = _lines(of_dataset, points)
+        lines = lines_of(of_dataset, points)
         yield Panel(
             title=f"{task}: {metric.replace('_', ' ')}",
             is_log=False,
@@ -230,7 +230,7 @@ def _language_panels(of_dataset: Sequence[Measured]) -> Iterator[Panel]:
             title=title,
             is_log="perplexity" in metric,
             is_fraction=False,
-            lines=_lines(of_dataset, points),
+            lines=lines_of(of_dataset, points),
         )
 
 
@@ -283,7 +283,7 @@ def _points(
     }
 
 
-def _lines(
+def lines_of(
     of_dataset: Sequence[Measured],
     points: Mapping[int, Mapping[int, float]],
     *,
