@@ -31,8 +31,8 @@ def check_combination(
                 "stats",
                 f"{name} needs second moments",
                 got="none",
-                expected="world, text or hub",
-                fix="choose stats=world|text|hub (for ROME, editor.covariance=null also works)",
+                expected="world, facts, text or hub",
+                fix="choose stats=world|facts|text|hub (ROME also takes editor.covariance=null)",
             )
         )
     kind = parts.editor_class()

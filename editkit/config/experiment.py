@@ -196,7 +196,7 @@ def demand_of(
         folder=Path(stats.folder).expanduser(),
         batch_tokens=stats.batch_tokens,
         context_length=stats.context_length,
-        is_short=stats.source == "world",
+        is_short=stats.source in ("world", "facts"),
     )
     return Demand(
         model=model,

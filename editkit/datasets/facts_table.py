@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,3 +139,14 @@ def _relation(name: str, values: Mapping[str, Any]) -> Relation:
 def _rows(text: str) -> Iterator[list[str]]:
     """The cells of each row below the header."""
     return (line.split("\t") for line in text.splitlines()[1:])
+
+
+def statements(table: Table, *, seed: int, num_documents: int) -> Iterator[str]:
+    """Short texts about the facts as they are, at most one for each wording of a fact: a sentence
+    about something else, then the fact.
+    """
+    generator = random.Random(f"statements/{seed}")
+    wordings = [(fact, prompt) for fact in table.facts for prompt in fact.prompts]
+    generator.shuffle(wordings)
+    for fact, prompt in wordings[:num_documents]:
+        yield f"{generator.choice(table.contexts)} {prompt} {fact.object}."

@@ -103,7 +103,7 @@ def statistics(model: EditableModel, modules: Sequence[str], config: StatsConfig
                 "stats",
                 f"the editor needs the second moments of {', '.join(modules)}",
                 got="none",
-                expected="world, text or hub",
+                expected="world, facts, text or hub",
             )
         )
     context_length = min(config.context_length, model.max_length)

@@ -1,4 +1,5 @@
-"""The texts for second moments: the bundled world's, text files, or a dataset of the hub.
+"""The texts for second moments: of the bundled world or facts, text files, or a dataset of the
+hub.
 
 `preset: minimal` uses few texts: ten key vectors for each dimension of a key, after Gupta et al.
 2025 ("FastMEMIT", arXiv 2506.04226). Published statistics have thousands. On the bundled models, an
@@ -26,7 +27,7 @@ class StatsConfig:
     """The source and number of the texts, and the folder of the statistics."""
 
     name: str
-    source: Literal["world", "text", "hub", "none"]
+    source: Literal["world", "facts", "text", "hub", "none"]
     # minimal: only as many documents as `vectors_per_dimension` requires
     preset: Literal["full", "minimal"]
     vectors_per_dimension: int  # key vectors for each dimension of a key
@@ -94,6 +95,11 @@ def texts(config: StatsConfig) -> Iterator[str]:
         from editkit.datasets.world import corpus, generate_world
 
         yield from corpus(generate_world(), seed=config.seed, num_documents=config.num_documents)
+    elif config.source == "facts":
+        from editkit.datasets.facts_table import read_table, statements
+
+        table = read_table()
+        yield from statements(table, seed=config.seed, num_documents=config.num_documents)
     elif config.source == "text":
         yield from _sample(
             _documents(Path(config.path or "").expanduser(), config.separator), config

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from editkit.datasets.facts_table import read_table
 from editkit.errors import ConfigError, OptionError
 from editkit.linalg.lowrank import LowRank
 from editkit.model.capture import capture
@@ -214,7 +215,9 @@ def test_statistics_are_never_taken_on_an_edited_model(tmp_path: Path) -> None:
 def test_an_editor_without_second_moments_gets_none(tmp_path: Path) -> None:
     model, chosen = tiny_model("gpt2"), config(tmp_path, name="none", source="none", path=None)
     assert build(model, [], chosen).digests == Moments().digests == {}
-    with pytest.raises(ConfigError, match=r"stats: .*got 'none'; expected world, text or hub"):
+    with pytest.raises(
+        ConfigError, match=r"stats: .*got 'none'; expected world, facts, text or hub"
+    ):
         build(model, modules_of(model, 0), chosen)
 
 
@@ -257,11 +260,21 @@ def test_the_separator_says_where_a_document_ends(
         assert found == ["one\ntwo", "three\nfour", "five"]
 
 
-def test_the_world_is_a_source_that_needs_nothing(tmp_path: Path) -> None:
-    chosen = config(tmp_path, name="world", source="world", path=None, num_documents=50)
+@pytest.mark.parametrize("source", ["world", "facts"])
+def test_bundled_texts_are_a_source_that_needs_nothing(tmp_path: Path, source: str) -> None:
+    chosen = config(tmp_path, name=source, source=source, path=None, num_documents=50)
     first = list(texts(chosen))
     assert len(first) == 50
     assert first == list(texts(chosen)) != list(texts(dataclasses.replace(chosen, seed=2)))
+
+
+def test_texts_about_facts_state_what_is_true_and_come_once_each(tmp_path: Path) -> None:
+    chosen = config(tmp_path, name="facts", source="facts", path=None, num_documents=400)
+    found = list(texts(chosen))
+    assert len(set(found)) == 400
+    table = read_table()
+    stated = {f"{prompt} {fact.object}." for fact in table.facts for prompt in fact.prompts}
+    assert all(text.split(". ", 1)[1] in stated for text in found)
 
 
 def test_the_digest_is_of_content_order_and_borders() -> None:
