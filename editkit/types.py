@@ -137,6 +137,7 @@ class EvalRecord:
     sampled_from: int | None = None
     dataset: str | None = None  # the beginning of the dataset's digest in provenance.json
     requests: str | None = None  # digest of the measured ids, which provenance.json lists
+    chat_template: str | None = None  # how prompts were put to the model; None: as they are
 
     @classmethod
     def from_flat(cls, fields: Mapping[str, Any]) -> EvalRecord:
@@ -158,7 +159,7 @@ class EvalRecord:
 EVAL_FIELDS = (
     *("step", "view"),
     *(field.name for field in dataclasses.fields(Measurement)),
-    *("sampled_from", "dataset", "requests"),
+    *("sampled_from", "dataset", "requests", "chat_template"),
 )
 
 

@@ -24,6 +24,7 @@ UNHASHED = (
 LATER: dict[str, Any] = {
     "model.weights": "pretrained",
     "model.tokenizer": None,
+    "model.chat_template": None,
     "evaluation.specificity": False,
     "restraint.d4s.base": "trajectory",
 }

@@ -166,7 +166,9 @@ def log_probabilities(
     request, (B,) float32, in nats.
     """
     encoded = encode_with_targets(
-        model.tokenizer, [(request.full_prompt, request.target) for request in requests]
+        model.tokenizer,
+        [(request.full_prompt, request.target) for request in requests],
+        chat=model.chat,
     )
     positions: Sequence[Sequence[int]]
     if loss == "target":

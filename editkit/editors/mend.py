@@ -167,7 +167,7 @@ class Mend(AbstractEditor[MendPlan]):
         model = step.model
         network = self._network(model, bytes(step.state["hypernetwork"].tolist()).hex())
         prompts = [(request.full_prompt, request.target) for request in step.requests]
-        texts = questions(model, encode_with_targets(model.tokenizer, prompts))
+        texts = questions(model, encode_with_targets(model.tokenizer, prompts, chat=model.chat))
         factors, log_p_B = gradient_factors(model, network.modules, texts)
         updates = {}
         with torch.no_grad():
@@ -227,6 +227,11 @@ class Mend(AbstractEditor[MendPlan]):
                     fix="train one with `editkit train editor=mend model=...`",
                 )
             )
+        now, then = model.chat and model.chat.label, header.facts.get("chat_template")
+        if now != then:
+            problem = f"{self.hypernetwork} was trained with another chat template"
+            fix = "set model.chat_template as in the training, or train one for this template"
+            problems.append(message("hypernetwork", problem, got=now, expected=str(then), fix=fix))
         modules = self.modules(model)
         if tuple(header.modules) != modules:
             problems.append(

@@ -242,7 +242,10 @@ class Fluency(AbstractEditEvaluator):
     def _texts(self, model: EditableModel, prompts: Sequence[str]) -> list[str]:
         """Each prompt with its continuation. Equal prompts have different draws."""
         longest = min(self.max_tokens, model.max_length)
-        rows = [ids[-(longest - 1) :] for ids in encode_prompts(model.tokenizer, prompts)]
+        rows = [
+            ids[-(longest - 1) :]
+            for ids in encode_prompts(model.tokenizer, prompts, chat=model.chat)
+        ]
         generator = torch.Generator().manual_seed(self.seed)
         size = max(1, self.tokens_per_batch // longest)
         new = generate(
@@ -253,6 +256,11 @@ class Fluency(AbstractEditEvaluator):
             top_k=self.top_k,
             batch_size=size,
         )
+        if model.chat is not None:  # the template's own words are not the model's
+            answers = decode(
+                model, [more[: longest - len(ids)] for ids, more in zip(rows, new, strict=True)]
+            )
+            return [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
         return decode(model, [(*ids, *more)[:longest] for ids, more in zip(rows, new, strict=True)])
 
     def _measurement(self, metric: str, scores: Sequence[float]) -> Measurement:

@@ -328,7 +328,8 @@ class _Learner:
                 timing=TIMING,
                 nonfinite=None,
             )
-            yield EvalRecord(step=self.step, view=VIEW, measurement=measurement)
+            chat = self.model.chat.label if self.model.chat else None
+            yield EvalRecord(step=self.step, view=VIEW, measurement=measurement, chat_template=chat)
         for metric, value in {
             "loss": loss,
             "edit_loss": figures["edit_loss"],

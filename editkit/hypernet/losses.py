@@ -49,7 +49,7 @@ def losses(
         (prompt, target) for _, prompt, target in also
     ]
     rows = [*range(len(examples)), *(row for row, _, _ in also)]
-    batch = questions(model, encode_with_targets(model.tokenizer, pairs))
+    batch = questions(model, encode_with_targets(model.tokenizer, pairs, chat=model.chat))
     with ExitStack() as hooks:
         enter(hooks, model, rows_of(updates, rows))
         log_p, _ = log_probabilities(model, batch)
@@ -66,7 +66,7 @@ def locality_loss(
     pairs = [(probe.prompt, probe.answer) for example in examples for probe in example.locality]
     rows = [row for row, example in enumerate(examples) for _ in example.locality]
     batch = pad(
-        [sequence.ids for sequence in encode_with_targets(model.tokenizer, pairs)],
+        [sequence.ids for sequence in encode_with_targets(model.tokenizer, pairs, chat=model.chat)],
         device=model.device,
     )
     is_token_BT = batch.mask_BT.bool()
@@ -97,7 +97,7 @@ def kept_answers(
     """
     pairs = [(probe.prompt, probe.answer) for example in examples for probe in example.locality]
     rows = [row for row, example in enumerate(examples) for _ in example.locality]
-    batch = questions(model, encode_with_targets(model.tokenizer, pairs))
+    batch = questions(model, encode_with_targets(model.tokenizer, pairs, chat=model.chat))
     best = []
     for hooked in (None, rows_of(updates, rows)):
         with torch.no_grad(), ExitStack() as hooks:

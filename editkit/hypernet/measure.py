@@ -75,7 +75,7 @@ def _measured(
         loss = losses(model, updates, chosen)
         pairs = [(example.request.full_prompt, example.request.target) for example in chosen]
         pairs += [(example.paraphrase, example.request.target) for example in chosen]
-        batch = questions(model, encode_with_targets(model.tokenizer, pairs))
+        batch = questions(model, encode_with_targets(model.tokenizer, pairs, chat=model.chat))
         with ExitStack() as hooks:
             enter(
                 hooks,
@@ -99,4 +99,4 @@ def _measured(
 def edits(model: EditableModel, chosen: Sequence[Example]) -> Questions:
     """The prompts and targets of the edits, as the editor gets them."""
     pairs = [(example.request.full_prompt, example.request.target) for example in chosen]
-    return questions(model, encode_with_targets(model.tokenizer, pairs))
+    return questions(model, encode_with_targets(model.tokenizer, pairs, chat=model.chat))

@@ -23,6 +23,7 @@ from editkit.lazy import torch
 from editkit.linalg.lowrank import Update, dense, frobenius
 from editkit.linalg.total import Total
 from editkit.model.architecture import context_length
+from editkit.model.chat import ChatTemplate
 from editkit.model.editability import require_editable
 from editkit.model.families import Family, Outline, check_family, not_a_matrix
 from editkit.model.fingerprint import fingerprint
@@ -50,9 +51,8 @@ class _Edited:
 
 
 class EditableModel:
-    """A causal language model, its tokenizer, and its matrices under edit.
-
-    The network is in evaluation mode, so dropout is off, and its parameters need no gradients.
+    """A causal language model in evaluation mode, its tokenizer, and its matrices under edit. The
+    parameters need no gradients.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class EditableModel:
         *,
         name: str,
         family: Family,
+        chat: ChatTemplate | None = None,  # how prompts are put to the model; None: as they are
     ) -> None:
         """Raises ConfigError for a slow tokenizer, or for a family whose names do not exist in the
         network.
         """
         require_offsets(tokenizer)
         self.num_layers = check_family(family, network)
-        self.name = name
+        self.name, self.family = name, family
         self.network = network.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.family = family
+        self.tokenizer, self.chat = tokenizer, chat
         self.fingerprint = fingerprint(network, tokenizer)
         self.shortcuts = Shortcuts()  # set once, by the check at the beginning of a run
         self._edited: dict[str, _Edited] = {}

@@ -86,7 +86,7 @@ def generate_texts(
     batch_size: int = 32,
 ) -> list[str]:
     """`generate` for texts: each prompt's continuation without the prompt and special tokens."""
-    ids = encode_prompts(model.tokenizer, prompts)
+    ids = encode_prompts(model.tokenizer, prompts, chat=model.chat)
     rows = generate(
         model,
         ids,

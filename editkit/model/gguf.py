@@ -31,13 +31,19 @@ STRING, ARRAY = 8, 9
 # config.model_type by general.architecture, of the families whose modules editkit knows and that
 # transformers reads from GGUF
 MODEL_TYPES = {
+    "bloom": "bloom",
+    "falcon": "falcon",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "gpt2": "gpt2",
     "llama": "llama",
     "mistral": "mistral",
+    "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen2moe": "qwen2_moe",
     "qwen3": "qwen3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
 }
 SIZES = {  # the keys of config.json by those of GGUF, which follow the name of the architecture
     "embedding_length": "hidden_size",
@@ -50,7 +56,8 @@ SIZES = {  # the keys of config.json by those of GGUF, which follow the name of 
 }
 TOKENS = "tokenizer.ggml.tokens"
 HEAD = "output.weight"  # missing if the head is tied to the embedding
-ROTARY_FACTORS = "rope_freqs.weight"
+# scaled rotary positions: of Llama 3.1, of Phi 3
+ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight")
 AGAIN = "download the file again"
 
 
@@ -204,8 +211,9 @@ def _is_readable(type_: int) -> bool:
 
 def _rotary_scaling(header: Header) -> str | None:
     """What a header says about scaled rotary positions."""
-    if ROTARY_FACTORS in header.tensors:
-        return ROTARY_FACTORS
+    for name in ROTARY_FACTORS:
+        if name in header.tensors:
+            return name
     kind = header.values.get(f"{header.architecture}.rope.scaling.type", "none")
     return None if kind == "none" else str(kind)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.architecture import NAMES, facts_without_download, known_facts, label_of
+from editkit.model.chat import ChatTemplate, chat_template, file_problem
 from editkit.model.discover import family_suggestion
 from editkit.model.families import Family, family_of
 from editkit.model.gguf import file_problems
@@ -46,6 +47,9 @@ class ModelConfig:
     weights: Literal["pretrained", "random"] = "pretrained"
     # a folder or hub id; None: the model's own, or a bundled one with random weights
     tokenizer: str | None = None
+    # how prompts are put to the model: as they are (None), by the tokenizer's chat template
+    # ("tokenizer"), or by that of a Jinja file
+    chat_template: str | None = None
     # auto: accelerate distributes the model over all GPUs; None: the whole model on runtime.device
     device_map: Literal["auto"] | None = None
 
@@ -73,15 +77,17 @@ class ModelConfig:
         require_device(device)
         if self.weights == "random":
             config = self.network_config()
+            tokenizer = self.load_tokenizer()
+            chat = self._chat(tokenizer)
             network = random_network(config, device=device, dtype=self.dtype)
-            return EditableModel(
-                network, self.load_tokenizer(), name=self.label, family=self.family_of(config)
-            )
+            family = self.family_of(config)
+            return EditableModel(network, tokenizer, name=self.label, family=family, chat=chat)
         source = self._source()
         try:
             config = self.network_config()
             family = self.family_of(config)
             tokenizer = self.load_tokenizer()
+            chat = self._chat(tokenizer)
             places: Any = (
                 placement(config, family, self.dtype) if self.device_map else _at_once_on(device)
             )
@@ -112,7 +118,7 @@ class ModelConfig:
             )
         if not places:
             network = network.to(device)
-        return EditableModel(network, tokenizer, name=self.label, family=family)
+        return EditableModel(network, tokenizer, name=self.label, family=family, chat=chat)
 
     def facts(self) -> dict[str, Any] | None:
         """The known part of config.json, without the hub and without torch; None if only the hub
@@ -211,11 +217,17 @@ class ModelConfig:
         """Why the model's files cannot be loaded, as far as this machine shows it without reading
         weights: a missing folder, package or file, and a GGUF file that cannot be read.
         """
+        problems = [problem for problem in (file_problem(self.chat_template),) if problem]
         try:
             self._source()
         except ConfigError as error:
-            return list(error.problems)
-        return []
+            problems += error.problems
+        return problems
+
+    def _chat(self, tokenizer: Any) -> ChatTemplate | None:
+        if self.chat_template is None:
+            return None
+        return chat_template(tokenizer, self.chat_template)
 
     def _source(self) -> Source:
         """The folder, file or hub id for transformers. Raises ConfigError for what is missing, and

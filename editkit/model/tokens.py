@@ -20,6 +20,8 @@ from editkit.lazy import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from editkit.model.chat import ChatTemplate
+
 PLACE = "{}"
 # Any valid id is right, because no padded position is read. The tokenizer's own pad token may be
 # missing or outside the embedding.
@@ -30,8 +32,9 @@ PADDING_ID = 0
 class Encoded:
     """A text's tokens, with the BOS if the tokenizer adds one, and without an EOS.
 
-    `spans` holds the characters (start, end) of each token. The leading `num_special` tokens have
-    no characters.
+    `spans` holds the characters (start, end) of each token, counted from the prompt's first one:
+    they are negative before a prompt in a chat template. The leading `num_special` tokens have no
+    characters.
     """
 
     ids: tuple[int, ...]
@@ -122,18 +125,42 @@ def require_offsets(tokenizer: Any) -> None:
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoded]:
-    """Tokenises whole texts with the tokenizer's leading special tokens and without truncation."""
+def encode(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    *,
+    chat: ChatTemplate | None = None,
+) -> list[Encoded]:
+    """Tokenises whole texts with the tokenizer's leading special tokens and without truncation.
+
+    Args:
+        chat: puts each text into the user's turn, up to where the assistant's begins. Special
+            tokens are those that the template writes.
+    """
+    return _encode(tokenizer, [text + (chat.after if chat else "") for text in texts], chat)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], chat: ChatTemplate | None
+) -> list[Encoded]:
+    """Tokenises texts, with `chat` after the beginning of a dialogue."""
     if not texts:
         return []
+    before = chat.before if chat else ""
     batch = tokenizer(
-        list(texts),
-        add_special_tokens=True,
+        [before + text for text in texts],
+        add_special_tokens=chat is None,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
         return_attention_mask=False,
         verbose=False,
     )
+    if chat:
+        first = len(before)
+        return [
+            Encoded(tuple(ids), tuple((start - first, end - first) for start, end in spans), 0)
+            for ids, spans in zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+        ]
     return [
         _without_end(*row)
         for row in zip(
@@ -154,22 +181,31 @@ def _without_end(
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    *,
+    chat: ChatTemplate | None = None,
 ) -> list[tuple[int, ...]]:
     """The ids of each prompt. Trailing blanks are dropped, because they belong to the next
     token.
     """
-    return [
-        encoded.ids for encoded in encode(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
-    ]
+    cut = [prompt.rstrip(" ") for prompt in prompts]
+    return [encoded.ids for encoded in encode(tokenizer, cut, chat=chat)]
 
 
 def encode_with_targets(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    chat: ChatTemplate | None = None,
 ) -> list[TargetSequence]:
     """Tokenises (prompt, target) pairs with exactly one blank between prompt and target.
 
     A token that contains both the end of the prompt and the blank belongs to the prompt.
+
+    Args:
+        chat: the prompt is the user's turn, and the target the beginning of the assistant's. The
+            template, not a blank, stands between them.
 
     Raises:
         ConfigError: a target is blank, or no token precedes it (an empty prompt with a tokenizer
@@ -183,14 +219,14 @@ def encode_with_targets(
     ]:
         raise ConfigError(problems)
     sequences = []
-    for (prompt, target), encoded in zip(
-        cut, encode(tokenizer, [f"{prompt} {target}" for prompt, target in cut]), strict=True
-    ):
-        blank = len(prompt)
+    between, gap = (chat.after, chat.gap) if chat else ("", " ")
+    texts = [f"{prompt}{between}{gap}{target}" for prompt, target in cut]
+    for (prompt, target), encoded in zip(cut, _encode(tokenizer, texts, chat), strict=True):
+        blank = len(prompt) + len(between)
         start = next(
             index
             for index, (first, after) in enumerate(encoded.spans)
-            if index >= encoded.num_special and (first >= blank or after > blank + 1)
+            if index >= encoded.num_special and (first >= blank or after > blank + len(gap))
         )
         if start == 0:
             raise ConfigError(

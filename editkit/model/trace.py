@@ -118,7 +118,7 @@ def known_facts_of(
     candidates = [request for request in requests if request.target_old]
     facts: list[Fact] = []
     pairs = [(request.full_prompt, request.target_old or "") for request in candidates]
-    sequences = encode_with_targets(model.tokenizer, pairs)
+    sequences = encode_with_targets(model.tokenizer, pairs, chat=model.chat)
     for request, sequence in zip(candidates, sequences, strict=True):
         place = fill(request.prompt, request.subject)
         last = subject_position(sequence, place)

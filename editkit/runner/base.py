@@ -42,7 +42,7 @@ from editkit.runner.folder import (
     save_failure,
     steps_after,
 )
-from editkit.runner.inputs import MODEL, of_dataset, require_same
+from editkit.runner.inputs import CHAT, MODEL, of_dataset, require_same
 from editkit.runner.lock import locked
 from editkit.runner.provenance import recorded_dataset, save_provenance
 from editkit.runner.signals import Received, Stopped, stop_signals
@@ -338,6 +338,10 @@ def load_model(
         model = settings.model.load(runtime.device)
     network = {MODEL: model.fingerprint}
     require_same(began_with, network, source=settings.model.id)
+    if model.chat is not None:
+        network[CHAT] = model.chat.label
+        source = str(settings.model.chat_template)
+        require_same(began_with, {CHAT: model.chat.label}, source=source)
     return Loaded(model=model, inputs=inputs | network, peaks=peaks)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from editkit.linalg.total import Total
 
 ROLLBACK = "rollback"  # the timing of measurements of a model that holds one batch of edits
+ASKED = ("downstream", "comparison")  # the kinds of measurements of tasks, whose items are prompts
 
 
 def corrections(
@@ -213,7 +214,10 @@ def _measure_with(
             yield SampleRecord(step=step, view=view, name=result.name, rows=result.rows)
         elif result.kind != "editing":
             of = digest_of(run.batch(step)) if result.timing == ROLLBACK else None
-            yield EvalRecord(step=step, view=view, measurement=result, requests=of)
+            asked = _chat(run) if result.kind in ASKED else None
+            yield EvalRecord(
+                step=step, view=view, measurement=result, requests=of, chat_template=asked
+            )
         else:
             record = EvalRecord(step=step, view=view, measurement=result, **about(result.block))
             if step == 0:
@@ -252,4 +256,10 @@ def _about(
         "dataset": run.dataset,
         "requests": digest_of(run.at(chosen)),
         "sampled_from": size if len(chosen) < size else None,
+        "chat_template": _chat(run),
     }
+
+
+def _chat(run: Trajectory) -> str | None:
+    """How prompts are put to the model, for records of what prompts measure."""
+    return run.model.chat.label if run.model.chat else None

@@ -29,12 +29,14 @@ PACKAGES = ("editkit", "torch", "transformers", "tokenizers", "numpy", "safetens
 
 def describe(model: EditableModel, data: LoadedDataset) -> dict[str, Any]:
     """The facts that runs and trainings share: program, machine, model and dataset."""
+    chat = {} if model.chat is None else {"chat_template": model.chat.label}
     return environment(model.device) | {
         "model": {
             "name": model.name,
             "fingerprint": model.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
-        },
+        }
+        | chat,
         "dataset": data.provenance(),
     }
 

@@ -26,7 +26,7 @@ def check_reading(model: EditableModel, text: str) -> list[str]:
     Raises:
         ConfigError: the module names are wrong: the network computes other logits.
     """
-    [encoded] = encode(model.tokenizer, [text])
+    [encoded] = encode(model.tokenizer, [text], chat=model.chat)
     require_own_logits(model, encoded.ids)
     found = [compare_scoring(model, encoded.ids), compare_generation(model, encoded.ids)]
     return _noted(model, (each for each in found if each is not None))

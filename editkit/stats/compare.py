@@ -200,7 +200,7 @@ def sample_keys(
     from one pass.
     """
     filled = [fill(request.prompt, request.subject) for request in requests]
-    encoded = encode(model.tokenizer, [prompt.text for prompt in filled])
+    encoded = encode(model.tokenizer, [prompt.text for prompt in filled], chat=model.chat)
     # Tokens after the subject cannot influence it, because the network is causal.
     texts = [
         sequence.ids[: subject_position(sequence, prompt) + 1]

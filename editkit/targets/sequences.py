@@ -57,7 +57,7 @@ def prepare(
     assert contexts and contexts[0] == PLACE, "the first context is the bare prompt"
     encoded, sites = locate(model, request, contexts)
     essence = fill(ESSENCE, request.subject)
-    essence_encoded = encode(model.tokenizer, [essence.text])[0]
+    essence_encoded = encode(model.tokenizer, [essence.text], chat=model.chat)[0]
     essence_site = subject_position(essence_encoded, essence)
     return Sequences(
         ids=(*(sequence.ids[:-1] for sequence in encoded), essence_encoded.ids),
@@ -80,7 +80,7 @@ def locate(
     """
     filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
     encoded = encode_with_targets(
-        model.tokenizer, [(prompt.text, request.target) for prompt in filled]
+        model.tokenizer, [(prompt.text, request.target) for prompt in filled], chat=model.chat
     )
     return encoded, [
         subject_position(sequence, prompt) for sequence, prompt in zip(encoded, filled, strict=True)

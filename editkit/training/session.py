@@ -114,6 +114,7 @@ class TrainingWork(AbstractWork[LearningState]):
             "dataset": training.data.label,
             "seed": training.settings.seed,
             "validation": self._validation(outcome.best_step),
+            "chat_template": chat.label if (chat := self.loaded.model.chat) else None,
         }
         save_hypernetwork(
             training.folder / FILE,

@@ -17,6 +17,7 @@ from editkit.hypernet.factors import gradient_factors, joined, questions, row_up
 from editkit.hypernet.network import Factors, Hypernetwork, name_of
 from editkit.hypernet.store import read_header
 from editkit.linalg.lowrank import LowRank
+from editkit.model.chat import ChatTemplate
 from editkit.model.editable import EditableModel
 from editkit.model.tokens import encode_with_target, encode_with_targets
 from editkit.types import EditRequest
@@ -285,6 +286,11 @@ def test_a_hypernetwork_of_another_model_or_of_other_layers_is_refused(tmp_path:
         match=r"layers: .* was trained for other matrices \(got .\[0, 2\].*; expected .*h\.1\.mlp",
     ):
         mend(path, layers=(0, 2)).init(model, None)  # type: ignore[arg-type]
+    model.chat = ChatTemplate(name="own", before="<", after=">", gap="", jinja="")
+    with pytest.raises(
+        ConfigError, match=r"hypernetwork: .* with another chat template \(got 'own "
+    ):
+        mend(path).init(model, None)  # type: ignore[arg-type]
 
 
 def test_a_run_goes_on_with_the_hypernetwork_that_it_began_with_alone(tmp_path: Path) -> None:

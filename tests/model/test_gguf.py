@@ -137,6 +137,13 @@ def test_sizes_and_problems_need_neither_torch_nor_transformers(file: Path) -> N
     assert loaded_after(code) <= {"numpy"}
 
 
+def test_the_chat_template_of_the_file_is_the_tokenizers(file: Path) -> None:
+    model = ModelConfig(id=str(file), chat_template="tokenizer").load("cpu")
+    assert model.chat is not None
+    assert (model.chat.before, model.chat.after, model.chat.name) == ("<user>", "", "tokenizer")
+    assert ModelConfig(id=str(file)).load("cpu").chat is None
+
+
 def test_loading_shows_no_progress_of_its_own(
     file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from editkit.evaluation.scoring.greedy import continue_greedily
 from editkit.model.architecture import architecture_of, known_facts
+from editkit.model.chat import chat_template
 from editkit.model.editable import EditableModel
 from editkit.model.load import ModelConfig
 from editkit.model.tokens import encode_with_targets, pad
@@ -51,6 +53,21 @@ def test_it_knows_capitals(model: EditableModel) -> None:
                 model.final_hidden(pad([sequence.ids]))[0, sequence.predicting]
             )
         assert logits.argmax(-1).tolist() == list(sequence.target_ids)
+
+
+def test_it_answers_in_a_dialogue(config: ModelConfig, model: EditableModel) -> None:
+    chat = chat_template(model.tokenizer, "tokenizer")
+    model.chat = chat
+    try:
+        question = "What is the capital of France? Answer with one word."
+        (answer,) = continue_greedily(
+            model, [question], max_new_tokens=8, tokens_per_batch=512
+        ).values()
+    finally:
+        model.chat = None
+    assert chat.before.endswith("<|im_start|>user\n")
+    assert chat.after == "<|im_end|>\n<|im_start|>assistant\n"
+    assert answer.startswith("Paris")
 
 
 def test_what_is_saved_is_the_same_model_without_the_package(

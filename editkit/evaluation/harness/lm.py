@@ -47,11 +47,9 @@ def harness_model(
     class EditedModel(HFLM):  # type: ignore[misc] # lm_eval carries no types
         def __init__(self) -> None:
             self.encoded: dict[tuple[str, bool | None], list[int]] = {}
-            tokenizer = copy.deepcopy(model.tokenizer)  # HFLM gives it a padding token
-            tokenizer.model_max_length = NO_LIMIT  # prompts are cut here, without a warning
             super().__init__(
                 pretrained=model.network,
-                tokenizer=tokenizer,
+                tokenizer=_tokenizer(model),
                 max_length=model.max_length,
                 batch_size=ROWS_OF_A_GENERATION,
             )
@@ -143,6 +141,15 @@ def harness_model(
 
     with quiet():
         return EditedModel()
+
+
+def _tokenizer(model: EditableModel) -> Any:
+    """The model's tokenizer for an HFLM, which gives it a padding token."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    if model.chat is not None:
+        tokenizer.chat_template = model.chat.jinja
+    tokenizer.model_max_length = NO_LIMIT  # prompts are cut here, without a warning
+    return tokenizer
 
 
 def check_room(lm: Any, task: Any, *, positions: int) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -264,10 +264,15 @@ def _prepare(task: Any, name: str, *, shots: int | None, seed: int) -> None:
     task.set_fewshot_seed(seed)
 
 
-def build_requests(task: Any, *, limit: int | None) -> dict[int, list[Any]]:
-    """The harness's requests of the first `limit` items, by item and in order."""
+def build_requests(
+    task: Any, *, limit: int | None, chat: Callable[..., str] | None = None
+) -> dict[int, list[Any]]:
+    """The harness's requests of the first `limit` items, by item and in order. `chat` renders a
+    dialogue: an item's prompt, with its examples, is the user's turn.
+    """
+    options = {} if chat is None else {"apply_chat_template": True, "chat_template": chat}
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        task.build_all_requests(limit=limit)
+        task.build_all_requests(limit=limit, **options)
     items: dict[int, list[Any]] = {}
     for instance in task.instances:
         items.setdefault(instance.doc_id, []).append(instance)

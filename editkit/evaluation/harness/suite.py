@@ -183,7 +183,8 @@ class LoadedSuite(AbstractUnpreparedSuite):
         for name in options.tasks:
             prepared[name] = []
             for task in loaded[name].tasks:
-                items = build_requests(task, limit=options.limit)
+                chat = lm.apply_chat_template if model.chat is not None else None
+                items = build_requests(task, limit=options.limit, chat=chat)
                 if too_long := check_room(lm, task, positions=model.max_length):
                     problems.append(too_long)
                     continue

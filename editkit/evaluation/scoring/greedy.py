@@ -30,7 +30,7 @@ def continue_greedily(
     """
     texts = list(dict.fromkeys(prompts))
     room = max(1, model.max_length - max_new_tokens)
-    rows = [ids[-room:] for ids in encode_prompts(model.tokenizer, texts)]
+    rows = [ids[-room:] for ids in encode_prompts(model.tokenizer, texts, chat=model.chat)]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
     continuations: dict[int, tuple[int, ...]] = {}
     done = 0

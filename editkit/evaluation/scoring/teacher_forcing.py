@@ -124,7 +124,7 @@ def score(
     """
     unique = list(dict.fromkeys(probes))
     sequences = encode_with_targets(
-        model.tokenizer, [(probe.prompt, probe.answer) for probe in unique]
+        model.tokenizer, [(probe.prompt, probe.answer) for probe in unique], chat=model.chat
     )
     wanted: dict[int, torch.Tensor | None] = {}
     top = 0
