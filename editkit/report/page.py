@@ -46,7 +46,7 @@ th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee;
 thead th { border-bottom: 2px solid #888; }
 th[scope=row], td.text, thead th.text { text-align: left; } th[scope=row] { font-weight: normal; }
 td.best { font-weight: bold; } .bad { color: #b00020; } .note { color: #666; }
-tr.only td { color: #767676; }
+.published th, .published td { padding: .2rem .4rem; } tr.only td { color: #767676; }
 summary { cursor: pointer; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto;
   font-size: .8rem; }
 """
@@ -190,7 +190,8 @@ def _published(found: Sequence[PublishedComparison]) -> Iterable[str]:
             [[row[place] for place in kept] for row in rows],
             greyed=[place for place, each in enumerate(here) if each.is_published_only],
         )
-        yield f"<h3>{escape(f'{preset}: {rows[0][0]}' if alike[0] else preset)}</h3>{table}"
+        yield f"<h3>{escape(f'{preset}: {rows[0][0]}' if alike[0] else preset)}</h3>"
+        yield f"<div class='published'>{table}</div>"
         yield from (f"<p class='note'>{escape(note)}</p>" for note in notes_of(here))
 
 
