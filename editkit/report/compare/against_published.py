@@ -69,8 +69,8 @@ def compare_with_published(
 ) -> tuple[PublishedComparison, ...]:
     """Every published number of the presets that are among the runs."""
     by_name: dict[str, list[Measured]] = {}
-    for subject in subjects:
-        by_name.setdefault(str(subject.run.config.get("experiment_name")), []).append(subject)
+    for run_view in subjects:
+        by_name.setdefault(str(run_view.run.config.get("experiment_name")), []).append(run_view)
     comparisons = []
     for preset in dict.fromkeys(row.preset for row in published if row.preset):
         rows = [row for row in published if row.preset == preset]
@@ -146,16 +146,16 @@ def _comparison(
     alike = (
         []
         if row.not_measured
-        else [subject for subject in here if _is_meant(subject, row, is_stand_in=is_stand_in)]
+        else [run_view for run_view in here if _is_meant(run_view, row, is_stand_in=is_stand_in)]
     )
     first = alike[0] if alike else None
     edits = row.edits if first is None else _edits(row, rows, first, is_stand_in=is_stand_in)
     if edits is None and row.edits is not None:
         alike = []
-    alike = [subject for subject in alike if first and subject.subject == first.subject]
+    alike = [run_view for run_view in alike if first and run_view.subject == first.subject]
     remark, is_lower_bound, values = "", False, []
     if row.metric == EFFECTIVE:
-        counts = [effective_edits(subject, row.protocol) for subject in alike]
+        counts = [effective_edits(run_view, row.protocol) for run_view in alike]
         values = [float(count) for count, _ in filter(None, counts)]
         is_lower_bound = any(is_bound for _, is_bound in filter(None, counts))
         remark = (
@@ -166,7 +166,7 @@ def _comparison(
     elif first is not None:
         if row.edits is None:  # the paper gives none: after the last edit
             edits = max(edits_by_step(first.run.steps).values(), default=0)
-        by_seed = [numbers_at(subject, row, edits) for subject in alike if edits is not None]
+        by_seed = [numbers_at(run_view, row, edits) for run_view in alike if edits is not None]
         metric = row.metric
         if is_stand_in and metric == LOCALITY_OUTSIDE and not any(metric in own for own in by_seed):
             metric = LOCALITY
@@ -185,18 +185,18 @@ def _comparison(
     )
 
 
-def _is_meant(subject: Measured, row: Published, *, is_stand_in: bool) -> bool:
+def _is_meant(run_view: Measured, row: Published, *, is_stand_in: bool) -> bool:
     """Whether a run's number can stand beside a row's, as far as its configuration says."""
-    is_model = subject.model == row.model or not row.model
-    is_dataset = subject.dataset == row.dataset or not row.dataset
+    is_model = run_view.model == row.model or not row.model
+    is_dataset = run_view.dataset == row.dataset or not row.dataset
     if is_stand_in:
-        is_model = is_model or row.model.startswith(STANDS_FOR.get(subject.model, ""))
+        is_model = is_model or row.model.startswith(STANDS_FOR.get(run_view.model, ""))
         is_dataset = True
     return (
         is_model
         and is_dataset
-        and (subject.editor, subject.restraint) == (row.editor, row.restraint)
-        and all(_value_of(subject.run.config, key) == value for key, value in row.wanted.items())
+        and (run_view.editor, run_view.restraint) == (row.editor, row.restraint)
+        and all(_value_of(run_view.run.config, key) == value for key, value in row.wanted.items())
     )
 
 
@@ -208,11 +208,11 @@ def _value_of(config: Mapping[str, Any], key: str) -> str:
     return str(node)
 
 
-def _bound(subject: Measured | None) -> str:
-    return number(thresholds_of(subject.run.config).efficacy) if subject else ""
+def _bound(run_view: Measured | None) -> str:
+    return number(thresholds_of(run_view.run.config).efficacy) if run_view else ""
 
 
-def effective_edits(subject: Measured, protocol: str) -> tuple[int, bool] | None:
+def effective_edits(run_view: Measured, protocol: str) -> tuple[int, bool] | None:
     """After how many edits the efficacy was last above its threshold, and whether that is only a
     lower bound: it never fell below.
 
@@ -220,23 +220,23 @@ def effective_edits(subject: Measured, protocol: str) -> tuple[int, bool] | None
     """
     evals = [
         record
-        for record in subject.run.evals
+        for record in run_view.run.evals
         if (record.view, record.measurement.kind, record.measurement.protocol)
-        == (subject.view, "editing", protocol)
+        == (run_view.view, "editing", protocol)
     ]
-    edits, thresholds = edits_by_step(subject.run.steps), thresholds_of(subject.run.config)
+    edits, thresholds = edits_by_step(run_view.run.steps), thresholds_of(run_view.run.config)
     point = next(collapse_points(evals, edits, thresholds), None)
     return None if point is None else (point.sound_at or 0, point.edits is None)
 
 
 def _edits(
-    row: Published, rows: Sequence[Published], subject: Measured, *, is_stand_in: bool
+    row: Published, rows: Sequence[Published], run_view: Measured, *, is_stand_in: bool
 ) -> int | None:
     """The milestone to look at: the published number of edits or within 1 % of it. A stand-in's is
     that of the same place in its run, whatever its number: its i-th milestone beside the paper's
     i-th, or the last beside the last.
     """
-    given: set[int] = {*(subject.run.config.get("milestones") or ())}
+    given: set[int] = {*(run_view.run.config.get("milestones") or ())}
     milestones = sorted(edits for edits in given if edits)
     if not row.edits:
         return row.edits
@@ -249,16 +249,16 @@ def _edits(
     return milestones[-1] if milestones and row.edits == published[-1] else None
 
 
-def numbers_at(subject: Measured, row: Published, at: int) -> dict[str, float]:
+def numbers_at(run_view: Measured, row: Published, at: int) -> dict[str, float]:
     """What one run has after so many edits, by the metrics of published numbers, under a row's
     protocol. Fractions are fractions; nan where a number was not finite.
     """
-    steps = edits_by_step(subject.run.steps)
+    steps = edits_by_step(run_view.run.steps)
     numbers: dict[str, float] = {}
-    for record in subject.run.evals:
+    for record in run_view.run.evals:
         measurement = record.measurement
         if (
-            record.view != subject.view
+            record.view != run_view.view
             or steps.get(record.step, record.step) != at
             or measurement.timing not in ALL_EDITS_SO_FAR
             or measurement.kind in ("weights", "comparison")
@@ -277,10 +277,10 @@ def numbers_at(subject: Measured, row: Published, at: int) -> dict[str, float]:
     known = [part for part in parts if part is not None]
     if len(known) == len(parts):
         numbers["average"] = math.fsum(known) / len(known)
-    if (seconds := seconds_an_edit(subject, at, steps)) is not None:
+    if (seconds := seconds_an_edit(run_view, at, steps)) is not None:
         numbers["seconds"] = seconds
-    largest = weights_by_edits(subject, "total_sigma_max", max)
-    norms = weights_by_edits(subject, "l1_norm", sum)
+    largest = weights_by_edits(run_view, "total_sigma_max", max)
+    norms = weights_by_edits(run_view, "l1_norm", sum)
     if at in largest:
         numbers["total_sigma_max"] = largest[at]
     if at in norms and 0 in norms:

@@ -81,9 +81,9 @@ def collapse_points(
         if headline.setdefault(about, record.measurement.metric) == record.measurement.metric:
             series.setdefault(about, []).append(record)
     for about, records in series.items():
-        found = _bound(records, thresholds)
-        if found is not None:
-            name, is_beyond = found
+        bound = _bound(records, thresholds)
+        if bound is not None:
+            name, is_beyond = bound
             yield _point(
                 name,
                 about[0],
@@ -110,26 +110,26 @@ class Collapses:
 
 def collapses(subjects: Sequence[Measured]) -> Iterator[Collapses]:
     """The tables of all datasets that have collapse points, crossed or not."""
-    for dataset in dict.fromkeys(each.dataset for each in subjects):
-        found: dict[str, dict[str, list[str]]] = {}
+    for dataset in dict.fromkeys(run_view.dataset for run_view in subjects):
+        points: dict[str, dict[str, list[str]]] = {}
         labels: dict[str, tuple[str, str, str]] = {}
-        for each in sorted(
-            (each for each in subjects if each.dataset == dataset),
-            key=lambda each: (*each.label[:2], each.is_restrained),
+        for run_view in sorted(
+            (run_view for run_view in subjects if run_view.dataset == dataset),
+            key=lambda run_view: (*run_view.label[:2], run_view.is_restrained),
         ):
-            evals = [record for record in each.run.evals if record.view == each.view]
+            evals = [record for record in run_view.run.evals if record.view == run_view.view]
             for point in collapse_points(
-                evals, edits_by_step(each.run.steps), thresholds_of(each.run.config)
+                evals, edits_by_step(run_view.run.steps), thresholds_of(run_view.run.config)
             ):
-                labels[each.subject] = each.label
-                found.setdefault(each.subject, {}).setdefault(
+                labels[run_view.subject] = run_view.label
+                points.setdefault(run_view.subject, {}).setdefault(
                     point.name.removeprefix(UNTIL), []
                 ).append(point.when)
-        columns = tuple(dict.fromkeys(name for row in found.values() for name in row))
+        columns = tuple(dict.fromkeys(name for row in points.values() for name in row))
         if columns:
             cells = tuple(
                 tuple(_seed_by_seed(row.get(name, ())) for name in columns)
-                for row in found.values()
+                for row in points.values()
             )
             yield Collapses(
                 dataset=dataset, columns=columns, labels=tuple(labels.values()), cells=cells

@@ -66,8 +66,8 @@ def paired_t_test(differences: Sequence[float]) -> tuple[float | None, float | N
         )
     from scipy.stats import ttest_1samp
 
-    found = ttest_1samp(differences, 0.0)  # of paired differences: the paired test
-    return float(found.statistic), float(found.pvalue), None
+    test = ttest_1samp(differences, 0.0)  # of paired differences: the paired test
+    return float(test.statistic), float(test.pvalue), None
 
 
 def _paired(row: SummaryRow, mine: Mean, twin: SummaryRow, other: Mean) -> list[float]:

@@ -62,35 +62,35 @@ class Measured:
 
 def measured(runs: Iterable[RunRecords]) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
     """Every view of every run, and sentences on what was left out because it is there twice."""
-    found: dict[tuple[str, int], Measured] = {}
+    run_views: dict[tuple[str, int], Measured] = {}
     notes: list[str] = []
     configs: dict[str, dict[str, Any]] = {}
     for run in runs:
         for view in run.views:
             config = _config_of_view(run.config, view)
-            each = _measured(run, view, config)
-            earlier = found.setdefault((each.subject, each.seed), each)
-            configs[each.subject] = config
-            if earlier is not each:
-                keeper = _further(earlier, each)
-                found[each.subject, each.seed] = keeper
-                other = each if keeper is earlier else earlier
+            run_view = _measured(run, view, config)
+            earlier = run_views.setdefault((run_view.subject, run_view.seed), run_view)
+            configs[run_view.subject] = config
+            if earlier is not run_view:
+                keeper = _further(earlier, run_view)
+                run_views[run_view.subject, run_view.seed] = keeper
+                other = run_view if keeper is earlier else earlier
                 notes.append(
                     f"{other.run.folder} ({other.view}) is the same cell as {keeper.run.folder} "
                     "and was left out"
                 )
-    return _with_options(tuple(found.values()), configs), tuple(notes)
+    return _with_options(tuple(run_views.values()), configs), tuple(notes)
 
 
 def pairs(subjects: Sequence[Measured]) -> dict[str, str]:
     """The unrestrained twin of each restrained subject that has one: the same configuration but for
     the restraints.
     """
-    bare = {each.bare: each.subject for each in subjects if not each.is_restrained}
+    bare = {run_view.bare: run_view.subject for run_view in subjects if not run_view.is_restrained}
     return {
-        each.subject: bare[each.bare]
-        for each in subjects
-        if each.is_restrained and each.bare in bare
+        run_view.subject: bare[run_view.bare]
+        for run_view in subjects
+        if run_view.is_restrained and run_view.bare in bare
     }
 
 
@@ -136,24 +136,26 @@ def _with_options(
     look alike.
     """
     alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
-    for each in subjects:
+    for run_view in subjects:
         flat = _flat(
             canonical(
                 {
                     name: value
-                    for name, value in configs[each.subject].items()
+                    for name, value in configs[run_view.subject].items()
                     if name not in UNHASHED
                 }
             )
         )
-        alike.setdefault((*each.label, each.dataset), {})[each.subject] = flat
-    experiments = {each.subject: str(each.run.config.get("experiment_name")) for each in subjects}
+        alike.setdefault((*run_view.label, run_view.dataset), {})[run_view.subject] = flat
+    experiments = {
+        run_view.subject: str(run_view.run.config.get("experiment_name")) for run_view in subjects
+    }
     told = {
         subject: text
         for group in alike.values()
         for subject, text in _told(group, experiments).items()
     }
-    return tuple(replace(each, options=told[each.subject]) for each in subjects)
+    return tuple(replace(run_view, options=told[run_view.subject]) for run_view in subjects)
 
 
 def _told(group: Mapping[str, Mapping[str, str]], experiments: Mapping[str, str]) -> dict[str, str]:
@@ -182,8 +184,8 @@ def _flat(node: Any, key: str = "") -> dict[str, str]:
     if isinstance(node, Mapping):
         return {
             inner: value
-            for name, each in node.items()
-            for inner, value in _flat(each, f"{key}.{name}" if key else str(name)).items()
+            for name, child in node.items()
+            for inner, value in _flat(child, f"{key}.{name}" if key else str(name)).items()
         }
     return {key: str(node)}
 

@@ -100,23 +100,25 @@ def summaries(subjects: Sequence[Measured]) -> tuple[Summary, ...]:
     Raises ConfigError if a column would mix protocols, timings or versions of a task, as
     `tables.summarise` does.
     """
-    tables = {id(each): _tables(each) for each in subjects}
-    found = []
-    for dataset in dict.fromkeys(each.dataset for each in subjects):
-        here = [each for each in subjects if each.dataset == dataset]
-        kinds = list(dict.fromkeys(kind for each in here for kind in tables[id(each)]))
-        measured = {edits for each in here for rows in tables[id(each)].values() for edits in rows}
+    tables = {id(run_view): _tables(run_view) for run_view in subjects}
+    shown = []
+    for dataset in dict.fromkeys(run_view.dataset for run_view in subjects):
+        here = [run_view for run_view in subjects if run_view.dataset == dataset]
+        kinds = list(dict.fromkeys(kind for run_view in here for kind in tables[id(run_view)]))
+        measured = {
+            edits for run_view in here for rows in tables[id(run_view)].values() for edits in rows
+        }
         for edits in sorted(measured, reverse=True):
             for kind in sorted(kinds, key=lambda kind: (kind[0] != "editing", kinds.index(kind))):
                 if table := _summary(
                     here,
-                    {id(each): tables[id(each)].get(kind, {}) for each in here},
+                    {id(run_view): tables[id(run_view)].get(kind, {}) for run_view in here},
                     dataset,
                     edits,
                     kind,
                 ):
-                    found.append(table)
-    return tuple(found)
+                    shown.append(table)
+    return tuple(shown)
 
 
 _Kind = tuple[
@@ -124,11 +126,11 @@ _Kind = tuple[
 ]  # ("editing", protocol, how else it was measured) or ("abilities", None, how else)
 
 
-def _tables(each: Measured) -> dict[_Kind, dict[int, dict[str, tuple[Cell, SummaryColumn]]]]:
+def _tables(run_view: Measured) -> dict[_Kind, dict[int, dict[str, tuple[Cell, SummaryColumn]]]]:
     """What the tables hold of one subject's run: by kind of table and edits, cell and column by
     title.
     """
-    run, edits = each.run, edits_by_step(each.run.steps)
+    run, edits = run_view.run, edits_by_step(run_view.run.steps)
     kinds: list[_Kind] = [
         *(
             ("editing", protocol, _manner(run.evals, protocol))
@@ -144,7 +146,7 @@ def _tables(each: Measured) -> dict[_Kind, dict[int, dict[str, tuple[Cell, Summa
             else "",
         )
     )
-    found: dict[_Kind, dict[int, dict[str, tuple[Cell, SummaryColumn]]]] = {}
+    by_kind: dict[_Kind, dict[int, dict[str, tuple[Cell, SummaryColumn]]]] = {}
     for kind in kinds:
         evals = [
             record
@@ -152,9 +154,9 @@ def _tables(each: Measured) -> dict[_Kind, dict[int, dict[str, tuple[Cell, Summa
             if (record.measurement.kind == "editing") == (kind[0] == "editing")
         ]
         table = summarise(run.steps, evals, edits=edits, protocol=kind[1])
-        by_edits = found.setdefault(kind, {})
+        by_edits = by_kind.setdefault(kind, {})
         for row in table.rows:
-            if row.view != each.view:
+            if row.view != run_view.view:
                 continue
             cells = {
                 column.title: (
@@ -171,14 +173,14 @@ def _tables(each: Measured) -> dict[_Kind, dict[int, dict[str, tuple[Cell, Summa
             }
             by_edits[row.edits] = cells
         if kind[0] != "editing":
-            _add_weights(by_edits, each)
+            _add_weights(by_edits, run_view)
             for at, cells in by_edits.items():
-                if (seconds := seconds_an_edit(each, at, edits)) is not None:
+                if (seconds := seconds_an_edit(run_view, at, edits)) is not None:
                     cells[SECONDS] = (
                         Cell(value=seconds),
                         SummaryColumn(title=SECONDS, is_fraction=False, better=None),
                     )
-    return found
+    return by_kind
 
 
 def _manner(evals: Sequence[EvalRecord], protocol: str | None) -> str:
@@ -198,8 +200,8 @@ def _manner(evals: Sequence[EvalRecord], protocol: str | None) -> str:
         else []
     )
     ways += [
-        f"mean over {each}s"
-        for each in sorted(
+        f"mean over {unit}s"
+        for unit in sorted(
             {
                 r.measurement.aggregation
                 for r in records
@@ -209,8 +211,8 @@ def _manner(evals: Sequence[EvalRecord], protocol: str | None) -> str:
         )
     ]
     ways += [
-        f"context {each!r}"
-        for each in sorted(
+        f"context {template!r}"
+        for template in sorted(
             {r.measurement.context for r in records if r.measurement.context not in (None, "{}")},
             key=str,
         )
@@ -219,18 +221,18 @@ def _manner(evals: Sequence[EvalRecord], protocol: str | None) -> str:
 
 
 def _add_weights(
-    by_edits: dict[int, dict[str, tuple[Cell, SummaryColumn]]], each: Measured
+    by_edits: dict[int, dict[str, tuple[Cell, SummaryColumn]]], run_view: Measured
 ) -> None:
     """The weights at milestones at which no task was measured."""
-    is_alone = not any(is_summarised(record) for record in each.run.evals)
+    is_alone = not any(is_summarised(record) for record in run_view.run.evals)
     for metric, title in (WEIGHTS_ALONE if is_alone else WEIGHT_COLUMNS).items():
         _, _, together = WEIGHTS[metric]
-        found = weights_by_edits(each, metric, together)
+        values = weights_by_edits(run_view, metric, together)
         column = SummaryColumn(title=title, is_fraction=False, better=None)
-        for at in each.run.config.get("milestones") or ():
-            if at in found and title not in by_edits.get(at, {}):
+        for at in run_view.run.config.get("milestones") or ():
+            if at in values and title not in by_edits.get(at, {}):
                 by_edits.setdefault(at, {})[title] = (
-                    Cell(value=found[at] if math.isfinite(found[at]) else None),
+                    Cell(value=values[at] if math.isfinite(values[at]) else None),
                     column,
                 )
 
@@ -242,7 +244,7 @@ def _summary(
     edits: int,
     kind: _Kind,
 ) -> Summary | None:
-    at = {id(each): tables[id(each)].get(edits, {}) for each in here}
+    at = {id(run_view): tables[id(run_view)].get(edits, {}) for run_view in here}
     columns = {title: column for cells in at.values() for title, (_, column) in cells.items()}
     if not columns:
         return None
@@ -251,19 +253,20 @@ def _summary(
         key=lambda column: (column.title == SECONDS, column.title in WEIGHTS_ALONE.values()),
     )
     rows = []
-    for subject in dict.fromkeys(each.subject for each in here):
+    for subject in dict.fromkeys(run_view.subject for run_view in here):
         runs = sorted(
-            (each for each in here if each.subject == subject), key=lambda each: each.seed
+            (run_view for run_view in here if run_view.subject == subject),
+            key=lambda run_view: run_view.seed,
         )
-        reached = [each for each in runs if at[id(each)]]
+        reached = [run_view for run_view in runs if at[id(run_view)]]
         if not reached:
             continue
         cells = []
         for column in ordered:
             values = [
-                at[id(each)][column.title][0].value
-                for each in reached
-                if column.title in at[id(each)]
+                at[id(run_view)][column.title][0].value
+                for run_view in reached
+                if column.title in at[id(run_view)]
             ]
             numbers = tuple(math.nan if value is None else value for value in values)
             cells.append(Mean(values=numbers) if numbers else None)
@@ -274,7 +277,7 @@ def _summary(
                 editor=editor,
                 restraint=restraint,
                 subject=subject,
-                seeds=tuple(each.seed for each in reached),
+                seeds=tuple(run_view.seed for run_view in reached),
                 num_runs=len(runs),
                 cells=tuple(cells),
             )
@@ -366,7 +369,7 @@ def _better(title: str) -> Literal["higher", "lower"] | None:
     )
 
 
-def seconds_an_edit(each: Measured, at: int, edits: Mapping[int, int]) -> float | None:
+def seconds_an_edit(run_view: Measured, at: int, edits: Mapping[int, int]) -> float | None:
     """Mean seconds of an edit up to there, telemetry left out; of the trajectory, which all views
     share.
     """
@@ -375,7 +378,7 @@ def seconds_an_edit(each: Measured, at: int, edits: Mapping[int, int]) -> float 
             sum(seconds for phase, seconds in step.seconds.items() if phase != "telemetry"),
             len(step.requests),
         )
-        for step in each.run.steps
+        for step in run_view.run.steps
         if step.seconds and edits.get(step.step, 0) <= at
     ]
     count = sum(num for _, num in spent)
