@@ -22,6 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## 200 sequential ROME edits of the bundled model, with PRUNE as a second view: a table and figures
 	$(BIN)/editkit run experiment=demo
 
+.PHONY: demo-real
+demo-real: setup-real  ## 100 sequential ROME edits of a real model with real facts, and two PRUNE views
+	$(BIN)/editkit run experiment=real
+
 .PHONY: test
 test: setup  ## The quick tests
 	$(BIN)/pytest -q -n auto

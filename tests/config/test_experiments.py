@@ -34,14 +34,14 @@ PAPERS = sorted(path.name for path in EXPERIMENTS.iterdir() if path.is_dir())
 
 
 def values(preset: str, scale: str) -> dict[str, Any]:
-    folder = conf_folder() / ("experiment" if scale == "paper" else "scaled/tiny")
+    folder = conf_folder() / ("experiment" if scale == "paper" else f"scaled/{scale}")
     return dict(yaml.safe_load((folder / f"{preset}.yaml").read_text()))
 
 
 def grid(preset: str, scale: str) -> dict[str, list[str]]:
     """The values of each key that the preset sweeps over, at this scale."""
     params: dict[str, Any] = {}
-    for size in ("paper", "tiny")[: 1 + (scale == "tiny")]:
+    for size in dict.fromkeys(("paper", scale)):
         params |= values(preset, size).get("hydra", {}).get("sweeper", {}).get("params", {})
     return {name: str(given).split(",") for name, given in params.items()}
 
@@ -98,10 +98,32 @@ def test_every_preset_is_checked_and_its_twin_builds_without_any_data_and_measur
     assert grid(preset, "paper").get("editor") == grid(preset, "tiny").get("editor")
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_twin_on_a_real_model_unless_it_needs_a_hypernetwork(
+    preset: str,
+) -> None:
+    editors = set(grid(preset, "paper").get("editor", ()))
+    if editors == {"mend"}:
+        assert not (conf_folder() / "scaled" / "small" / f"{preset}.yaml").exists()
+        return
+    paper, small = checked(cells(preset, "paper")[0]), checked(cells(preset, "small")[0])
+    assert small["experiment_name"] == f"{paper['experiment_name']}-small"
+    assert small["model"]["name"] == "smollm2-135m-instruct"
+    assert (small["dataset"]["name"], small["stats"]["name"]) == ("facts", "facts")
+    assert small["edits"] <= min(200, paper["edits"])
+    assert list(paper["restraint"]) == list(small["restraint"])
+    assert [paper["evaluation"][name] for name in ("protocols", "timings")] == [
+        small["evaluation"][name] for name in ("protocols", "timings")
+    ]
+    assert paper["rollback"] == small["rollback"]
+    assert (0 in paper["milestones"]) == (0 in small["milestones"])
+    assert set(grid(preset, "small").get("editor", ())) == editors - {"mend"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_value_of_every_grid_is_taken_by_its_class(preset: str) -> None:
-    for scale in ("paper", "tiny"):
+    for scale in ("paper", "tiny", *["small"] * (grid(preset, "paper").get("editor") != ["mend"])):
         for overrides in cells(preset, scale):
             checked(overrides)
 
