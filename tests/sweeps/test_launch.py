@@ -151,7 +151,8 @@ def test_a_failed_cell_stops_no_other_and_is_retried_only_on_request(tmp_path: P
     own = ("--config-dir", "conf")
     first = sweep(tmp_path, *arguments, options=own, may_crash=True)
     assert first.returncode == 1
-    assert "1 done, 0 running, 1 failed, 0 interrupted, 0 missing of 2 cells" in first.stdout
+    counts = "1 done, 0 running, 1 failed, 0 interrupted, 0 missing of 2 cells"
+    assert counts in first.stdout, f"{first.stdout}\n{first.stderr}"
     assert "failed: cell 0 (suite.when=2): RuntimeError: the disk is full" in first.stdout
     assert re.search(
         r"0 +failed +2/4 +suite\.when=2 +RuntimeError: the disk is full", status(tmp_path)
