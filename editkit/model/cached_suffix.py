@@ -200,7 +200,8 @@ def run_blocks(
     base, config = model.module(model.family.base), model.network.config.get_text_config()
     name = model.family.blocks.rpartition(".")[2]
     blocks, kinds = getattr(base, name), getattr(config, "layer_types", None)
-    first = blocks[layers.start] if layers else model.module(model.family.final_norm)
+    after = model.family.final_norm  # of a search above the last block
+    first = blocks[layers.start] if layers or after is None else model.module(after)
     setattr(base, name, blocks[layers.start : layers.stop])
     if kinds is not None:
         # Some networks look up a block's mask by its index in the list.

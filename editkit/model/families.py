@@ -18,7 +18,7 @@ class Family:
 
     base: str  # the network without its head, with the final norm
     blocks: str  # the list of transformer blocks
-    final_norm: str
+    final_norm: str | None  # None: the last block's output goes to the head
     mlp_in_block: str = "mlp"
     # from the MLP's inner width back to the residual stream
     down_projection_in_block: str = "mlp.down_proj"
@@ -205,7 +205,7 @@ def check_family(family: Family, network: torch.nn.Module) -> int:
     problems = [
         _missing(name, names)
         for name in (family.base, family.blocks, family.final_norm)
-        if name not in names
+        if name is not None and name not in names
     ]
     if problems:
         raise ConfigError(problems)

@@ -21,7 +21,7 @@ def family_of_config(config: Any) -> Family:
         ConfigError: an unknown architecture.
     """
     text = config.get_text_config()
-    family = family_of(str(text.model_type))
+    family = _as_configured(family_of(str(text.model_type)), text)
     return family if text is config else _inside(family)
 
 
@@ -64,6 +64,15 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
+def _as_configured(family: Family, config: Any) -> Family:
+    """The family with what differs between its models."""
+    if getattr(config, "alibi", False):  # some Falcons
+        family = replace(family, follows_position_ids=False)
+    if config.model_type == "opt" and not config.do_layer_norm_before:  # OPT-350M
+        family = replace(family, final_norm=None, adds_mlp_output=False)
+    return family
+
+
 def _inside(family: Family) -> Family:
     """The module names of a language model inside a multimodal network."""
 
@@ -74,5 +83,5 @@ def _inside(family: Family) -> Family:
         family,
         base=within(family.base),
         blocks=within(family.blocks),
-        final_norm=within(family.final_norm),
+        final_norm=family.final_norm and within(family.final_norm),
     )

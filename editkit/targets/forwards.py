@@ -123,16 +123,18 @@ def suffix_layer(model: EditableModel, site: str, sequences: Sequences) -> int |
     added to the residual stream unchanged; else below it.
 
     The whole network must run if the shortcut is wrong for it (`EditableModel.shortcuts`), if there
-    is no block below the site's, or if a sliding window is shorter than the sequences.
+    is no block below the site's, if no norm follows the site's block, or if a sliding window is
+    shorter than the sequences.
     """
     if not model.shortcuts.allows("search"):
         return None
     if not cached_suffix.supports_caching(model, max(map(len, sequences.ids))):
         return None
     layer = _layer_of(model, site)
-    if layer is None or _is_added(model, site, layer):
-        return layer
-    return layer - 1 if layer else None
+    if layer is None or not _is_added(model, site, layer):
+        return layer - 1 if layer else None
+    is_last = layer == model.num_layers - 1 and model.family.final_norm is None
+    return None if is_last else layer
 
 
 def _layer_of(model: EditableModel, site: str) -> int | None:
