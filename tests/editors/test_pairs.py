@@ -25,6 +25,7 @@ from editkit.config.experiment import Experiment
 from editkit.config.schema import Problems, construct
 from editkit.editors.mend import Mend
 from editkit.errors import ConfigError
+from editkit.model.editable import EditableModel
 from editkit.restraints.base import PLACES, AbstractRestraint, AbstractTotalRestraint
 from editkit.runner.loop import run_edits
 from editkit.types import EvalRecord, StepRecord
@@ -139,6 +140,13 @@ def run(editor: str, restraints: tuple[str, ...], kind: Kind, folder: Path) -> N
     # A layer above the edited ones: what is added at the subject reaches the prompt's end through
     # attention alone.
     model = tiny_model(kind, num_layers=2 + max(experiment.editor.layers))  # type: ignore[attr-defined]
+    edit_five(experiment, model, restraints, folder)
+
+
+def edit_five(
+    experiment: Experiment, model: EditableModel, restraints: tuple[str, ...], folder: Path
+) -> None:
+    """Makes five edits, each of which must write every matrix, and measures every view."""
     edited_by = experiment.editor
     if isinstance(edited_by, Mend):
         edited_by = replace(

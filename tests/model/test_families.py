@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,17 @@ def test_the_language_model_of_a_multimodal_network_is_found(kind: str, inner: s
     site = family.block(0)
     comparison = compare_search(model, request(), site)
     assert comparison is not None and comparison.agrees
+
+
+def test_a_checkpoint_in_several_files_is_the_same_model(tmp_path: Path) -> None:
+    for kind in ("olmo2", "bloom"):
+        model, folder = family_model(kind), tmp_path / kind
+        model.network.save_pretrained(folder, max_shard_size="40KB")
+        model.tokenizer.save_pretrained(folder)
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+        loaded = ModelConfig(id=str(folder)).load()
+        assert loaded.fingerprint == model.fingerprint
+        assert loaded.family == model.family
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from editkit.types import Probe
 from tests.support.families import CONFIGS, family_model
 from tests.support.helpers import request, requests
 from tests.support.searches import CONTEXTS, settings
+from tests.support.tokenizers import STYLES, Style, styled_tokenizer
 
 TEXT = "The mother tongue of Danielle Darrieux is French, and she was born in Bordeaux."
 CLOSE = 1e-4
@@ -38,6 +39,7 @@ VARIANTS: dict[str, Variant] = {
     "bloom-norm-before": ("bloom", {"apply_residual_connection_post_layernorm": True}),
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
+    "llama-with-pad-token": ("llama", {"pad_token_id": 0}),
     "gemma3-untied": ("gemma3_text", {"tie_word_embeddings": False}),
 }
 # Windows shorter than the texts.
@@ -86,6 +88,21 @@ def test_every_shortcut_of_every_family_equals_the_plain_computation(kind: str) 
         expected.remove("scoring")
     assert [each.shortcut for each in found] == expected
     assert_close(found)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_shortcuts_are_right_with_every_style_of_tokenizer(style: Style) -> None:
+    model = family_model("llama", tokenizer=styled_tokenizer(style))
+    assert len(model.tokenizer) <= model.network.config.vocab_size
+    found = comparisons(model)
+    assert len(found) == 5
+    assert_close(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", STYLES)
+def test_batches_and_padding_change_no_result_with_any_style_of_tokenizer(style: Style) -> None:
+    batches_agree(family_model("gemma2", tokenizer=styled_tokenizer(style)))
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from editkit.model.tokens import (
     target_ids,
 )
 from tests.support.helpers import KINDS, real_data, tiny_model, tiny_tokenizer
+from tests.support.tokenizers import STYLES, styled_tokenizer
 
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt2": {"kind": "gpt2"},
@@ -45,8 +46,10 @@ FILLED = {
 }
 
 
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(params=[*TOKENIZERS, *STYLES])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
+    if request.param in STYLES:
+        return styled_tokenizer(request.param)
     return tiny_tokenizer(**TOKENIZERS[request.param])
 
 

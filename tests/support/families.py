@@ -137,13 +137,20 @@ def family_model(
     dtype: str = "float32",
     family: Family | str | None = None,
     num_layers: int = 4,
+    tokenizer: Any = None,
     **changes: Any,
 ) -> EditableModel:
     """A tiny model of this family. Norms and biases are random too, because the identity would hide
     that one of them was left out.
+
+    The default of `tokenizer` is `tiny_tokenizer("llama")`.
     """
     from transformers import AutoModelForCausalLM
 
+    if tokenizer is not None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        changes |= {name: getattr(tokenizer, name) for name in names}
+        changes["vocab_size"] = len(tokenizer)
     config = family_config(kind, num_layers=num_layers, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -155,7 +162,7 @@ def family_model(
     settings = ModelConfig(id=kind, family=family)
     return EditableModel(
         network.to(getattr(torch, dtype)),
-        tiny_tokenizer("llama"),
+        tiny_tokenizer("llama") if tokenizer is None else tokenizer,
         name=f"tiny-{kind}",
         family=settings.family_of(network.config),
     )
