@@ -34,16 +34,17 @@ KIND_NAMES = ("locality", "specificity")
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
-  max-width: 1280px; padding: 1rem 2rem 4rem; }
+  max-width: 1440px; padding: 1rem 2rem 4rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { margin-top: 2.5rem;
   border-bottom: 1px solid #ddd; } h3 { margin-bottom: .3rem; }
 table { border-collapse: collapse; margin: .5rem 0 1.2rem; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
 caption { caption-side: bottom; text-align: left; color: #666; font-size: .85rem;
   padding-top: .3rem; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee;
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #eee;
   white-space: nowrap; }
-thead th { border-bottom: 2px solid #888; }
+thead th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom;
+  min-width: 4rem; }
 th[scope=row], td.text, thead th.text { text-align: left; } th[scope=row] { font-weight: normal; }
 td.best { font-weight: bold; } .bad { color: #b00020; } .note { color: #666; }
 .published th, .published td { padding: .2rem .4rem; } tr.only td { color: #767676; }

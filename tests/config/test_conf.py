@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from editkit.config.build import build
-from editkit.config.compose import Option, compose, conf_folder, options
+from editkit.config.compose import Option, compose, conf_folder, first_comment, options
 from editkit.config.parts import PARTS
 from editkit.config.schema import Problems, construct
 from editkit.editors.base import AbstractEditor
@@ -133,6 +133,14 @@ def test_every_overlay_builds(option: Option) -> None:
 def test_the_first_comment_of_every_option_describes_it(option: Option) -> None:
     assert len(option.about) > 10
     assert "\t" not in option.about
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent != conf_folder()], ids=name)
+def test_the_first_comment_of_an_option_is_whole_on_its_line(path: Path) -> None:
+    first, lines = f"# {first_comment(path)}", path.read_text().splitlines()
+    following = next((two for one, two in pairwise(lines) if one == first), "")
+    goes_on = following.startswith("# ") and following[2:3].islower()
+    assert first.endswith(".") or not goes_on, following
 
 
 def test_every_value_at_the_root_is_explained() -> None:

@@ -39,6 +39,12 @@ def test_every_group_has_a_page_and_every_option_a_section(made: dict[str, str])
             assert option.about
 
 
+def test_every_row_of_a_table_is_one_line(made: dict[str, str]) -> None:
+    rows = [line for page in made.values() for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) > 100
+    assert [row for row in rows if not row.endswith("|")] == []
+
+
 def test_every_key_is_described() -> None:
     bare = [
         f"{group}={path.stem}: {key.path}"

@@ -48,6 +48,9 @@ def num_columns(num_panels: int) -> int:
 
 def dress(axis: Axes, *, title: str, ylabel: str) -> None:
     """Sets the labels and a light grid. The x axis counts edits."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("edits", fontsize=9)
     axis.set_ylabel(ylabel, fontsize=9)
