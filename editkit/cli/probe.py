@@ -157,7 +157,8 @@ def trace_table(
 
     from editkit.config.parts import Parts
     from editkit.datasets.base import AbstractDataset
-    from editkit.model.trace import known_facts_of, trace
+    from editkit.evaluation.known import known_facts_of
+    from editkit.model.trace import trace
     from editkit.resources.runtime import Runtime
 
     parts = Parts(chosen.config, chosen.choices)

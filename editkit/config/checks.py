@@ -89,11 +89,13 @@ def check_requests(
     data: LoadedDataset | None,
     settings: Settings | None,
 ) -> None:
-    """The edit requests that the editor cannot edit. Without requests, what the editor lacks."""
+    """The edit requests that the editor cannot edit. Without requests, what the editor lacks. With
+    `known_only` the runner checks them, because which ones are edited is not known yet.
+    """
     if editor is None or settings is None:
         return
     problems = editor.lacks()
-    if data is not None:
+    if data is not None and not data.known_only:
         problems = editor.check_requests(data, data.requests[: settings.edits])
     parts.problems.add_all(f"editor.{problem}" for problem in problems)
 

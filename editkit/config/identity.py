@@ -27,6 +27,7 @@ LATER: dict[str, Any] = {
     "model.chat_template": None,
     "evaluation.specificity": False,
     "restraint.d4s.base": "trajectory",
+    "dataset.known_only": False,
 }
 # Former paths of configured classes, and where each class is now. The first former path of a class
 # is its stable name. A class that moves again gets one more line.

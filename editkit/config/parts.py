@@ -43,7 +43,7 @@ PARTS: dict[str, type] = {
     "stats": StatsConfig,
     "runtime": Runtime,
 }
-EVALUATION, RECIPE = "evaluation", "recipe"
+EVALUATION, RECIPE, KNOWN_ONLY = "evaluation", "recipe", "known_only"
 
 
 class Parts:
@@ -173,7 +173,9 @@ class Parts:
     def load(
         self, dataset: AbstractDataset | None, settings: Settings | None
     ) -> LoadedDataset | None:
-        """The edit requests. A dataset that cannot be read or is too small is a problem."""
+        """The edit requests. A dataset that cannot be read or is too small is a problem. With
+        `known_only`, the runner selects from them and leaves out questions about split groups.
+        """
         if dataset is None or settings is None:
             return None
         try:
@@ -186,6 +188,8 @@ class Parts:
             problem = f"dataset={self.name_of('dataset')} has {available} requests"
             expected = f"at most {available}"
             self.problems.add(message("edits", problem, got=settings.edits, expected=expected))
+        if dataset.known_only:
+            return replace(data, known_only=True, variant={**data.variant, KNOWN_ONLY: "true"})
         if settings.rollback:
             return without_split_groups(data, batch_size=settings.batch_size)
         return data

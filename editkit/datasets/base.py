@@ -41,6 +41,8 @@ class LoadedDataset:
     remarks: Mapping[str, int] = field(default_factory=dict)
     # options whose values give incomparable results, such as zsRE's target
     variant: Mapping[str, str] = field(default_factory=dict)
+    # whether the requests are still to be selected by what the unedited model knows
+    known_only: bool = False
 
     def provenance(self) -> dict[str, object]:
         """All fields except the requests, as plain values."""
@@ -65,10 +67,14 @@ class LoadedDataset:
         return self.name + "".join(f" {key}={value}" for key, value in self.variant.items())
 
 
+@dataclass(frozen=True, kw_only=True)
 class AbstractDataset(abc.ABC):
     """A source of edit requests. A dataset is a frozen dataclass whose fields are its options."""
 
     name: str
+    # Only facts that the unedited model knows are edited. The runner selects them
+    # (`editkit.runner.known`), because that needs the model.
+    known_only: bool = False
 
     @abc.abstractmethod
     def load(self, seed: int) -> LoadedDataset:
@@ -212,6 +218,17 @@ def _repetitions(requests: Sequence[EditRequest]) -> Counter[str]:
     return repetitions
 
 
+def units(requests: Sequence[EditRequest]) -> list[tuple[EditRequest, ...]]:
+    """The requests in what must stay together: the groups, and each request without a group."""
+    return [
+        tuple(unit)
+        for _, unit in itertools.groupby(
+            requests,
+            key=lambda request: (request.group, request.id if request.group is None else None),
+        )
+    ]
+
+
 def arrange(
     requests: Sequence[EditRequest], *, order: Order, seed: int, limit: int | None
 ) -> tuple[EditRequest, ...]:
@@ -227,24 +244,17 @@ def arrange(
                 expected="at least 1, or null for all records",
             )
         )
-    # A request without a group is a unit by itself.
-    units = [
-        tuple(unit)
-        for _, unit in itertools.groupby(
-            requests,
-            key=lambda request: (request.group, request.id if request.group is None else None),
-        )
-    ]
+    arranged_units = units(requests)
     if order == "shuffled":
-        random.Random(f"order/{seed}").shuffle(units)
+        random.Random(f"order/{seed}").shuffle(arranged_units)
     elif order == "reversed":
-        units.reverse()
+        arranged_units.reverse()
     if limit is None:
-        return tuple(itertools.chain.from_iterable(units))
-    sizes = itertools.accumulate(len(unit) for unit in units)
+        return tuple(itertools.chain.from_iterable(arranged_units))
+    sizes = itertools.accumulate(len(unit) for unit in arranged_units)
     arranged = tuple(
         itertools.chain.from_iterable(
-            unit for unit, size in zip(units, sizes, strict=True) if size <= limit
+            unit for unit, size in zip(arranged_units, sizes, strict=True) if size <= limit
         )
     )
     if not arranged:
@@ -253,7 +263,7 @@ def arrange(
                 "dataset.limit",
                 "is smaller than the first group of requests, which must stay complete",
                 got=limit,
-                expected=f"at least {len(units[0])}",
+                expected=f"at least {len(arranged_units[0])}",
             )
         )
     return arranged

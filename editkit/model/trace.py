@@ -31,7 +31,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.capture import capture, change_outputs
 from editkit.model.tokens import encode_with_targets, fill, pad, subject_position
@@ -107,19 +106,14 @@ class Trace:
         return tuple(range(max(self.first_suggested, self.rome_layer - 4), self.rome_layer + 1))
 
 
-def known_facts_of(
-    model: EditableModel, requests: Sequence[EditRequest], *, tokens_at_once: int = 4096
-) -> tuple[Fact, ...]:
-    """The facts of these requests that the unedited model knows.
-
-    The model knows a fact if the first token of the old target is its most probable token. Raises
-    ConfigError if it knows none.
+def facts_of(model: EditableModel, requests: Sequence[EditRequest]) -> tuple[Fact, ...]:
+    """The facts of these requests, all of which have an old target that the model knows
+    (`editkit.evaluation.known`).
     """
-    candidates = [request for request in requests if request.target_old]
     facts: list[Fact] = []
-    pairs = [(request.full_prompt, request.target_old or "") for request in candidates]
+    pairs = [(request.full_prompt, request.target_old or "") for request in requests]
     sequences = encode_with_targets(model.tokenizer, pairs, chat=model.chat)
-    for request, sequence in zip(candidates, sequences, strict=True):
+    for request, sequence in zip(requests, sequences, strict=True):
         place = fill(request.prompt, request.subject)
         last = subject_position(sequence, place)
         first = next(
@@ -134,24 +128,7 @@ def known_facts_of(
                 token=sequence.target_ids[0],
             )
         )
-    known: list[Fact] = []
-    for batch in _batches(facts, tokens_at_once=tokens_at_once):
-        probabilities_BV = _probabilities(model, batch)
-        known += [
-            fact
-            for fact, greedy in zip(batch, probabilities_BV.argmax(-1).tolist(), strict=True)
-            if greedy == fact.token
-        ]
-    if not known:
-        raise ConfigError(
-            message(
-                "--trace",
-                f"{model.name} knows none of the {len(requests)} facts; the most probable token "
-                "after a prompt is never the first token of the old target",
-                fix="choose another dataset, more edits, or a model with trained weights",
-            )
-        )
-    return tuple(known)
+    return tuple(facts)
 
 
 def trace(
@@ -281,14 +258,6 @@ def _of_tokens(
     with torch.no_grad():
         log_p_BV = model.hidden_to_logits(hidden_BTD[rows, last]).float().log_softmax(-1)
     return log_p_BV[rows, tokens].exp().cpu()
-
-
-def _probabilities(model: EditableModel, facts: Sequence[Fact]) -> torch.Tensor:
-    with torch.no_grad():
-        hidden_BTD = model.final_hidden(pad([fact.ids for fact in facts], device=model.device))
-        rows = torch.arange(len(facts), device=hidden_BTD.device)
-        last = torch.tensor([len(fact.ids) - 1 for fact in facts], device=hidden_BTD.device)
-        return model.hidden_to_logits(hidden_BTD[rows, last]).float().softmax(-1)
 
 
 def _batches(facts: Sequence[Fact], *, tokens_at_once: int) -> list[list[Fact]]:

@@ -42,8 +42,10 @@ from editkit.runner.folder import (
     save_failure,
     steps_after,
 )
-from editkit.runner.inputs import CHAT, MODEL, of_dataset, require_same
+from editkit.runner.inputs import CHAT, KNOWN, MODEL, of_dataset, require_same
+from editkit.runner.known import select_known
 from editkit.runner.lock import locked
+from editkit.runner.plan import digest_of
 from editkit.runner.provenance import recorded_dataset, save_provenance
 from editkit.runner.signals import Received, Stopped, stop_signals
 from editkit.trackers.guarded import Guarded
@@ -312,19 +314,30 @@ class Loaded:
     """The model of a session, with the inputs so far."""
 
     model: EditableModel
+    data: LoadedDataset  # with `known_only`, the facts that the model knows
     inputs: Mapping[str, str]  # digests of the dataset and the model
     peaks: Peaks
 
 
 def load_model(
-    settings: Settings, began_with: Mapping[str, str] | None, *, training: Trained | None = None
+    settings: Settings,
+    began_with: Mapping[str, str] | None,
+    *,
+    should_stop: Callable[[], bool],
+    training: Trained | None = None,
+    edits: int | None = None,
 ) -> Loaded:
-    """Loads the model after the checks that need no model. `training` is the editor that is
-    trained.
+    """Loads the model after the checks that need no model, and selects the facts that it knows if
+    only these are wanted.
+
+    Args:
+        training: the editor that is trained.
+        edits: the number of known facts that suffices; None: all are needed.
 
     Raises:
-        ConfigError: the dataset or the model is not what the work began with, the device is
-            missing, or the memory does not suffice.
+        ConfigError: the dataset, the model or what it knows is not what the work began with, the
+            device is missing, the memory does not suffice, or too few facts are known.
+        Stopped: it was to stop while the model was asked for the facts.
     """
     runtime, data = settings.runtime, settings.data
     if runtime.threads:
@@ -342,7 +355,13 @@ def load_model(
         network[CHAT] = model.chat.label
         source = str(settings.model.chat_template)
         require_same(began_with, {CHAT: model.chat.label}, source=source)
-    return Loaded(model=model, inputs=inputs | network, peaks=peaks)
+    if data.known_only:
+        with peaks.phase("known"):
+            data = select_known(model, data, edits=edits, should_stop=should_stop)
+        known = {KNOWN: digest_of(data.requests[:edits])}
+        require_same(began_with, known, source="what the unedited model knows")
+        inputs |= known
+    return Loaded(model=model, data=data, inputs=inputs | network, peaks=peaks)
 
 
 def write_record(

@@ -11,7 +11,7 @@ from typing import Any
 from editkit.errors import ConfigError, message
 
 # names of inputs; that of second moments is `second_moment(module)`
-MODEL, DATASET, CHAT = "model", "dataset", "model.chat_template"
+MODEL, DATASET, CHAT, KNOWN = "model", "dataset", "model.chat_template", "known facts"
 DIGITS = 12
 ANEW = "start anew with resume=never, which removes the earlier results"
 

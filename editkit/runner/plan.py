@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.config.schedule import Schedule
+from editkit.datasets.base import LoadedDataset
 from editkit.editors.base import AbstractEditor
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.resources.peak_memory import Peaks
@@ -52,6 +53,8 @@ class Trajectory:
     max_requests: int | None = None
     block_size: int | None = None  # of the blocks of edits that evaluations tell apart
     dataset: str | None = None  # its digest
+    # where the requests come from, if they were selected after the model was loaded
+    data: LoadedDataset | None = None
     # that a new run begins with; None: the editor is asked when it begins
     contexts: tuple[str, ...] | None = None
     # digests of what is read besides the configuration (`editkit.runner.inputs`)

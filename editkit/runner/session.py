@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from editkit.config.experiment import Experiment
+from editkit.datasets.groups import without_split_groups
 from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
@@ -103,7 +104,7 @@ class RunWork(AbstractWork[RunState]):
 
     def provenance(self) -> dict[str, Any]:
         experiment, trajectory = self.experiment, self.trajectory
-        shared = describe(trajectory.model, experiment.data)
+        shared = describe(trajectory.model, trajectory.data or experiment.data)
         return shared | {
             "requests": [request.id for request in trajectory.requests],
             "evaluated": trajectory.evaluated(),
@@ -143,9 +144,14 @@ def prepare(
             saved.
     """
     runtime, editor, restraints = experiment.runtime, experiment.editor, experiment.restraints
-    loaded = load_model(experiment, began_with)
-    model, peaks = loaded.model, loaded.peaks
-    requests = experiment.data.requests[: experiment.edits]
+    loaded = load_model(experiment, began_with, should_stop=should_stop, edits=experiment.edits)
+    model, data, peaks = loaded.model, loaded.data, loaded.peaks
+    if data.known_only:  # what is checked without the model where all requests are known before
+        if problems := editor.check_requests(data, data.requests[: experiment.edits]):
+            raise ConfigError([f"editor.{problem}" for problem in problems])
+        if experiment.rollback:
+            data = without_split_groups(data, batch_size=experiment.schedule.batch_size)
+    requests = data.requests[: experiment.edits]
     contexts = None
     if began_with is None:  # a resumed run has its contexts, and passed these checks when it began
         check_reading(model, f"{requests[0].full_prompt} {requests[0].target}")
@@ -205,7 +211,8 @@ def prepare(
         rollback=experiment.rollback,
         max_requests=experiment.measuring.max_requests,
         block_size=experiment.evaluation.block_size,
-        dataset=experiment.data.digest[:DIGITS],
+        dataset=data.digest[:DIGITS],
+        data=data,
         contexts=contexts,
         inputs={**loaded.inputs, **statistics, **measuring},
         should_stop=should_stop,

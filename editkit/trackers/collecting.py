@@ -1,4 +1,4 @@
-"""Progress of the collection of second moments on the screen, with the estimated time left."""
+"""Progress of what is collected before the first step, with the estimated time left."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LINE_EVERY_S = 30.0  # without a terminal
 
 
 class Collecting:
-    """Shows on stderr what `stats.build.fill_store` reports."""
+    """Shows on stderr how many of the documents, or of something else, are done."""
 
-    def __init__(self, console: Console, bar: Progress) -> None:
-        self._console, self._bar = console, bar
+    def __init__(self, console: Console, bar: Progress, unit: str) -> None:
+        self._console, self._bar, self._unit = console, bar, unit
         self._start: tuple[float, int] | None = (
             None  # when this process began, and how many documents were done before
         )
@@ -33,18 +33,18 @@ class Collecting:
             self._start = (now, done)
             self._last_line_at = now
             if self._console.is_terminal:
-                self._bar.add_task("documents", total=of, completed=done, left="")
+                self._bar.add_task(self._unit, total=of, completed=done, left="")
             return
         left = left_text(now - self._start[0], done=done - self._start[1], remaining=of - done)
         if self._console.is_terminal:
             self._bar.update(self._bar.task_ids[0], completed=done, left=left)
         elif now - self._last_line_at >= LINE_EVERY_S or done == of:
             self._last_line_at = now
-            self.announce(f"documents {done} of {of}{', ' + left if left else ''}")
+            self.announce(f"{self._unit} {done} of {of}{', ' + left if left else ''}")
 
 
 @contextlib.contextmanager
-def collecting() -> Iterator[Collecting]:
+def collecting(unit: str = "documents") -> Iterator[Collecting]:
     """A progress bar on a terminal, a line every 30 seconds elsewhere. Nothing is shown if nothing
     is computed.
     """
@@ -61,7 +61,7 @@ def collecting() -> Iterator[Collecting]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        yield Collecting(console, bar)
+        yield Collecting(console, bar, unit)
 
 
 def left_text(seconds: float, *, done: int, remaining: int) -> str:

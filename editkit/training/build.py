@@ -45,6 +45,10 @@ class Training:
     config: Mapping[str, Any]  # resolved, plain values
     demand: Demand  # the parts that memory depends on
 
+    def of(self, data: LoadedDataset) -> Training:
+        """The training on other data. Raises ConfigError if it is too little."""
+        return replace(self, data=data, split=divide(data, self.editor, seed=self.settings.seed))
+
     @property
     def resume(self) -> Literal["auto", "never"]:
         return self.settings.resume
@@ -52,6 +56,18 @@ class Training:
     @property
     def when_locked(self) -> Literal["leave", "wait"]:
         return self.settings.when_locked
+
+
+def divide(data: LoadedDataset, editor: Mend, *, seed: int) -> Split:
+    """The parts of the dataset, by the editor's options. Raises ConfigError if it is too little."""
+    options = editor.train
+    return split(
+        data.requests,
+        held_apart=options.held_apart,
+        validation=options.validation,
+        least=options.accumulate,
+        seed=seed,
+    )
 
 
 def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> Training:
@@ -87,14 +103,7 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
         data = None
     parts.finish()
     assert settings and model and isinstance(editor, Mend) and data and tracker and runtime
-    options = editor.train
-    divided = split(
-        data.requests,
-        held_apart=options.held_apart,
-        validation=options.validation,
-        least=options.accumulate,
-        seed=settings.seed,
-    )
+    divided = divide(data, editor, seed=settings.seed)
     name = settings.name or folder_name(f"{model.label}-{parts.name_of('editor')}-training")
     kept = {key: value for key, value in parts.config.items() if key in KEPT} | {"name": name}
     trained = {

@@ -42,8 +42,10 @@ class TrainingSession(AbstractSession[Training, LearningState]):
         self, *, should_stop: Callable[[], bool], began_with: Mapping[str, str] | None
     ) -> TrainingWork:
         training = self.settings
-        loaded = load_model(training, began_with, training=training.editor)
+        loaded = load_model(training, began_with, should_stop=should_stop, training=training.editor)
         model = loaded.model
+        if loaded.data.known_only:
+            training = training.of(loaded.data)
         shapes = {
             module: (model.weight(module).shape[0], model.weight(module).shape[1])
             for module in training.editor.modules(model)

@@ -112,3 +112,26 @@ def test_a_name_means_one_thing_where_questions_join_two_facts(table: Table) -> 
     for fact in table.by_relation["capital"]:
         places.setdefault(fact.object, set()).add(fact.subject)
     assert {city: where for city, where in places.items() if len(where) > 1} == {}
+
+
+def test_facts_about_the_same_thing_agree(table: Table) -> None:
+    """Who was born in a city comes from its country, and so does a company with its headquarters
+    there; a capital is a city of its country.
+    """
+    objects = {(fact.relation.name, fact.subject): fact.object for fact in table.facts}
+    pairs = (("birthplace", "home_country"), ("headquarters", "company_country"))
+    compared = 0
+    for first, second in pairs:
+        for fact in table.by_relation[first]:
+            there = objects.get(("city_country", fact.object))
+            if ("us_city_state", fact.object) in objects:
+                there = "the United States"
+            home = objects.get((second, fact.subject))
+            if there is not None and home is not None:
+                compared += 1
+                assert home in (there, {"the United Kingdom": "England"}.get(there)), fact
+    for fact in table.by_relation["capital"]:
+        assert objects.get(("city_country", fact.object), fact.subject) == fact.subject
+    for fact in table.by_relation["us_state_capital"]:
+        assert objects.get(("us_city_state", fact.object), fact.subject) == fact.subject
+    assert compared > 80

@@ -11,9 +11,10 @@ from editkit.config.compose import compose
 from editkit.config.parts import Parts
 from editkit.datasets.base import AbstractDataset
 from editkit.errors import ConfigError
+from editkit.evaluation.known import known_facts_of
 from editkit.model.editable import EditableModel
 from editkit.model.load import ModelConfig
-from editkit.model.trace import Fact, Trace, known_facts_of, trace
+from editkit.model.trace import Fact, Trace, trace
 from tests.support.helpers import Kind, requests, tiny_model
 
 
