@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from editkit.datasets.facts_table import Table, read_table
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +136,12 @@ def test_facts_about_the_same_thing_agree(table: Table) -> None:
     for fact in table.by_relation["us_state_capital"]:
         assert objects.get(("us_city_state", fact.object), fact.subject) == fact.subject
     assert compared > 80
+
+
+def test_the_card_and_the_guide_name_the_numbers_of_the_table(table: Table) -> None:
+    wanted = f"{len(table.facts):,} real-world facts of {len(table.relations)} relations"
+    sizes = [len(facts) for facts in table.by_relation.values()]
+    card = (ROOT / "editkit/assets/facts/README.md").read_text()
+    assert f"{len(table.facts):,} facts of {len(table.relations)} relations" in card
+    assert f"{len(table.relations)}, with {min(sizes)} to {max(sizes)} facts" in card
+    assert wanted in (ROOT / "docs/guides/datasets.md").read_text()
