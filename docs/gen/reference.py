@@ -269,22 +269,24 @@ def recipe_page() -> str:
     lines += [
         "## Restraints",
         "",
-        "`restraint_recipe` holds the numbers of a restraint on models that the published ones do"
-        " not fit. It is chosen automatically, too.",
+        "`restraint_recipe` holds the numbers of a restraint for a model, or for an editor, a model"
+        " and a dataset. It is chosen automatically, too.",
         "",
     ]
+    folder = conf_folder() / "restraint_recipe"
     rows = [
         [
-            code(path.parent.name),
-            code(path.stem),
+            code(restraint),
+            code("/".join(pair)),
             code(f"{key.path}={key.value}"),
             prose(key.comment),
         ]
-        for path in sorted((conf_folder() / "restraint_recipe").glob("*/*.yaml"))
+        for path in sorted(folder.glob("**/*.yaml"))
+        for restraint, *pair in [path.relative_to(folder).with_suffix("").parts]
         for key in read(path).keys
         if key.value
     ]
-    return "\n".join([*lines, table(["restraint", "model", "value", "why"], rows)])
+    return "\n".join([*lines, table(["restraint", "for", "value", "why"], rows)])
 
 
 def as_recipe(entry: Any) -> str:

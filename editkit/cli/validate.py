@@ -171,7 +171,13 @@ def summary(experiment: Experiment, chosen: Composed) -> Iterator[tuple[str, str
     recipe = chosen.config.get("recipe")
     source = f", numbers {recipe['provenance']}: {recipe['source']}" if recipe else ""
     yield "editor", f"{chosen.choices['editor']}{source}"
-    yield "restraints", ", ".join(experiment.config["restraint"]) or "none"
+    restraints = experiment.config["restraint"]
+    yield "restraints", ", ".join(restraints) or "none"
+    for name, options in restraints.items():
+        if options.get("source"):
+            yield f"  {name}", f"numbers {options['source']}"
+    for warning in experiment.restraints.warnings():
+        yield "  warning", warning
     yield "dataset", f"{data.label}, {len(data.requests)} requests from {data.origin}"
     for kind, text in data.counts():
         yield f"  {kind.replace('_', ' ')}", text

@@ -126,8 +126,10 @@ def place_of(
     parts: Parts, settings: Settings, model: ModelConfig, totals: tuple[str, ...] = ()
 ) -> Place:
     """The place of a run of these parts. Its folder is named after what can change the results."""
-    restraints = "+".join(parts.config["restraint"]) or "none"
-    name = settings.name or folder_name(f"{model.label}-{parts.name_of('editor')}-{restraints}")
+    editor = parts.name_of("editor")
+    # The restraint that an editor brings along (d4s, alphaedit) comes first.
+    restraints = "+".join(sorted(parts.config["restraint"], key=lambda name: name != editor))
+    name = settings.name or folder_name(f"{model.label}-{editor}-{restraints or 'none'}")
     resolved = parts.config | {"name": name, "milestones": list(settings.schedule.milestones)}
     folder = (
         Path(settings.paths.outputs).expanduser()

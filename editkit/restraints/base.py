@@ -45,6 +45,10 @@ class AbstractRestraint(abc.ABC):
     def place(self) -> Place:
         """The place that it acts at."""
 
+    def warnings(self) -> list[str]:
+        """What to know about these options before a run; nothing by default."""
+        return []
+
 
 class AbstractObjectiveRestraint(AbstractRestraint):
     """Acts on the search for a target vector: it replaces the search's one descent.
@@ -168,6 +172,12 @@ class Restraints:
             updates=tuple(_of_kind(named, AbstractUpdateRestraint).values()),
             totals=_of_kind(named, AbstractTotalRestraint),
         )
+
+    def warnings(self) -> list[str]:
+        """Of all restraints."""
+        alone = [part for part in (self.objective, self.solve) if part is not None]
+        parts: list[AbstractRestraint] = [*alone, *self.updates, *self.totals.values()]
+        return [warning for part in parts for warning in part.warnings()]
 
     @property
     def trajectory_view(self) -> str:

@@ -7,10 +7,23 @@ Xu et al. 2025, "Constraining Sequential Model Editing with Editing Anchor Compr
 
     search     all of delta is free. From the gradients g_t, the saliency of each coordinate is
                s = |mean_t(g_t) * delta|
-    anchors    the coordinates whose score is at or above the `gamma`-th percentile
+    anchors    the coordinates whose score is at or above the `gamma`-th percentile (Eq. 2)
     retrain    delta is free at the anchors and zero elsewhere. A scored elastic net is added to the
                loss: l1 * sum_i |delta_i| / (s_i + epsilon) + l2 * |delta|^2
-               (lambda and mu in the paper)
+               (Eqs. 4 to 6; lambda and mu in the paper)
+
+Differs from the paper's formulas, as the authors' code does:
+
+    Eq. 1      the score there is v* times the gradient. Here it is delta, v* = v + delta: what the
+               search has added, not what the model's own value v was before.
+    Eq. 1      the gradient there has no step. Here it is the mean over the steps of the search.
+    Eq. 3      a coordinate that is no anchor is 0 there. Here its delta is 0: it keeps the model's
+               own value, and the update leaves its row alone.
+    Eq. 4      the elastic net there is of z, the whole vector. Here it is of delta.
+
+The paper chooses gamma for every editor, model and dataset so that single edits survive
+(appendix A). conf/restraint_recipe/eac holds its values (Table 2, and mu from appendix C.5) and
+those of the bundled models. Without `source`, which a recipe sets, a run warns.
 
 `l2_unit: relative` makes the last term l2 * |delta|^2 / |v|^2. Differs from the paper as its
 formula stands: its values of mu are those of `v_weight_decay` in the editors' files, which is
@@ -89,6 +102,7 @@ class Eac(AbstractObjectiveRestraint):
     saliency: bool
     elastic_net: bool
     seed: int
+    source: str | None = None  # where gamma comes from; None: no recipe has set it
 
     def __post_init__(self) -> None:
         problems = []
@@ -117,6 +131,15 @@ class Eac(AbstractObjectiveRestraint):
             problems.append(message("selector", problem, got=self.selector))
         if problems:
             raise OptionError(problems)
+
+    def warnings(self) -> list[str]:
+        if self.source is not None or self.variant != "paper" or not self.saliency:
+            return []
+        return [
+            f"EAC has no recipe for this editor, model and dataset: gamma {self.gamma:g} may cost "
+            "single edits. Measure them (setting=single), then set restraint.eac.gamma, and "
+            "restraint.eac.source to where it comes from."
+        ]
 
     def search(self, problem: TargetProblem, *, request_ids: Sequence[str], site: Site) -> Descent:
         """Both descents. A request whose delta never moved in the first descent, or whose loss was

@@ -86,7 +86,7 @@ class RunWork(AbstractWork[RunState]):
         if recipe.get("provenance") == "untuned":
             source = recipe["source"]
             warnings.append(f"the numbers of this editor are not tuned for this model: {source}")
-        return warnings
+        return [*warnings, *self.experiment.restraints.warnings()]
 
     def events(self, state: RunState | None) -> Iterator[Event]:
         return run_edits(self.trajectory, state)

@@ -182,10 +182,14 @@ def _write_recipes(tuning: Tuning, found: Outcome, best: Row) -> list[Recipe]:
         name = _free_name("restraint_recipe", restraint, model, tuning.label)
         plain_values = (plain.get("restraint") or {}).get(restraint) or {}
         values = changed(restraints[restraint], plain_values)
+        at = model
+        if "source" in plain_values:  # EAC: numbers of an editor, a model and a dataset
+            dataset, values = tuning.choices["dataset"], values | {"source": "tuned"}
+            name, at = f"{editor}/{name}/{dataset}", f"{editor}/{model}/{dataset}"
         about = f"{restraint} on {tuning.label}, tuned by `editkit {GROUP}`"
         content = {"restraint": {restraint: values}}
         path = _save(tuning, f"restraint_recipe/{restraint}/{name}", about, content, [origin])
-        where = f"conf/restraint_recipe/{restraint}/{model}.yaml"
+        where = f"conf/restraint_recipe/{restraint}/{at}.yaml"
         use = tuple(f"restraint.{restraint}.{key}={literal(item)}" for key, item in values.items())
         recipes.append(Recipe(path=path, where=where, use=use))
     return recipes

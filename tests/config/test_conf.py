@@ -99,10 +99,12 @@ def test_every_recipe_completes_its_pair_and_is_chosen_automatically_for_its_mod
 def test_every_restraint_recipe_is_chosen_automatically_and_overridden_by_the_command_line(
     option: Option,
 ) -> None:
-    restraint, model = option.name.split("/")
+    restraint, *pair = option.name.split("/")  # a model, or editor/model/dataset
+    editor, model, dataset = pair if len(pair) == 3 else ("memit", pair[0], "world")
     path = conf_folder() / "restraint_recipe" / f"{option.name}.yaml"
     values = yaml.safe_load(path.read_text())["restraint"][restraint]
-    chosen = [f"model={model}", "editor=memit", f"restraint=[rect,{restraint}]"]
+    chosen = [f"model={model}", f"editor={editor}", f"restraint=[rect,{restraint}]"]
+    chosen.append(f"dataset={dataset}")
     assert {name: compose(chosen).config["restraint"][restraint][name] for name in values} == values
     name, former = next(iter(values.items()))
     assert (
@@ -111,6 +113,25 @@ def test_every_restraint_recipe_is_chosen_automatically_and_overridden_by_the_co
         ][name]
         == former + 1
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "rome", "memit", "mu"),
+    [
+        ("gpt2-xl", "zsre", 80, 80, 0.5),
+        ("gpt2-xl", "counterfact", 85, 85, 0.5),
+        ("llama3-8b", "zsre", 90, 95, 1e-3),
+        ("llama3-8b", "counterfact", 95, 95, 1e-3),
+    ],
+)
+def test_eac_has_the_papers_percentile_and_mu_for_its_models_and_datasets(
+    model: str, dataset: str, rome: float, memit: float, mu: float
+) -> None:
+    for editor, gamma in (("rome", rome), ("memit", memit)):
+        chosen = [f"model={model}", f"dataset={dataset}", f"editor={editor}", "restraint=eac"]
+        options = compose(chosen).config["restraint"]["eac"]
+        assert (options["gamma"], options["l2"]) == (gamma, mu)
+        assert options["source"].startswith("published: Table 2 and appendix C.5")
 
 
 def test_alphaedit_means_the_same_by_either_name() -> None:

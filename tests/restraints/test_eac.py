@@ -10,6 +10,7 @@ import torch
 
 from editkit.config.build import build
 from editkit.config.compose import compose
+from editkit.config.identity import config_hash
 from editkit.errors import ConfigError, OptionError
 from editkit.restraints.eac import Eac, Numbers
 from editkit.targets.search import Target, search_target, search_targets
@@ -149,6 +150,27 @@ def test_options_out_of_range_are_refused_by_name(bad: dict[str, Any]) -> None:
         eac(**bad)
 
 
+def test_without_a_recipe_a_run_warns_that_gamma_may_cost_single_edits() -> None:
+    def warnings(*overrides: str) -> list[str]:
+        composed = compose(["suite=none", "restraint=[eac,prune]", *overrides])
+        return build(composed.config, choices=composed.choices).restraints.warnings()
+
+    pair = ("editor=memit", "model=gpt2-xl", "dataset=world", "stats=world")
+    [warning] = warnings(*pair)
+    assert "no recipe for this editor, model and dataset: gamma 80 may cost single edits" in warning
+    assert not warnings(*pair, "restraint.eac.source=measured")
+    assert not warnings(*pair, "restraint.eac.variant=published_code")  # has no gamma
+    assert not warnings("editor=memit", "model=tiny-gpt2")
+
+
+def test_where_gamma_comes_from_does_not_change_the_runs_folder() -> None:
+    configs = [
+        compose(["restraint=eac", f"restraint.eac.source={source}"]).config
+        for source in ("null", "mine")
+    ]
+    assert config_hash(configs[0]) == config_hash(configs[1])
+
+
 def test_a_selector_that_chooses_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="selector: has no effect"):
         eac(saliency=False, selector="random")
@@ -157,7 +179,8 @@ def test_a_selector_that_chooses_nothing_is_refused() -> None:
 @pytest.mark.parametrize("editor", ["rome", "memit"])
 def test_it_is_the_objective_of_rome_and_memit(editor: str) -> None:
     composed = compose(["restraint=[eac,prune]", f"editor={editor}"])
-    assert build(composed.config, choices=composed.choices).restraints.objective == eac()
+    found = build(composed.config, choices=composed.choices).restraints.objective
+    assert isinstance(found, Eac) and found.source
 
 
 def test_it_is_refused_where_no_target_vector_is_searched() -> None:
