@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from editkit.errors import ConfigError
-from editkit.evaluation.scoring.teacher_forcing import Score, score
+from editkit.evaluation.scoring.teacher_forcing import TOKENS_OF_A_TREE, Score, score
 from editkit.model.tokens import encode_with_target
 from editkit.types import Probe
 from tests.support.bigram import Bigram
@@ -123,6 +123,32 @@ def test_contexts_that_begin_another_one_are_not_run() -> None:
         tokens_per_batch=1000,
     )
     assert [rows for rows, _ in model.shapes] == [1]
+
+
+def test_examples_that_all_prompts_begin_with_are_run_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    examples = "Paris is in France. Rome is in Italy. " * 6
+    probes = [
+        Probe(prompt=f"{examples}{subject} is in", answer=answer)
+        for subject in ("Bordeaux", "Cupertino", "Seattle", "Antarctica")
+        for answer in ("France", "the continent of Antarctica")
+    ]
+    length = len(encode_with_target(model.tokenizer, examples, "x").ids)
+    assert length > TOKENS_OF_A_TREE
+    shapes: list[int] = []
+    run = type(model).final_hidden
+
+    def counted(self: Any, batch: Any) -> Any:
+        shapes.append(batch.ids_BT.numel())
+        return run(self, batch)
+
+    monkeypatch.setattr(type(model), "final_hidden", counted)
+    scores = score(model, probes, tokens_per_batch=512)
+    assert sum(shapes) < 3 * length
+    for probe in probes:
+        assert scores[probe].log_probs == pytest.approx(plain(model, probe)[0], abs=1e-5)
 
 
 def test_batches_stay_within_the_bound_and_are_of_like_length() -> None:

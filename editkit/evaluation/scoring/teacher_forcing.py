@@ -31,9 +31,11 @@ LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
 # A CPU gains nothing from wider passes, and loses half its speed once the values of a layer outgrow
 # the memory that malloc keeps.
 TOKENS_ON_CPU = 512
-# Attention covers the whole tree. Larger trees share little more (1,000 records of CounterFact:
-# 1 %).
+# Attention covers the whole tree, and larger trees usually share little more (1,000 records of
+# CounterFact: 1 %). Prompts with common examples share much more, so that larger trees pay.
 TOKENS_OF_A_TREE = 64
+TOKENS_OF_A_LARGE_TREE = 512
+LARGE_TREES_PAY = 0.8  # below this share of the tokens of small trees
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,9 @@ def score_sequences(
     if model.device.type == "cpu":
         tokens_per_batch = min(tokens_per_batch, TOKENS_ON_CPU)
     answers = _contexts(sequences, max_length=model.max_length)
-    largest = (
-        min(TOKENS_OF_A_TREE, model.max_length)
-        if supports_trees(model, longest=max(map(len, answers), default=0))
-        else 1
-    )
-    trees = build_trees(list(answers), limit=min(largest, tokens_per_batch))
+    is_branched = supports_trees(model, longest=max(map(len, answers), default=0))
+    largest = min(TOKENS_OF_A_LARGE_TREE, model.max_length) if is_branched else 1
+    trees = _trees(list(answers), largest=min(largest, tokens_per_batch))
     scores: dict[int, Score] = {}
     done = 0
     while done < len(trees):
@@ -174,11 +173,19 @@ def score_sequences(
                 raise
             tokens_per_batch = max(1, tokens_per_batch // 2)
             left = [ids for tree in trees[done:] for ids in tree.sequences]
-            trees, done = build_trees(left, limit=min(largest, tokens_per_batch)), 0
+            trees, done = _trees(left, largest=min(largest, tokens_per_batch)), 0
             continue
         scores.update(batch_scores)
         done += len(batch)
     return [scores[index] for index in range(len(sequences))]
+
+
+def _trees(contexts: Sequence[Ids], *, largest: int) -> list[Tree]:
+    """Small trees, or trees of up to `largest` tokens if these save a good part of the tokens."""
+    small = build_trees(contexts, limit=min(TOKENS_OF_A_TREE, largest))
+    large = build_trees(contexts, limit=largest)
+    tokens, fewer = (sum(len(tree.ids) for tree in trees) for trees in (small, large))
+    return large if fewer < LARGE_TREES_PAY * tokens else small
 
 
 def _contexts(sequences: Sequence[TargetSequence], *, max_length: int) -> dict[Ids, list[_Answer]]:

@@ -67,6 +67,12 @@ def choice(doc: Doc, results: Sequence[tuple[float, bool]]) -> Scores:
     return {"accuracy_likelihood": is_most_likely(doc["choices"], doc["answer"], results)}
 
 
+def premise(doc: Doc, results: Sequence[tuple[float, bool]]) -> Scores:
+    """The conclusion is most likely after the right premise."""
+    premises = doc["premises"]
+    return {"accuracy_likelihood": is_most_likely(premises, premises[doc["answer"]], results)}
+
+
 def world_entailment(doc: Doc, results: Sequence[str]) -> Scores:
     return {"accuracy": exact_match(results[0], [doc["answer"]])}
 
@@ -75,7 +81,7 @@ def world_passage(doc: Doc, results: Sequence[str]) -> Scores:
     return {"exact_match": exact_match(results[0], [doc["answer"]])}
 
 
-def world_summary(doc: Doc, results: Sequence[str]) -> Scores:
+def sentence(doc: Doc, results: Sequence[str]) -> Scores:
     measures = rouge_of(results[0], doc["answer"])
     return {"rougeL": measures["rougeL"], "rouge": measures["rouge"]}
 
