@@ -26,6 +26,7 @@ class Bigram:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         family = SimpleNamespace(base="base", follows_position_ids=True)
         self.name, self.family = "bigram", family
+        self.chat = None
         text = SimpleNamespace(_attn_implementation="sdpa")
         config = SimpleNamespace(get_text_config=lambda: text)
         self.network = SimpleNamespace(config=config, generation_config=None)
