@@ -67,7 +67,7 @@ def estimate(
     model: EditableModel, modules: Sequence[str], config: StatsConfig, *, num_documents: int
 ) -> Estimate:
     """The estimate. Sums and keys are exact, a pass is approximate."""
-    network = model.network.config
+    network = model.network.config.get_text_config()
     sizes = [model.weight(module).shape[1] for module in modules]
     context = min(config.context_length, model.max_length)
     sums = sum(TriangleSum.zeros(size, "meta").num_bytes for size in sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from editkit.model.load import ModelConfig
 from editkit.model.network import random_network
 from editkit.model.tokens import pad
 from editkit.runner.self_check import check_reading
+from editkit.stats.estimate import estimate
 from editkit.targets.self_check import compare_search
-from tests.support.families import CONFIGS, POSITIONS, WIDTH, family_config, family_model
+from tests.support.families import CONFIGS, INNER, POSITIONS, WIDTH, family_config, family_model
 from tests.support.helpers import KINDS, request, tiny_model, tiny_tokenizer
 
 SIZES = {
@@ -102,6 +104,9 @@ def test_the_language_model_of_a_multimodal_network_is_found(kind: str, inner: s
     model = EditableModel(network, tiny_tokenizer("llama"), name=kind, family=family)
     assert model.max_length == POSITIONS
     assert check_reading(model, "The mother tongue of Danielle Darrieux is French.") == []
+    config_of_stats: Any = SimpleNamespace(context_length=32, batch_tokens=64)
+    amounts = estimate(model, model.down_projections([1]), config_of_stats, num_documents=3)
+    assert amounts.size == INNER
     site = family.block(0)
     comparison = compare_search(model, request(), site)
     assert comparison is not None and comparison.agrees
