@@ -108,12 +108,12 @@ def html(table: Summary) -> str:
     return f"<table>{top}<tbody>{''.join(body)}</tbody></table>"
 
 
-def published_markdown(found: Sequence[PublishedComparison]) -> str:
+def published_markdown(comparisons: Sequence[PublishedComparison]) -> str:
     """Published and measured numbers: a GitHub table for each preset."""
     parts = []
-    for preset, each in _by_preset(found).items():
-        lines = [PUBLISHED_HEAD, ["---"] * len(PUBLISHED_HEAD), *(cells_of(row) for row in each)]
-        notes = "".join(f"\n{note}\n" for note in notes_of(each))
+    for preset, rows in _by_preset(comparisons).items():
+        lines = [PUBLISHED_HEAD, ["---"] * len(PUBLISHED_HEAD), *(cells_of(row) for row in rows)]
+        notes = "".join(f"\n{note}\n" for note in notes_of(rows))
         parts.append(
             f"### {preset}\n\n"
             + "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -122,10 +122,10 @@ def published_markdown(found: Sequence[PublishedComparison]) -> str:
     return "\n".join(parts)
 
 
-def published_latex(found: Sequence[PublishedComparison]) -> str:
+def published_latex(comparisons: Sequence[PublishedComparison]) -> str:
     """Published and measured numbers: a booktabs table for each preset."""
     lines = []
-    for preset, each in _by_preset(found).items():
+    for preset, rows in _by_preset(comparisons).items():
         lines += [
             r"\begin{table}",
             r"\centering",
@@ -133,8 +133,8 @@ def published_latex(found: Sequence[PublishedComparison]) -> str:
             r"\toprule",
         ]
         lines += [" & ".join(tex(text) for text in PUBLISHED_HEAD) + r" \\", r"\midrule"]
-        lines += [" & ".join(tex(text) for text in cells_of(row)) + r" \\" for row in each]
-        caption = " ".join([f"{preset}: published and measured.", *notes_of(each)])
+        lines += [" & ".join(tex(text) for text in cells_of(row)) + r" \\" for row in rows]
+        caption = " ".join([f"{preset}: published and measured.", *notes_of(rows)])
         lines += [
             r"\bottomrule",
             r"\end{tabular}",
@@ -145,11 +145,11 @@ def published_latex(found: Sequence[PublishedComparison]) -> str:
     return "\n".join(lines)
 
 
-def _by_preset(found: Sequence[PublishedComparison]) -> dict[str, list[PublishedComparison]]:
-    together: dict[str, list[PublishedComparison]] = {}
-    for each in found:
-        together.setdefault(each.published.preset, []).append(each)
-    return together
+def _by_preset(comparisons: Sequence[PublishedComparison]) -> dict[str, list[PublishedComparison]]:
+    by_preset: dict[str, list[PublishedComparison]] = {}
+    for row in comparisons:
+        by_preset.setdefault(row.published.preset, []).append(row)
+    return by_preset
 
 
 def comparison_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:

@@ -163,37 +163,37 @@ def _summaries(content: Content) -> Iterable[str]:
             yield f"<details><summary>{escape(table.title)}</summary>{body}</details>"
 
 
-def _published(found: Sequence[PublishedComparison]) -> Iterable[str]:
-    if not found:
+def _published(comparisons: Sequence[PublishedComparison]) -> Iterable[str]:
+    if not comparisons:
         return
     yield "<h2>Comparison with the published numbers</h2>"
-    if any(each.is_stand_in for each in found):
+    if any(row.is_stand_in for row in comparisons):
         yield (
             "<p class='note'>Where a bundled model stands in for the paper's (scale=tiny), "
             "compare the effect, not the numbers: which row "
             "is better, what grows, what collapses.</p>"
         )
-    if any(each.published.metric.startswith(KIND_NAMES) for each in found):
+    if any(row.published.metric.startswith(KIND_NAMES) for row in comparisons):
         yield f"<p class='note'>{escape(KINDS)}</p>"
-    for preset in dict.fromkeys(each.published.preset for each in found):
-        here = [each for each in found if each.published.preset == preset]
-        rows = [cells_of(each) for each in here]
-        alike = [len({row[place] for row in rows}) == 1 for place in range(len(HEAD))]
-        # What every row has in common is said once, and what none has not at all: the measured
-        # numbers shall be in sight.
+    for preset in dict.fromkeys(row.published.preset for row in comparisons):
+        of_preset = [row for row in comparisons if row.published.preset == preset]
+        rows = [cells_of(row) for row in of_preset]
+        is_same = [len({cells[place] for cells in rows}) == 1 for place in range(len(HEAD))]
+        # A source that all rows share stands in the heading. Empty columns are left out. So the
+        # measured numbers fit on the page.
         kept = [
             place
             for place in range(len(HEAD))
-            if not (alike[place] and (place == 0 or rows[0][place] == "-"))
+            if not (is_same[place] and (place == 0 or rows[0][place] == "-"))
         ]
         table = table_of(
             [HEAD[place] for place in kept],
-            [[row[place] for place in kept] for row in rows],
-            greyed=[place for place, each in enumerate(here) if each.is_published_only],
+            [[cells[place] for place in kept] for cells in rows],
+            greyed=[place for place, row in enumerate(of_preset) if row.is_published_only],
         )
-        yield f"<h3>{escape(f'{preset}: {rows[0][0]}' if alike[0] else preset)}</h3>"
+        yield f"<h3>{escape(f'{preset}: {rows[0][0]}' if is_same[0] else preset)}</h3>"
         yield f"<div class='published'>{table}</div>"
-        yield from (f"<p class='note'>{escape(note)}</p>" for note in notes_of(here))
+        yield from (f"<p class='note'>{escape(note)}</p>" for note in notes_of(of_preset))
 
 
 def _collapses(tables: Sequence[Collapses]) -> Iterable[str]:
