@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import json
 import tokenize
 import typing
 from collections.abc import Iterator
@@ -133,7 +134,8 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return value if value and value.strip() == value and "\n" not in value else repr(value)
     dumped = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
-    return dumped.removesuffix("...\n").strip()
+    text = dumped.removesuffix("...\n").strip()
+    return json.dumps(value) if "\n" in text else text  # yaml breaks a line within a value
 
 
 def field_comments(target: type) -> dict[str, str]:

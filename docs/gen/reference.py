@@ -83,7 +83,6 @@ def prose(text: str) -> str:
 def code(text: str) -> str:
     if not text:
         return ""
-    text = text.replace("\n", "\\n")  # a cell is one line
     if "|" in text:  # a table's cell ends at a bar, also inside of backticks
         return (
             f"<code>{text.replace('&', '&amp;').replace('<', '&lt;').replace('|', '&#124;')}</code>"
