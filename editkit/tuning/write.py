@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -193,6 +194,17 @@ def _write_recipes(tuning: Tuning, found: Outcome, best: Row) -> list[Recipe]:
         use = tuple(f"restraint.{restraint}.{key}={literal(item)}" for key, item in values.items())
         recipes.append(Recipe(path=path, where=where, use=use))
     return recipes
+
+
+def _place(restraint: str, choices: Mapping[str, Any]) -> str:
+    """Where a restraint looks for its recipe, as its file says: by model, or by editor, model and
+    dataset.
+    """
+    path = conf_folder() / "restraint" / f"{restraint}.yaml"
+    text = path.read_text() if path.exists() else ""
+    found = re.search(rf"/restraint_recipe/{restraint}: (\S+)", text)
+    place = found[1] if found else "${model}"
+    return re.sub(r"\$\{(\w+)\}", lambda name: str(choices[name[1]]), place)
 
 
 def source(tuning: Tuning, found: Outcome, best: Row) -> str:

@@ -22,7 +22,7 @@ from editkit.errors import ConfigError
 from editkit.runner import session
 from editkit.tuning.prepare import prepare
 from editkit.tuning.table import Number, combined
-from editkit.tuning.write import changed
+from editkit.tuning.write import _place, changed
 
 TINY = ("model=tiny-llama", "editor=ft", "tracker=none", "runtime.threads=1")
 SPACE = ("editor.layers=[0]", "editor.lr=0.001,0.004", "editor.norm_constraint=0.01")
@@ -252,6 +252,13 @@ def test_the_standard_error_of_a_harmonic_mean_follows_the_delta_method() -> Non
     assert error == pytest.approx(slope * 0.1, rel=1e-4)
     assert combined([number(0.0, 0.1), number(1.0, 0.0)]) == (0.0, None)
     assert combined([number(0.5, None), number(1.0, 0.0)])[1] is None
+
+
+def test_a_restraints_recipe_goes_where_its_file_looks_for_it() -> None:
+    choices = {"editor": "rome", "model": "gpt2", "dataset": "facts"}
+    assert _place("prune", choices) == "gpt2"
+    assert _place("eac", choices) == "rome/gpt2/facts"
+    assert _place("mine", choices) == "gpt2"
 
 
 def test_a_recipe_holds_what_differs_from_the_plain_editor() -> None:
