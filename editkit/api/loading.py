@@ -12,6 +12,7 @@ from editkit.config.compose import conf_folder
 from editkit.config.schema import Problems, construct
 from editkit.errors import ConfigError, message
 from editkit.model.architecture import label_of
+from editkit.model.chat import chat_template as template_of
 from editkit.model.editable import EditableModel
 from editkit.model.families import Family
 from editkit.model.load import ModelConfig, require_device
@@ -27,6 +28,7 @@ def load(
     name: str | None = None,
     family: Family | str | None = None,
     device: str | None = None,
+    chat_template: str | None = None,
 ) -> EditableModel:
     """A model that can be edited.
 
@@ -35,7 +37,7 @@ def load(
 
     Args:
         model: a causal language model of transformers; or a name of `conf/model` ("gpt2-xl"), a
-            folder, or a hub id.
+            folder, a GGUF file, or a hub id.
         tokenizer: a fast tokenizer. A model that is given by its name brings its own.
         name: used in messages and records, and to find a recipe. Default: the name of the known
             model with the same hub id, else the last part of the id or folder.
@@ -43,13 +45,16 @@ def load(
             the module names themselves.
         device: where the model is moved to. Default: a model of transformers stays where it is, a
             model that is loaded by its name is on the CPU.
+        chat_template: how prompts are put to the model: as they are (None), by the chat template of
+            the tokenizer ("tokenizer"), or by that of a file.
 
     Raises:
         ConfigError: the model cannot be loaded, its architecture is unknown, or its tokenizer is
             slow or missing.
     """
     if isinstance(model, str | Path):
-        return _by_name(os.fspath(model), tokenizer, name, family).load(device or "cpu")
+        given = {"name": name, "family": family, "chat_template": chat_template}
+        return _by_name(os.fspath(model), tokenizer, given).load(device or "cpu")
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type") or not hasattr(model, "get_submodule"):
         expected = "a causal language model of transformers, a name, a folder or a hub id"
@@ -65,7 +70,11 @@ def load(
         model.to(device)  # type: ignore[arg-type] # transformers wraps the method without its types
     settings = ModelConfig(id=source, family=family)
     return EditableModel(
-        model, tokenizer, name=name or _known_name(source), family=settings.family_of(config)
+        model,
+        tokenizer,
+        name=name or _known_name(source),
+        family=settings.family_of(config),
+        chat=None if chat_template is None else template_of(tokenizer, chat_template),
     )
 
 
@@ -75,16 +84,14 @@ def bundled_models() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in folder.glob("*/config.json")))
 
 
-def _by_name(
-    model: str, tokenizer: Any, name: str | None, family: Family | str | None
-) -> ModelConfig:
+def _by_name(model: str, tokenizer: Any, given: dict[str, Any]) -> ModelConfig:
+    """The configuration of a named model. `given` replaces its options where it is not None."""
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         problem = "a model that is loaded by its name loads its tokenizer by a name too"
         expected = "a folder, a hub id or None"
         kind = type(tokenizer).__name__
         raise ConfigError(message("tokenizer", problem, got=kind, expected=expected))
-    given: dict[str, Any] = {"name": name, "family": family}
-    given["tokenizer"] = None if tokenizer is None else os.fspath(tokenizer)
+    given = given | {"tokenizer": None if tokenizer is None else os.fspath(tokenizer)}
     given = {key: value for key, value in given.items() if value is not None}
     node = _known_models().get(model, {"id": model})
     problems = Problems()

@@ -167,7 +167,8 @@ def summary(experiment: Experiment, chosen: Composed) -> Iterator[tuple[str, str
     """The parts of an experiment as names and texts."""
     model, data, schedule = experiment.model, experiment.data, experiment.schedule
     device = experiment.runtime.device
-    yield "model", f"{model.label} ({model.id}, {model.dtype}, {device})"
+    chat = f", prompts by the chat template {model.chat_template}" if model.chat_template else ""
+    yield "model", f"{model.label} ({model.id}, {model.dtype}, {device}){chat}"
     recipe = chosen.config.get("recipe")
     source = f", numbers {recipe['provenance']}: {recipe['source']}" if recipe else ""
     yield "editor", f"{chosen.choices['editor']}{source}"

@@ -182,6 +182,18 @@ def test_suites_put_their_items_into_the_same_template(tmp_path: Path) -> None:
             assert lm.tok_encode(framed.args[0]) == rendered(model, bare.args[0])
 
 
+def test_a_model_in_memory_and_a_named_one_take_a_template_too(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jinja"
+    file.write_text(TEMPLATES["lines"])
+    tiny = tiny_model("gpt2")
+    for model in (
+        editkit.load(tiny.network, tiny.tokenizer, chat_template=str(file)),
+        editkit.load("tiny-gpt2", chat_template=str(file)),
+    ):
+        assert model.chat is not None and model.chat.name == "lines.jinja"
+    assert editkit.load("tiny-gpt2").chat is None
+
+
 # --- runs
 
 
