@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from editkit.datasets.facts_table import read_table
 from editkit.errors import ConfigError
 from editkit.evaluation.harness.catalogue import OPTIONS, own_tasks
 from editkit.evaluation.harness.load_tasks import load_tasks
@@ -71,6 +72,13 @@ def texts(rows: list[dict[str, Any]]) -> list[str]:
 
 def test_every_file_of_items_belongs_to_a_task() -> None:
     assert {path.stem for path in BUNDLED.glob("*.jsonl")} == TASKS.keys()
+
+
+def test_no_item_asks_for_a_fact_that_dataset_facts_edits() -> None:
+    asked = [(f" {row['prompt'].lower()} ", row["answer"].lower()) for row in items("facts")]
+    for fact in read_table().facts:
+        subject, object_ = f" {fact.subject.lower()} ", fact.object.lower()
+        assert not [prompt for prompt, answer in asked if subject in prompt and answer == object_]
 
 
 @pytest.mark.parametrize("name", TASKS)
