@@ -1,6 +1,7 @@
-"""Draws docs/assets/collapse.svg from the files of a finished `editkit run experiment=demo`.
+"""Draws docs/assets/*.svg from the files of a finished `editkit run experiment=demo` or `real`.
 
     python docs/gen/collapse.py outputs/demo/<run>/seed0
+    python docs/gen/collapse.py outputs/real/<run>/seed0 --to docs/assets/real.svg
 
 The folder's steps.jsonl gives the weights of the unrestrained model at every edit. Its evals.jsonl
 gives everything else at the milestones.
@@ -21,7 +22,8 @@ from matplotlib import pyplot as plt
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 VIEWS = {"unrestrained": ("unrestrained", "#c2410c"), "prune": ("PRUNE", "#0f766e")}
-TASKS = ("solve_rate", "accuracy", "exact_match", "rouge")  # one main metric for each task
+# One main metric for each task
+TASKS = ("solve_rate", "accuracy", "accuracy_likelihood", "exact_match", "rouge")
 Line = list[tuple[int, float]]
 
 
@@ -60,7 +62,7 @@ def draw(lines: dict[str, dict[str, Line]], to: Path) -> None:
     panels = {
         "condition_number": "condition number",
         "l1_norm": "L1 norm",
-        "tasks": "mean of four tasks (%)",
+        "tasks": "mean of the tasks (%)",
         "efficacy": "efficacy of all edits so far (%)",
     }
     style = {
@@ -82,7 +84,7 @@ def draw(lines: dict[str, dict[str, Line]], to: Path) -> None:
                 axis.plot(edits, values, label=label, color=color, marker=marker, markersize=3)
             axis.set_title(title, fontsize=9.5)
             axis.set_xlabel("edits")
-            axis.set_xlim(0, 203)
+            axis.set_xlim(0, 1.015 * max(edits))
             if name in ("condition_number", "l1_norm"):
                 axis.set_yscale("log")
             else:

@@ -16,6 +16,7 @@ EXIT_CODES = [
     ("1", "internal failure, with its traceback; or the run collapsed"),
     ("2", "invalid command or data; all problems are reported together"),
     ("3", "another process is writing this run (`when_locked=leave`)"),
+    ("4", "the disk is full; the same command resumes once there is space"),
     ("128 + n", "stopped by signal n; the state is saved"),
 ]
 
