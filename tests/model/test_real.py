@@ -67,7 +67,7 @@ def test_it_answers_in_a_dialogue(config: ModelConfig, model: EditableModel) -> 
         model.chat = None
     assert chat.before.endswith("<|im_start|>user\n")
     assert chat.after == "<|im_end|>\n<|im_start|>assistant\n"
-    assert answer.startswith("Paris")
+    assert "Paris" in answer
 
 
 def test_what_is_saved_is_the_same_model_without_the_package(
