@@ -65,7 +65,8 @@ def pages() -> dict[str, str]:
         made[name] = with_fields((ROOT / "docs" / name).read_text())
     made["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text()
     made["changelog.md"] = (ROOT / "CHANGELOG.md").read_text()
-    made["benchmarks/pairs.md"] = (ROOT / "benchmarks/pairs.md").read_text()
+    for name in ("benchmarks/pairs.md", "benchmarks/real.md"):
+        made[name] = (ROOT / name).read_text()
     return made
 
 
