@@ -184,7 +184,7 @@ def test_preempted_and_killed_jobs_end_as_if_undisturbed(cluster: Cluster, tmp_p
     assert again.returncode == 0, again.stdout + again.stderr
     assert (
         "4 cells in 4 runs: 1 job to do" in again.stdout
-        and "3 runs done before: skipped" in again.stdout
+        and "3 runs already done: skipped" in again.stdout
     )
     assert "4 done, 0 running, 0 failed, 0 interrupted, 0 missing of 4 cells" in again.stdout
 
