@@ -9,17 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from editkit.cli import main as cli
 from editkit.config.compose import compose
 from editkit.errors import ConfigError
-from editkit.runner import session
 from editkit.tuning.prepare import prepare
 from editkit.tuning.table import Number, combined
 from editkit.tuning.write import _place, changed
@@ -31,23 +29,47 @@ FOLDER = Path("outputs/tune/tiny-llama-ft-none-world")
 Call = Callable[..., tuple[int, str, str]]
 
 
+# The command, interrupted when its second run begins.
+INTERRUPTED = """
+from editkit.cli import main
+from editkit.runner import session
+
+runs, original = [], session.run
+
+def interrupted(experiment, **options):
+    runs.append(experiment)
+    if len(runs) == 2:
+        raise KeyboardInterrupt
+    return original(experiment, **options)
+
+session.run = interrupted
+main.main()
+"""
+
+
 @pytest.fixture
-def tune(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Call]:
+def tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
     """Calls the command in an empty folder: its exit code, stdout, and stderr on one line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["editkit", "tune", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        output = capfd.readouterr()
-        assert "Traceback" not in output.err, output.err
-        return int(left.value.code or 0), output.out, " ".join(output.err.split())
+    def call(*arguments: str, program: tuple[str, ...] = ("-m", "editkit")) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, *program, "tune", *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout, " ".join(done.stderr.split())
 
-    yield call
+    return call
+
+
+def finished() -> dict[Path, int]:
+    """When each trial was finished."""
+    return {path: path.stat().st_mtime_ns for path in FOLDER.glob("trials/*/*/DONE")}
 
 
 def table() -> list[dict[str, Any]]:
@@ -95,31 +117,20 @@ def test_a_search_writes_its_table_and_a_recipe_that_runs(tune: Call) -> None:
     )
 
 
-def test_an_interrupted_search_resumes_to_the_same_table(
-    tune: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs: list[Path] = []
-    original = session.run
-
-    def interrupted(experiment: Any, **options: Any) -> int:
-        runs.append(experiment.folder)
-        if len(runs) == 2:
-            raise KeyboardInterrupt
-        return original(experiment, **options)
-
-    monkeypatch.setattr(session, "run", interrupted)
-    code, out, _ = tune(*SMALL)
+def test_an_interrupted_search_resumes_to_the_same_table(tune: Call) -> None:
+    code, out, _ = tune(*SMALL, program=("-c", INTERRUPTED))
     assert code == 130
     assert "repeat the command to resume" in out
     assert [row["state"] for row in table()].count("done") == 1
     assert not (FOLDER / "conf").exists(), "half a search recommends nothing"
+    before = finished()
+    assert len(before) == 1
     assert tune(*SMALL)[0] == 0
-    assert len(runs) == 2 + 2, "finished trials are not run again"
-    resumed = table()
-    done = [row["score"] is not None for row in resumed]
-    assert done == [True] * 3
+    after, resumed = finished(), table()
+    assert len(after) == 3 and before.items() <= after.items(), "a finished trial is not run again"
+    assert [row["score"] is not None for row in resumed] == [True] * 3
     assert tune(*SMALL)[0] == 0
-    assert len(runs) == 4 and table() == resumed
+    assert finished() == after and table() == resumed
 
 
 @pytest.mark.slow
