@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from editkit.config.compose import Composed, groups, with_hydra, without_hydra
-from editkit.config.explain import composition_errors, explained
+from editkit.config.explain import explaining
 
 
 class Composer:
@@ -31,10 +31,8 @@ class Composer:
         Raises:
             ConfigError: the overrides cannot be composed.
         """
-        try:
+        with explaining(overrides, self._config_dir):
             return self._compose(overrides)
-        except composition_errors() as error:
-            raise explained(error, overrides, self._config_dir) from None
 
     def _compose(self, overrides: Sequence[str]) -> Composed:
         from hydra.core.override_parser.overrides_parser import OverridesParser

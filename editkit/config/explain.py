@@ -18,8 +18,15 @@ def composed(overrides: Sequence[str] | None, config_dir: Path | None) -> Compos
         ConfigError: they cannot be composed.
     """
     overrides = overrides or []
-    try:
+    with explaining(overrides, config_dir):
         return compose(overrides, config_dir=config_dir)
+
+
+@contextlib.contextmanager
+def explaining(overrides: Sequence[str], config_dir: Path | None) -> Iterator[None]:
+    """Raises every error of a composition as a ConfigError."""
+    try:
+        yield
     except composition_errors() as error:
         raise explained(error, overrides, config_dir) from None
 

@@ -10,7 +10,7 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from editkit.types import EditRequest, Measurement
 
@@ -138,6 +138,40 @@ class AbstractSuite(AbstractEvaluator):
             ConfigError: for all tasks together, where the data of a task was looked for and how to
                 provide it, or that a task does not fit the context length.
         """
+
+
+class AbstractEditSamples(AbstractSuite, AbstractEditEvaluator):
+    """An evaluator that writes samples about the edits and scores nothing. It takes the place of a
+    suite, needs no data, and keeps no answer of the unedited model.
+    """
+
+    def check(self, *, positions: int | None = None) -> Self:
+        return self
+
+    def baseline(
+        self, model: EditableModel, requests: Sequence[EditRequest]
+    ) -> Mapping[str, torch.Tensor]:
+        return {}
+
+    def evaluate(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+    ) -> Sequence[Measurement | Samples]:
+        moment = Moment(view="", positions=tuple(range(1, len(requests) + 1)))
+        return self.measure(model, requests, baseline, {}, moment)
+
+    def noted(
+        self,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+        notes: Mapping[str, torch.Tensor],
+        moment: Moment,
+        *,
+        timing: str,
+    ) -> Sequence[Measurement | Samples]:
+        return []
 
 
 def mean_and_stderr(scores: Sequence[float]) -> tuple[float | None, float | None]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from editkit.errors import OptionError, message
-from editkit.evaluation.base import AbstractEditEvaluator, AbstractSuite, Moment, Samples
+from editkit.evaluation.base import AbstractEditSamples, Moment, Samples
 from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.lazy import torch
 from editkit.model.editable import EditableModel
@@ -26,7 +26,7 @@ AFTER_EDIT = "after_edit"  # key of a view's probabilities right after each edit
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetProbability(AbstractSuite, AbstractEditEvaluator):
+class TargetProbability(AbstractEditSamples):
     """It takes the place of a suite. Without `immediate` in `evaluation.timings`, the probabilities
     right after an edit are unknown.
     """
@@ -43,24 +43,6 @@ class TargetProbability(AbstractSuite, AbstractEditEvaluator):
         ]
         if problems:
             raise OptionError(problems)
-
-    def check(self, *, positions: int | None = None) -> TargetProbability:
-        """No data is needed."""
-        return self
-
-    def baseline(
-        self, model: EditableModel, requests: Sequence[EditRequest]
-    ) -> Mapping[str, torch.Tensor]:
-        return {}
-
-    def evaluate(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        baseline: Mapping[str, torch.Tensor],
-    ) -> list[Measurement | Samples]:
-        moment = Moment(view="", positions=tuple(range(1, len(requests) + 1)))
-        return self.measure(model, requests, baseline, {}, moment)
 
     def measure(
         self,
@@ -100,17 +82,6 @@ class TargetProbability(AbstractSuite, AbstractEditEvaluator):
         key = f"{AFTER_EDIT}/{moment.view}"
         new_N = torch.tensor(self._probabilities(model, requests), dtype=torch.float64)
         return {**notes, key: torch.cat([notes[key], new_N]) if key in notes else new_N}
-
-    def noted(
-        self,
-        requests: Sequence[EditRequest],
-        baseline: Mapping[str, torch.Tensor],
-        notes: Mapping[str, torch.Tensor],
-        moment: Moment,
-        *,
-        timing: str,
-    ) -> list[Measurement]:
-        return []
 
     def _probabilities(self, model: EditableModel, requests: Sequence[EditRequest]) -> list[float]:
         """P(target) of each request; nan where it is not finite."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from editkit.errors import OptionError, message
-from editkit.evaluation.base import AbstractEditEvaluator, AbstractSuite, Moment, Samples
+from editkit.evaluation.base import AbstractEditSamples, Moment, Samples
 from editkit.lazy import torch
 from editkit.model.editable import EditableModel
 from editkit.targets.keys import keys_and_outputs
@@ -23,7 +23,7 @@ CURRENT = "current"  # key of a view's values right after each edit: (requests s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Values(AbstractSuite, AbstractEditEvaluator):
+class Values(AbstractEditSamples):
     """It takes the place of a suite. Without `immediate` in `evaluation.timings`, the values right
     after an edit are unknown.
     """
@@ -40,24 +40,6 @@ class Values(AbstractSuite, AbstractEditEvaluator):
         ]
         if problems:
             raise OptionError(problems)
-
-    def check(self, *, positions: int | None = None) -> Values:
-        """No data is needed."""
-        return self
-
-    def baseline(
-        self, model: EditableModel, requests: Sequence[EditRequest]
-    ) -> Mapping[str, torch.Tensor]:
-        return {}
-
-    def evaluate(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        baseline: Mapping[str, torch.Tensor],
-    ) -> list[Measurement | Samples]:
-        moment = Moment(view="", positions=tuple(range(1, len(requests) + 1)))
-        return self.measure(model, requests, baseline, {}, moment)
 
     def measure(
         self,
@@ -110,17 +92,6 @@ class Values(AbstractSuite, AbstractEditEvaluator):
         key = f"{CURRENT}/{moment.view}"
         known = [notes[key]] if key in notes else []
         return {**notes, key: torch.cat([*known, values(model, fresh)])}
-
-    def noted(
-        self,
-        requests: Sequence[EditRequest],
-        baseline: Mapping[str, torch.Tensor],
-        notes: Mapping[str, torch.Tensor],
-        moment: Moment,
-        *,
-        timing: str,
-    ) -> list[Measurement]:
-        return []
 
 
 def values(model: EditableModel, requests: Sequence[EditRequest]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from editkit.config.compose import with_hydra
-from editkit.config.explain import composition_errors, explained
+from editkit.config.explain import explaining
 
 # Groups and keys that decide whether a command is a sweep, and of which grid
 SWEEP_KEYS = ("experiment", "sweep", "scale", "setting", "debug", "local", "hydra")
@@ -52,7 +52,7 @@ def cells_of_command(
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
 
-    try:
+    with explaining(overrides, config_dir):
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         deciding = [
             text
@@ -68,8 +68,6 @@ def cells_of_command(
         return cells_of_grid(
             sweeper.get("params") or {}, overrides, listed=sweeper.get("cells") or ()
         )
-    except composition_errors() as error:
-        raise explained(error, overrides, config_dir) from None
 
 
 def varying_keys(cells: Iterable[Sequence[str]]) -> set[str]:

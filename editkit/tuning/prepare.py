@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from editkit.config.build import build, folder_name, locate
-from editkit.config.compose import Composed, compose, conf_folder
-from editkit.config.explain import composition_errors, explained
+from editkit.config.compose import Composed, conf_folder
+from editkit.config.explain import composed
 from editkit.config.parts import Parts
 from editkit.config.schema import Problems, construct
 from editkit.datasets.base import LoadedDataset
@@ -92,9 +92,9 @@ def prepare(words: Sequence[str], config_dir: Path | None) -> Tuning:
     tune, swept, plain = _sorted_words(words, problems)
     base = [*_defaults(plain), *plain]
     try:
-        spaces = _spaces(tune[0], _composed(base, config_dir), config_dir)
+        spaces = _spaces(tune[0], composed(base, config_dir), config_dir)
         options = [f"+{GROUP}={literal(list(spaces))}", *(f"++{word}" for word in tune[1])]
-        chosen = _composed([*options, *base], config_dir)
+        chosen = composed([*options, *base], config_dir)
     except ConfigError as error:
         problems.add_all(error.problems)
         raise ConfigError(problems.messages) from None
@@ -166,13 +166,6 @@ def _defaults(plain: Sequence[str]) -> Iterator[str]:
     given = {word.lstrip("+~").partition("=")[0] for word in plain}
     if "suite" not in given:
         yield "suite=none"
-
-
-def _composed(overrides: Sequence[str], config_dir: Path | None) -> Composed:
-    try:
-        return compose(overrides, config_dir=config_dir)
-    except composition_errors() as error:
-        raise explained(error, overrides, config_dir) from None
 
 
 def _spaces(
@@ -312,10 +305,10 @@ def _trials(
         for name, arm in arms.items():
             overrides = [*base, *point, *arm]
             try:
-                composed = _composed(overrides, config_dir)
-                place = locate(composed.config, choices=composed.choices)
+                chosen = composed(overrides, config_dir)
+                place = locate(chosen.config, choices=chosen.choices)
                 if number == 1:  # the facts are the same in all trials
-                    data = build(composed.config, choices=composed.choices).data
+                    data = build(chosen.config, choices=chosen.choices).data
             except ConfigError as error:
                 # The configuration as it is may lack numbers that are searched.
                 problems.add_all(_renamed(error, name) if point else ())
