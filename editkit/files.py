@@ -42,14 +42,14 @@ def written_atomically(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        if (number := is_out_of_space(error)) is None:
+        if (number := out_of_space_number(error)) is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def is_out_of_space(error: BaseException) -> int | None:
+def out_of_space_number(error: BaseException) -> int | None:
     """The number of an operating system's error that says that nothing more can be written; None
     for every other error. Libraries in Rust give the number as text: `(os error 28)`.
     """

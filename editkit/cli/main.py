@@ -34,7 +34,7 @@ from editkit.cli import (
 from editkit.cli.arguments import UNPARSED
 from editkit.errors import ConfigError, OutOfSpace, message
 from editkit.errors import report as show_error
-from editkit.files import is_out_of_space
+from editkit.files import out_of_space_number
 from editkit.lazy import wait_passively
 
 app = typer.Typer(
@@ -59,7 +59,7 @@ def main() -> None:
         show_error(error)
         sys.exit(error.exit_code)
     except OSError as error:
-        if is_out_of_space(error) is None:
+        if out_of_space_number(error) is None:
             raise
         problem = f"cannot be written ({error.strerror})"
         full = OutOfSpace(

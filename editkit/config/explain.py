@@ -8,7 +8,7 @@ from pathlib import Path
 
 from editkit.config.compose import Composed, compose, explain_composition_error, force_add
 from editkit.errors import ConfigError, message
-from editkit.files import is_out_of_space
+from editkit.files import out_of_space_number
 
 
 def composed(overrides: Sequence[str] | None, config_dir: Path | None) -> Composed:
@@ -75,7 +75,7 @@ def unwritable_is_invalid(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if (
-            is_out_of_space(error)
+            out_of_space_number(error)
             or error.filename is None
             or not (
                 folder.absolute().is_relative_to(named := Path(error.filename).absolute())

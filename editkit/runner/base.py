@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 import yaml
 
 from editkit.datasets.base import LoadedDataset
-from editkit.files import is_out_of_space, write_atomically
+from editkit.files import out_of_space_number, write_atomically
 from editkit.lazy import torch
 from editkit.model.load import ModelConfig, require_device
 from editkit.records.tracker import AbstractTracker, RunInfo, Status
@@ -213,7 +213,7 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
                 try:
                     return self.execute(received)
                 except OSError as error:
-                    if is_out_of_space(error) is None:
+                    if out_of_space_number(error) is None:
                         raise
                     raise out_of_space(folder, error) from error
 
@@ -260,7 +260,7 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
                 del event  # for the same reason
             status = "done" if is_complete else "interrupted"
         except Exception as error:
-            is_full = is_out_of_space(error) is not None
+            is_full = out_of_space_number(error) is not None
             if is_full:
                 raise
             collapsed = work.collapsed(error)
@@ -304,7 +304,7 @@ def draw(work: AbstractWork[Any], tracker: AbstractTracker) -> None:
     try:
         work.draw()
     except Exception as error:
-        if is_out_of_space(error) is not None:
+        if out_of_space_number(error) is not None:
             raise
         tracker.warning(f"no figures: {type(error).__name__}: {error}")
 

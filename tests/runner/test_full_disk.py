@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from editkit.files import is_out_of_space, write_atomically, written_atomically
+from editkit.files import out_of_space_number, write_atomically, written_atomically
 from editkit.records.writer import EVALS, STEPS, RecordFiles
 from editkit.types import StepRecord
 
@@ -59,7 +59,7 @@ def test_a_file_that_a_library_writes_fails_in_the_same_way(tmp_path: Path) -> N
     save(10)
     with files_of_at_most(1000), pytest.raises(OSError) as raised:
         save(1000)
-    assert is_out_of_space(raised.value) == errno.EFBIG and raised.value.filename == str(path)
+    assert out_of_space_number(raised.value) == errno.EFBIG and raised.value.filename == str(path)
     assert load_file(path)["a"].tolist() == [10.0] * 10 and list(tmp_path.iterdir()) == [path]
 
 
@@ -72,15 +72,15 @@ def test_records_that_do_not_fit_do_not_hide_the_error_when_the_files_are_closed
             for step in range(10):
                 records.append(StepRecord(step=step, modules={}))
         records.close()
-    assert is_out_of_space(raised.value) == errno.EFBIG
+    assert out_of_space_number(raised.value) == errno.EFBIG
     RecordFiles(tmp_path, {STEPS: 0, EVALS: 0}).close()
     assert (tmp_path / STEPS).read_bytes() == b""
 
 
 def test_other_errors_are_no_full_disk() -> None:
-    assert is_out_of_space(FileNotFoundError(errno.ENOENT, "no such file")) is None
-    assert is_out_of_space(ValueError("Error while serializing (os error 13)")) is None
-    assert is_out_of_space(ValueError("I/O error: No space left on device (os error 28)")) == 28
+    assert out_of_space_number(FileNotFoundError(errno.ENOENT, "no such file")) is None
+    assert out_of_space_number(ValueError("Error while serializing (os error 13)")) is None
+    assert out_of_space_number(ValueError("I/O error: No space left on device (os error 28)")) == 28
 
 
 def run(outputs: Path, stats: Path) -> subprocess.CompletedProcess[str]:
