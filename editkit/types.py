@@ -79,6 +79,9 @@ class StepRecord:
     modules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     # The number that is not finite: "loss", "update of <module>", "weight of <module>".
     nonfinite: str | None = None
+    # "imported": the edits rest on second moments that somebody else computed; None: on none, or
+    # on editkit's own.
+    statistics: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +141,7 @@ class EvalRecord:
     dataset: str | None = None  # the beginning of the dataset's digest in provenance.json
     requests: str | None = None  # digest of the measured ids, which provenance.json lists
     chat_template: str | None = None  # how prompts were put to the model; None: as they are
+    statistics: str | None = None  # "imported", as in steps.jsonl
 
     @classmethod
     def from_flat(cls, fields: Mapping[str, Any]) -> EvalRecord:
@@ -159,7 +163,7 @@ class EvalRecord:
 EVAL_FIELDS = (
     *("step", "view"),
     *(field.name for field in dataclasses.fields(Measurement)),
-    *("sampled_from", "dataset", "requests", "chat_template"),
+    *("sampled_from", "dataset", "requests", "chat_template", "statistics"),
 )
 
 

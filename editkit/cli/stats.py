@@ -60,6 +60,71 @@ def build_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> No
     typer.echo(f"{len(wanted.keys)} second moments of {model.name} in {stats.folder}")
 
 
+@app.command("import")
+def import_stats(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="Published file (.npz, .npy, .pt, .safetensors), or a folder of files that are"
+            " named after their matrices.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="Layer of a file whose name does not tell it.", show_default=False),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of keys, for files that hold a matrix alone.", min=1, show_default=False
+        ),
+    ] = None,
+    is_sum: Annotated[
+        bool, typer.Option("--sum", help="A matrix alone is the sum of k k^T, not the mean.")
+    ] = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Check second moments that somebody else computed, and store them for a model.
+
+    The files are those of ROME, MEMIT, AlphaEdit and EasyEdit, or matrices alone. stats=imported
+    makes a run use them. Its records say that they were not computed here.
+    """
+    from editkit.config.parts import Parts
+    from editkit.model.load import ModelConfig
+    from editkit.resources.runtime import Runtime
+    from editkit.stats.imported import import_moments, not_there
+
+    chosen = composed(overrides, config_dir)
+    parts = Parts(chosen.config, chosen.choices)
+    config, runtime = parts.one("model", ModelConfig), parts.one("runtime", Runtime)
+    if config is not None:
+        parts.problems.add_all(config.source_problems())
+    parts.problems.add_all(not_there(path.expanduser(), key="editkit stats import"))
+    parts.finish()
+    assert config and runtime
+    folder = Path(str(chosen.config["stats"]["folder"])).expanduser()
+    model = config.load(runtime.device)
+    done = import_moments(
+        model,
+        path.expanduser(),
+        folder,
+        layer=layer,
+        count=count,
+        is_sum=is_sum,
+        announce=typer.echo,
+    )
+    for each in done:
+        typer.echo(f"{each.key.module}: {each.count} keys from {each.path}")
+        if not each.is_definite:
+            typer.echo(
+                "  it cannot be inverted, so ROME and MEMIT refuse it; AlphaEdit's null space does"
+                " not need that"
+            )
+    typer.echo(f"{len(done)} second moments imported for {model.name} into {folder}")
+
+
 @app.command("ls")
 def list_stats(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """List the stored second moments. Only the headers of the files are read."""
@@ -126,14 +191,21 @@ def show_moments(moments: Sequence[StoredMoment]) -> None:
     """A row for each stored file."""
     from rich.table import Table
 
-    table = Table("model", "module", "documents", "tokens", "MB", "file", box=None, pad_edge=False)
+    titles = ("model", "module", "documents", "tokens", "source", "MB", "file")
+    table = Table(*titles, box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"
     for moment in moments:
-        source = ("?", "?", "?", "?")
+        source = ("?", "?", "?", "?", "?")
         if moment.key:
             key = moment.key
-            source = (key.model, key.module, str(key.num_documents), str(moment.num_tokens))
+            source = (
+                key.model,
+                key.module,
+                str(key.num_documents or "?"),
+                str(moment.num_tokens),
+                f"imported from {key.imported}" if key.imported else "computed",
+            )
         table.add_row(*source, f"{moment.num_bytes / 1e6:.1f}", moment.path.name)
     shown = table if moments else "no second moments are stored there yet"
     console().print(shown, highlight=False, markup=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 from editkit.config.checks import (
     check_combination,
+    check_imported,
     check_model,
     check_requests,
     check_rollback,
@@ -53,6 +54,7 @@ def build(
     runtime = parts.one("runtime", Runtime)
     check_combination(parts, settings, editor, stats)
     check_model(parts, model)
+    check_imported(parts, editor, stats, model)
     check_rollback(parts, settings, restraints)
     data = parts.load(dataset, settings)
     check_requests(parts, editor, data, settings)

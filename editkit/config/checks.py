@@ -15,6 +15,7 @@ from editkit.evaluation.base import AbstractEvaluator, AbstractSuite
 from editkit.model.load import ModelConfig
 from editkit.restraints.base import Restraints
 from editkit.stats.corpus import StatsConfig
+from editkit.stats.imported import lacking
 
 
 def check_combination(
@@ -31,7 +32,7 @@ def check_combination(
                 "stats",
                 f"{name} needs second moments",
                 got="none",
-                expected="world, facts, text or hub",
+                expected="world, facts, text, hub or imported",
                 fix="choose stats=world|facts|text|hub (ROME also takes editor.covariance=null)",
             )
         )
@@ -63,6 +64,17 @@ def check_model(parts: Parts, model: ModelConfig | None) -> None:
     """The files of the model, as far as that needs neither the hub nor its weights."""
     if model is not None:
         parts.problems.add_all(model.source_problems())
+
+
+def check_imported(
+    parts: Parts,
+    editor: AbstractEditor[Any] | None,
+    stats: StatsConfig | None,
+    model: ModelConfig | None,
+) -> None:
+    """The imported second moments that an editor needs, as far as their headers tell."""
+    if editor is not None and stats is not None and model is not None and editor.needs_moments:
+        parts.problems.add_all(lacking(stats, model.label))
 
 
 def check_rollback(parts: Parts, settings: Settings | None, restraints: Restraints | None) -> None:

@@ -197,6 +197,7 @@ def demand_of(
         batch_tokens=stats.batch_tokens,
         context_length=stats.context_length,
         is_short=stats.source in ("world", "facts"),
+        is_imported=stats.source == "imported",
     )
     return Demand(
         model=model,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from editkit.errors import ConfigError
 from editkit.records.reader import RunRecords, load_run
 from editkit.report.compare.collapse import collapse_points, thresholds_of
+from editkit.report.notes import notes_of
 from editkit.report.protocols import Comparison, compare_protocols, texts
 from editkit.report.tables import (
     Table,
@@ -58,7 +59,10 @@ def show(folder: Path, *, protocol: str | None = None) -> Summary:
         title=f"{folder} ({run.status})",
         table=table,
         comparisons=tuple(filter(None, comparisons)),
-        notes=tuple(str(point) for point in points if point.edits is not None),
+        notes=(
+            *(str(point) for point in points if point.edits is not None),
+            *notes_of(run),
+        ),
     )
 
 

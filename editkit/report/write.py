@@ -18,6 +18,7 @@ from editkit.report.compare.summary import summaries
 from editkit.report.figures import curves, heatmaps, print_sheets, scatter
 from editkit.report.figures.panels import sheets
 from editkit.report.figures.target_probability import target_probabilities
+from editkit.report.notes import notes_of
 from editkit.report.page import Content, page
 
 PAGE = "report.html"
@@ -69,7 +70,7 @@ def report(
     content = Content(
         title=title or "editkit: " + ", ".join(folder.name for folder in folders),
         runs=runs,
-        notes=notes,
+        notes=[*notes, *(note for run in runs for note in notes_of(run))],
         tables=tables,
         comparisons={table.title: tuple(compare(table, twins)) for table in tables if table.edits},
         drawings=drawings,

@@ -76,6 +76,7 @@ class Corpus:
     batch_tokens: int
     context_length: int
     is_short: bool  # the texts are single sentences
+    is_imported: bool = False  # there are no texts: somebody else computed the second moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,8 @@ def _is_stored(demand: Demand, work: Workload) -> bool:
     """Whether second moments of these matrices are stored for a model of this name: then, as far as
     can be known, nothing is collected.
     """
+    if demand.corpus.is_imported:
+        return True
     if work.architecture.kind not in known_families():
         return False
     modules = demand.editor.modules(outline_of(demand.model, work.architecture))

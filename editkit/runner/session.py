@@ -5,7 +5,8 @@ are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from editkit.config.experiment import Experiment
 from editkit.datasets.groups import without_split_groups
@@ -27,6 +28,12 @@ from editkit.runner.self_check import check_editing, check_reading
 from editkit.runner.signals import Stopped
 from editkit.stats.build import build as build_moments
 from editkit.trackers.collecting import collecting
+from editkit.types import EvalRecord, StepRecord
+
+if TYPE_CHECKING:
+    from editkit.stats.store import Moments
+
+IMPORTED = "imported"  # `statistics` of a record
 
 
 def run(experiment: Experiment, *, leave_failed: bool = False) -> int:
@@ -89,7 +96,8 @@ class RunWork(AbstractWork[RunState]):
         return [*warnings, *self.experiment.restraints.warnings()]
 
     def events(self, state: RunState | None) -> Iterator[Event]:
-        return run_edits(self.trajectory, state)
+        events = run_edits(self.trajectory, state)
+        return map(_on_imported, events) if self.trajectory.moments.imported else events
 
     def checkpoint(self, state: RunState, record_bytes: Mapping[str, int]) -> Checkpoint:
         return state.checkpoint(record_bytes)
@@ -109,6 +117,7 @@ class RunWork(AbstractWork[RunState]):
             "requests": [request.id for request in trajectory.requests],
             "evaluated": trajectory.evaluated(),
             "statistics": trajectory.moments.digests,
+            **_imported(trajectory.moments),
             "shortcuts": trajectory.model.shortcuts.report(),
             "editor": dict(experiment.editor.provenance()),
             "seed": experiment.seed,
@@ -124,6 +133,27 @@ class RunWork(AbstractWork[RunState]):
 
     def draw(self) -> None:
         draw_figures(self.experiment.folder)
+
+
+def _on_imported(event: Event) -> Event:
+    """The event with the mark of edits that rest on imported second moments."""
+    if isinstance(event, StepRecord | EvalRecord):
+        return replace(event, statistics=IMPORTED)
+    return event
+
+
+def _imported(moments: Moments) -> dict[str, Any]:
+    """The entry of the provenance about imported second moments; empty if there are none."""
+    if not moments.imported:
+        return {}
+    of_module = moments.by_module
+    return {
+        "statistics_imported": {
+            module: {"file": file, "digest": of_module[module].source_digest}
+            | {"keys": of_module[module].num_tokens}
+            for module, file in moments.imported.items()
+        }
+    }
 
 
 def prepare(

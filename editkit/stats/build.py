@@ -18,6 +18,7 @@ from editkit.errors import ConfigError, message
 from editkit.stats.collect import BLOCK, PARTS, Collector
 from editkit.stats.corpus import StatsConfig, digest, fewest, texts
 from editkit.stats.estimate import estimate
+from editkit.stats.imported import imported_keys
 from editkit.stats.parts import Parts, compute, locked
 from editkit.stats.shards import ALONE, Shard
 from editkit.stats.store import MomentKey, Moments, mapped_into, read, write
@@ -96,14 +97,23 @@ def build(
 
 
 def statistics(model: EditableModel, modules: Sequence[str], config: StatsConfig) -> Statistics:
-    """Reads the texts and determines the files. Raises ConfigError for `stats=none`."""
+    """Reads the texts and determines the files. Raises ConfigError for `stats=none`, and for
+    `stats=imported` if a module has no import.
+    """
+    if config.source == "imported":
+        return Statistics(
+            model=model,
+            config=config,
+            documents=(),
+            keys=imported_keys(model, modules, config),
+        )
     if config.source == "none":
         raise ConfigError(
             message(
                 "stats",
                 f"the editor needs the second moments of {', '.join(modules)}",
                 got="none",
-                expected="world, facts, text or hub",
+                expected="world, facts, text, hub or imported",
             )
         )
     context_length = min(config.context_length, model.max_length)

@@ -1,5 +1,5 @@
 """The texts for second moments: of the bundled world or facts, text files, or a dataset of the
-hub.
+hub. Imported second moments have no texts (`editkit.stats.imported`).
 
 `preset: minimal` uses few texts: ten key vectors for each dimension of a key, after Gupta et al.
 2025 ("FastMEMIT", arXiv 2506.04226). Published statistics have thousands. On the bundled models, an
@@ -27,11 +27,13 @@ class StatsConfig:
     """The source and number of the texts, and the folder of the statistics."""
 
     name: str
-    source: Literal["world", "facts", "text", "hub", "none"]
+    source: Literal["world", "facts", "text", "hub", "imported", "none"]
     # minimal: only as many documents as `vectors_per_dimension` requires
     preset: Literal["full", "minimal"]
     vectors_per_dimension: int  # key vectors for each dimension of a key
-    path: str | None = None  # text: a file, or a folder of .txt files; hub: the dataset's id
+    # text: a file, or a folder of .txt files; hub: the dataset's id; imported: a published file or
+    # a folder of them, or None for the newest import of each matrix
+    path: str | None = None
     # text: the separator of documents; None: each file is one document
     separator: str | None = "\n"
     subset: str | None = None  # hub: the dataset's configuration
@@ -83,6 +85,9 @@ class StatsConfig:
             problems.append(
                 message("path", f"is missing with source={self.source}", expected=expected)
             )
+        if self.source == "imported" and self.preset == "minimal":
+            problem = "imported second moments have no texts to draw fewer from"
+            problems.append(message("preset", problem, got=self.preset, expected="full"))
         if problems:
             raise OptionError(problems)
 

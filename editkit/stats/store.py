@@ -43,13 +43,17 @@ class MomentKey:
     dtype: str  # of the network
     products: str  # the dtype of the products k k^T; sums are float64
     format: int = FORMAT
+    # the name of the file that somebody else published; None: editkit computed the second moment
+    imported: str | None = None
 
     @property
     def file_name(self) -> str:
-        return f"{self.module}-{hashlib.sha256(self.as_json().encode()).hexdigest()[:20]}{SUFFIX}"
+        digest = hashlib.sha256(self.as_json().encode()).hexdigest()[:20]
+        return f"{'imported-' if self.imported else ''}{self.module}-{digest}{SUFFIX}"
 
     def as_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(fields, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,8 @@ class SecondMoment:
     num_tokens: int
     checksum: str = ""  # of the stored file
     dtype: SolveDtype = "float64"  # of the factor
+    imported: str | None = None  # the file that somebody else published, as in `MomentKey`
+    source_digest: str | None = None  # of that file
     # moves the factor to its storage; None: on the matrix's device
     keep: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -77,13 +83,13 @@ class SecondMoment:
         factor_II, failed_at = torch.linalg.cholesky_ex(self.matrix_II)
         # The rank is at most the number of keys, but rounding can hide that from the factorisation.
         if self.num_tokens < size or int(failed_at) != 0:
+            more = "import one of more keys" if self.imported else "raise stats.num_documents"
             raise ConfigError(
                 message(
                     "stats",
                     f"the second moment of {self.module} cannot be inverted",
                     got=f"{self.num_tokens} keys of length {size}",
-                    fix="raise stats.num_documents, or edit without second moments (ROME: "
-                    "editor.covariance=null)",
+                    fix=f"{more}, or edit without second moments (ROME: editor.covariance=null)",
                 )
             )
         # float32 is not accurate enough to factorise an ill-conditioned matrix.
@@ -144,6 +150,13 @@ class Moments:
     def digests(self) -> dict[str, str]:
         """The checksum of each module's file, for the provenance."""
         return {module: moment.checksum for module, moment in self.by_module.items()}
+
+    @property
+    def imported(self) -> dict[str, str]:
+        """The file that somebody else published, by module, for those that were imported."""
+        return {
+            module: moment.imported for module, moment in self.by_module.items() if moment.imported
+        }
 
     def _of(self, module: str) -> SecondMoment:
         assert module in self.by_module, (
@@ -217,6 +230,8 @@ def read(
         matrix_II if keep is None else keep(matrix_II),
         num_tokens,
         checksum,
+        imported=stored.imported,
+        source_digest=stored.corpus if stored.imported else None,
         keep=keep,
     )
 

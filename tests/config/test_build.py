@@ -162,8 +162,8 @@ def test_a_misspelt_nested_key_is_answered_with_the_nearest_one() -> None:
         ("experiment_name=..", "experiment_name: not a folder name (got '..';"),
         (
             "stats.source=none",
-            "stats: editor=rome needs second moments (got 'none'; expected world, facts, text or "
-            "hub).",
+            "stats: editor=rome needs second moments (got 'none'; expected world, facts, text, "
+            "hub or imported).",
         ),
         (
             "edits=1000000",

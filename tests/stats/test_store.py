@@ -216,7 +216,7 @@ def test_an_editor_without_second_moments_gets_none(tmp_path: Path) -> None:
     model, chosen = tiny_model("gpt2"), config(tmp_path, name="none", source="none", path=None)
     assert build(model, [], chosen).digests == Moments().digests == {}
     with pytest.raises(
-        ConfigError, match=r"stats: .*got 'none'; expected world, facts, text or hub"
+        ConfigError, match=r"stats: .*got 'none'; expected world, facts, text, hub or imported"
     ):
         build(model, modules_of(model, 0), chosen)
 
