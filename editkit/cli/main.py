@@ -17,6 +17,7 @@ from editkit import __version__
 from editkit.cli import (
     bench,
     collect,
+    evaluate,
     export,
     ls,
     probe,
@@ -83,12 +84,23 @@ def run_command(context: typer.Context) -> None:
     raise typer.Exit(run.run(context.args))
 
 
+def evaluate_command(context: typer.Context) -> None:
+    """Measure a model that somebody else edited: model=<edited> base=<original>.
+
+    The command takes the overrides of `editkit run`, except those of the editor. It writes the same
+    files: all protocols, locality against the base, and the weights that differ. base.<option> sets
+    the options of both models.
+    """
+    raise typer.Exit(evaluate.evaluate(context.args))
+
+
 PREPARE, EXPERIMENTS, RESULTS, SPEED = "Prepare", "Experiments", "Results", "Speed of editkit"
 hydra_command = functools.partial(
     app.command, context_settings=UNPARSED, add_help_option=False, rich_help_panel=EXPERIMENTS
 )
 
 hydra_command("run")(run_command)
+hydra_command("evaluate")(evaluate_command)
 hydra_command("submit")(submit.submit)
 app.command("status", rich_help_panel=EXPERIMENTS)(status.status)
 app.command("train", rich_help_panel=EXPERIMENTS)(train.train)

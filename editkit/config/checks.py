@@ -55,6 +55,16 @@ def check_combination(
                 fix=f"set batch_size={limit}",
             )
         )
+    if editor is not None and editor.is_at_once and settings.batch_size < settings.edits:
+        parts.problems.add(
+            message(
+                "batch_size",
+                f"{name} with an edited model has all edits at once",
+                got=settings.batch_size,
+                expected=f"edits={settings.edits} or more",
+                fix=f"set batch_size={settings.edits}",
+            )
+        )
     outputs = settings.paths.outputs
     if obstacle := not_writable(Path(outputs).expanduser()):
         parts.problems.add(message("paths.outputs", obstacle, got=outputs))

@@ -90,6 +90,11 @@ class AbstractEditor(abc.ABC, Generic[PlanT]):
         """Whether second moments of keys are needed. Known before a model is loaded."""
         return False
 
+    @property
+    def is_at_once(self) -> bool:
+        """Whether all edits of a run are made by its first batch."""
+        return False
+
     def lacks(self) -> list[str]:
         """What a run needs and this editor does not have. Known before a dataset is read."""
         return []

@@ -22,7 +22,8 @@ def module_record(
 ) -> dict[str, float]:
     """The figures of one matrix in its current state, in float64; nan if an input is not finite.
 
-    `l1_norm` is the sum of the absolute entries, `l1_mean` is `l1_norm` divided by their number.
+    `l1_norm` is the sum of the absolute entries, `l1_mean` is `l1_norm` divided by their number. A
+    vector, as of a bias, has no condition number.
 
     Args:
         spectrum: of `weight_OI`.
@@ -32,8 +33,9 @@ def module_record(
             that the storage dtype lost.
     """
     l1_norm = float(torch.linalg.vector_norm(weight_OI, ord=1, dtype=torch.float64))
+    is_vector = min(weight_OI.shape) == 1
     return {
-        "condition_number": spectrum.condition_number,
+        **({} if is_vector else {"condition_number": spectrum.condition_number}),
         "sigma_max": spectrum.sigma_max,
         "sigma_min": spectrum.sigma_min,
         "l1_norm": l1_norm,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError, message
+from editkit.model.matrices import find_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def require_editable(network: PreTrainedModel, module: str, weight_OI: torch.Tensor) -> None:
-    """Raises ConfigError if the weights of a module are offloaded, quantised or shared."""
+    """Raises ConfigError if the weights of a module are offloaded, quantised or shared. A parameter
+    by its own name may be shared.
+    """
     if weight_OI.device.type == "meta":
         raise ConfigError(
             message(
@@ -34,6 +37,8 @@ def require_editable(network: PreTrainedModel, module: str, weight_OI: torch.Ten
                 expected="a floating-point dtype",
             )
         )
+    if find_parameter(network, module) is not None:
+        return  # a parameter that is named as such is changed wherever it is used
     storage = weight_OI.untyped_storage().data_ptr()
     sharing = [
         name

@@ -1,9 +1,8 @@
 """The model under edit. `EditableModel.apply` is the only operation that changes weights for good.
 
-Outside this file every matrix is (d_out, d_in). Only this file knows that GPT-2's Conv1D stores the
-transpose. The module's type decides, because the shape of a square matrix does not. A stored weight
-is always W_0 + total, rounded once, with the total summed in float32. In-place addition of small
-updates to a bfloat16 weight would lose most of them.
+Outside `editkit.model.matrices` every matrix is (d_out, d_in). A stored weight is always
+W_0 + total, rounded once, with the total summed in float32. In-place addition of small updates to
+a bfloat16 weight would lose most of them.
 
 Shape letters: O d_out, I d_in, N any leading shape, B rows, T tokens, D width of the residual
 stream, V vocabulary.
@@ -25,10 +24,11 @@ from editkit.linalg.total import Total
 from editkit.model.architecture import context_length
 from editkit.model.chat import ChatTemplate
 from editkit.model.editability import require_editable
-from editkit.model.families import Family, Outline, check_family, not_a_matrix
+from editkit.model.families import Family, Outline, check_family
 from editkit.model.fingerprint import fingerprint
 from editkit.model.head import is_matrix, own_logits
 from editkit.model.history import Mark
+from editkit.model.matrices import find_parameter, matrix_of, rows_of
 from editkit.model.shortcuts import Shortcuts
 from editkit.model.tokens import PromptBatch, require_offsets
 
@@ -167,15 +167,11 @@ class EditableModel:
     def weight(self, module: str) -> torch.Tensor:
         """(O, I): the current matrix, as a view of the stored weights. Callers must not
         write it.
-        """
-        from transformers.pytorch_utils import Conv1D
 
-        layer = self.module(module)
-        if isinstance(layer, Conv1D):
-            return layer.weight.detach().T
-        if isinstance(layer, torch.nn.Linear):
-            return layer.weight.detach()
-        raise ConfigError(not_a_matrix(module, layer))
+        The name may also be that of a parameter (a bias, a norm, embeddings), as rows.
+        """
+        parameter = find_parameter(self.network, module)
+        return matrix_of(module, self.module(module)) if parameter is None else rows_of(parameter)
 
     def edit(self, modules: Sequence[str], *, base_device: str | None = None) -> None:
         """Declares matrices that will be edited, and stores their W_0 and a float32 total.

@@ -18,7 +18,7 @@ def labels(config: Mapping[str, Any]) -> Labels:
     ]
     return {
         "model": model_label(config),
-        "editor": _name(config.get("editor")),
+        "editor": _editor(config.get("editor")),
         "restraint": "+".join(restraints) or NONE,
         "dataset": _name(config.get("dataset")),
         "suite": _suite(config.get("suite")),
@@ -37,6 +37,15 @@ def restraint_label(name: str, node: Any) -> str:
     if apply_at == "every":
         return f"{name} every {node.get('every')}"
     return f"{name} at the {apply_at}" if apply_at == "end" else name
+
+
+def _editor(node: Any) -> str:
+    """The editor's name. A model that was edited elsewhere stands for its editor, which is not
+    known.
+    """
+    if isinstance(node, Mapping) and (edited := node.get("edited")):
+        return f"{label_of(None, str(edited))} (edited elsewhere)"
+    return _name(node)
 
 
 def _name(node: Any) -> str:

@@ -137,6 +137,8 @@ def measure_weights(run: Trajectory, state: RunState, view: str) -> Iterator[Eva
             weight_OI, extreme_singular_values(weight_OI, start), None, state.totals[module]
         )
         for metric in ("condition_number", "sigma_max", "sigma_min", "l1_norm"):
+            if metric not in figures:
+                continue  # a vector has no condition number
             value = figures[metric] if math.isfinite(figures[metric]) else None
             measurement = Measurement(
                 kind="weights",

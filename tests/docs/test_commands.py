@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 
+from editkit.cli.evaluate import as_run
 from editkit.cli.main import app
 from editkit.config.build import locate
 from editkit.config.compose import compose
@@ -91,6 +92,8 @@ def assert_targets(words: Sequence[str]) -> None:
 def assert_valid(words: Sequence[str]) -> None:
     """The command parses, and what it composes builds."""
     command, name, rest = find_command(words)
+    if name == "evaluate":
+        name, rest = "run", as_run(rest)
     if name in ("run", "submit"):
         overrides, config_dir = hydra_arguments(rest)
         named = [word for word in rest if word in HYDRA_FLAGS]

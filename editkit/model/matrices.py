@@ -1,0 +1,43 @@
+"""The stored weights of a network as matrices (d_out, d_in). Only this file knows that GPT-2's
+Conv1D stores the transpose. The module's type decides, because the shape of a square matrix does
+not.
+
+Shape letters: O d_out, I d_in.
+"""
+
+from __future__ import annotations
+
+from editkit.errors import ConfigError
+from editkit.lazy import torch
+from editkit.model.families import not_a_matrix
+
+
+def find_parameter(network: torch.nn.Module, name: str) -> torch.nn.Parameter | None:
+    """The parameter of that dotted name; None if there is none, as for the name of a module."""
+    owner, _, last = name.rpartition(".")
+    try:
+        return network.get_submodule(owner)._parameters.get(last)
+    except AttributeError:
+        return None
+
+
+def matrix_of(name: str, module: torch.nn.Module) -> torch.Tensor:
+    """(O, I): the matrix of a module as a view of its weights.
+
+    Raises:
+        ConfigError: the module has no matrix.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return module.weight.detach().T
+    if isinstance(module, torch.nn.Linear):
+        return module.weight.detach()
+    raise ConfigError(not_a_matrix(name, module))
+
+
+def rows_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A parameter as a matrix, as a view of it. A vector is one row; of a stack of matrices, the
+    rows follow each other.
+    """
+    return parameter.detach().view(-1, parameter.shape[-1])
