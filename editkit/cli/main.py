@@ -36,7 +36,7 @@ from editkit.cli.arguments import UNPARSED
 from editkit.errors import ConfigError, OutOfSpace, message
 from editkit.errors import report as show_error
 from editkit.files import out_of_space_number
-from editkit.lazy import wait_passively
+from editkit.lazy import wait_briefly
 
 app = typer.Typer(
     name="editkit",
@@ -53,7 +53,7 @@ def main() -> None:
     full disk is reported in the same way, with exit code 4.
     """
     run.make_importable(Path.cwd())
-    wait_passively()
+    wait_briefly()
     try:
         app()
     except ConfigError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.datasets.base import LoadedDataset
 from editkit.files import read_object, write_atomically
-from editkit.lazy import WAIT_POLICY, torch
+from editkit.lazy import SPIN_COUNT, WAIT_POLICY, torch
 from editkit.runner.inputs import of_dataset
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),  # a launcher's slot
         "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get(WAIT_POLICY),  # of these threads
+        "spin_count": os.environ.get(SPIN_COUNT),
         "command": sys.argv[1:],
     }
 
