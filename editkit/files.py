@@ -92,7 +92,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if the file is missing or holds no JSON object."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

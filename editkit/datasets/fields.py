@@ -183,6 +183,8 @@ class Fields:
             self.note(
                 key, "is not valid Unicode (half of a surrogate pair)", got=ascii(value)[:SHOWN]
             )
+        if "\0" in value:
+            self.note(key, "holds a NUL character", got=shortened(value))
         if not value.strip():
             self.note(
                 key,
@@ -236,5 +238,8 @@ class Fields:
 
 def shortened(value: object) -> str:
     """The representation of a value, cut after `SHOWN` characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # lists in lists
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

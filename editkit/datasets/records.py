@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from editkit.datasets.strict_json import BadJson, is_utf_16, parse
 from editkit.errors import ConfigError, message
 
 DATA_FOLDER = "EDITKIT_DATA"  # environment variable with a folder of datasets
+UTF_8_JSON = "JSON in UTF-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +92,10 @@ def read_json(path: Path, *, key: str) -> Records:
     """The list of records in a JSON file; `key` names the option with the path."""
     content = read_bytes(path, key=key, suffix="json")
     try:
-        records = json.loads(decoded(content, path))
-    except json.JSONDecodeError as error:
-        place = f"{path}, line {error.lineno}, column {error.colno}"
-        raise ConfigError(message(place, f"malformed JSON: {error.msg}")) from None
+        records = parse(content)
+    except BadJson as error:
+        place = f"{path}, line {error.line}, column {error.column}"
+        raise ConfigError(message(place, error.told, expected=UTF_8_JSON)) from None
     if not isinstance(records, list):
         raise ConfigError(
             message(
@@ -112,13 +115,16 @@ def read_json_lines(path: Path, *, key: str) -> Records:
     content = read_bytes(path, key=key, suffix="jsonl")
     records: list[object] = []
     lines: list[int] = []
-    for number, line in enumerate(decoded(content, path).split("\n"), start=1):
+    if is_utf_16(content):
+        raise ConfigError(message(str(path), "the text is UTF-16", expected=UTF_8_JSON))
+    for number, line in enumerate(content.removeprefix(BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            records.append(Malformed(f"{error.msg}, column {error.colno}"))
+            records.append(parse(line))
+        except BadJson as error:
+            problem = error.told.removeprefix("malformed JSON: ")
+            records.append(Malformed(f"{problem}, column {error.column}"))
         lines.append(number)
     return Records(
         records=records, digest=hashlib.sha256(content).hexdigest(), origin=str(path), lines=lines
@@ -149,18 +155,6 @@ def read_bytes(path: Path, *, key: str, suffix: str) -> bytes:
     except OSError as error:
         raise ConfigError(
             message(key, f"the file cannot be read: {error.strerror}", got=str(path))
-        ) from None
-
-
-def decoded(content: bytes, path: Path) -> str:
-    """The text of a UTF-8 file. Raises ConfigError for another encoding."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            message(
-                str(path), f"byte {error.start} is not UTF-8", expected="a file encoded in UTF-8"
-            )
         ) from None
 
 

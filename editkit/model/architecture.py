@@ -176,6 +176,6 @@ def facts_without_download(name: str, id: str) -> dict[str, Any] | None:
             return facts
     except ConfigError:  # loading the model reports it, with a fix
         pass
-    except ValueError:  # a damaged config.json, likewise
+    except (ValueError, RecursionError):  # a damaged config.json, likewise
         return None
     return known_facts().get(name)

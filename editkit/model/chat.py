@@ -69,7 +69,7 @@ def chat_template(tokenizer: Any, choice: str) -> ChatTemplate:
     else:
         path = Path(choice).expanduser()
         try:
-            name, jinja = path.name, path.read_text()
+            name, jinja = path.name, path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(message(KEY, f"cannot be read ({error})", got=choice)) from None
     asked = _rendered(tokenizer, jinja, choice, [("user", USER)])

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from editkit.datasets.strict_json import BadJson, decode, parse_text
 from editkit.datasets.world import generate_world, task_items
 from editkit.errors import ConfigError, message
 
@@ -130,8 +131,8 @@ def locate(folder: str, files: Mapping[str, str]) -> dict[str, Path] | None:
 def read_file(path: Path, *, quotes: bool = False) -> list[Row]:
     """The records of one file, by its suffix. Raises ConfigError if it cannot be read."""
     readers: dict[str, Callable[[str], list[Any]]] = {
-        ".jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()],
-        ".json": json.loads,
+        ".jsonl": _json_lines,
+        ".json": parse_text,
         ".tsv": lambda text: _table(
             text,
             names=None,
@@ -141,14 +142,25 @@ def read_file(path: Path, *, quotes: bool = False) -> list[Row]:
         ".csv": lambda text: _table(text, names=MMLU_COLUMNS),
     }
     try:
-        rows = readers[path.suffix](path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError) as error:  # errors of json, csv and utf-8 are ValueErrors
+        rows = readers[path.suffix](decode(path.read_bytes()))
+    except (OSError, ValueError, csv.Error) as error:  # BadJson is a ValueError
         got = " ".join(str(error).split())
         raise ConfigError(message(str(path), "cannot be read", got=got)) from None
     if not isinstance(rows, list):
         got = type(rows).__name__
         problem, expected = "not a list of records", "a list"
         raise ConfigError(message(str(path), problem, got=got, expected=expected))
+    return rows
+
+
+def _json_lines(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(parse_text(line))
+            except BadJson as error:
+                raise replace(error, line=number) from None
     return rows
 
 
