@@ -47,12 +47,13 @@ def run(*overrides: str, **settings: object) -> RunRecords:
 
 
 def load_run(folder: str | Path) -> RunRecords:
-    """The records of one run, from its folder: `outputs/<experiment>/<name>-<hash>/seed<k>`.
+    """The records of one run, from its folder: `outputs/<experiment>/<name>-<hash>/seed<k>`; or of
+    a foreign run.
 
     Raises:
         ConfigError: the folder is not a run's, or holds malformed lines.
     """
-    return reader.load_run(Path(folder).expanduser())
+    return find.load(Path(folder).expanduser())
 
 
 def load_runs(*folders: str | Path) -> tuple[RunRecords, ...]:

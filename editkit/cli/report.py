@@ -24,7 +24,10 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write a page that compares runs, with figures (PNG, PDF) and tables (LaTeX, Markdown)."""
+    """Write a page that compares runs, with figures (PNG, PDF) and tables (LaTeX, Markdown).
+
+    Folders of MEMIT's case_*.json, and *_results.json of EasyEdit, are compared as foreign runs.
+    """
     from editkit.report.write import report as write
 
     written = write(folders, to, title=title, published=published)

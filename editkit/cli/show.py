@@ -9,7 +9,12 @@ import typer
 
 
 def show(
-    run: Annotated[Path, typer.Argument(help="Folder of a run: outputs/.../seed<k>.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run: outputs/.../seed<k>; or results of MEMIT's or EasyEdit's code."
+        ),
+    ],
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -18,7 +23,10 @@ def show(
         ),
     ] = None,
 ) -> None:
-    """Show the results of a run as a table."""
+    """Show the results of a run as a table.
+
+    A folder of MEMIT's case_*.json, or a *_results.json of EasyEdit, is shown as a foreign run.
+    """
     from rich.console import Console
 
     from editkit.report.show import show as summary

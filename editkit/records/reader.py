@@ -28,7 +28,8 @@ class RunRecords:
     evals: tuple[EvalRecord, ...]
     config: Mapping[str, Any]  # resolved; empty if the run has not written it
     provenance: Mapping[str, Any]
-    status: Literal["done", "failed", "unfinished"]
+    # "foreign": the results of another program (`editkit.records.foreign`)
+    status: Literal["done", "failed", "unfinished", "foreign"]
     failure: Mapping[str, Any] | None = None  # FAILED.json
 
     @property

@@ -11,6 +11,12 @@ MOST_NAMED = 6  # matrices that a note lists
 
 def notes_of(run: RunRecords) -> Iterator[str]:
     """A sentence on each part of a run that editkit did not compute."""
+    if (foreign := run.provenance.get("foreign")) is not None:
+        yield (
+            f"{run.folder}: a foreign run, {foreign['edits']} edits in the layout of "
+            f"{foreign['layout']}. Another program measured its numbers; its files do not tell "
+            "whether edits add up or are taken back one by one"
+        )
     edited = (run.provenance.get("editor") or {}).get("edited")
     if isinstance(edited, dict):
         names = edited.get("differs_in") or []

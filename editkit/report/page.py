@@ -100,7 +100,7 @@ def overview(runs: Sequence[RunRecords]) -> str:
     """How many runs, and how they ended."""
     counts = {
         status: sum(run.status == status for run in runs)
-        for status in ("done", "failed", "unfinished")
+        for status in ("done", "failed", "unfinished", "foreign")
     }
     ended = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     seeds = sorted({int(run.config.get("seed", 0) or 0) for run in runs})

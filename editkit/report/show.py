@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError
-from editkit.records.reader import RunRecords, load_run
+from editkit.records.find import load
+from editkit.records.reader import RunRecords
 from editkit.report.compare.collapse import collapse_points, thresholds_of
 from editkit.report.notes import notes_of
 from editkit.report.protocols import Comparison, compare_protocols, texts
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 
 
 ALL = "all"
+FOREIGN = "foreign"
 GAP = 2  # blanks between two columns
 
 
 def show(folder: Path, *, protocol: str | None = None) -> Summary:
-    """The final table of a run and its collapse points, for a rich console.
+    """The final table of a run and its collapse points, for a rich console. Of a foreign run there
+    are no collapse points.
 
     Args:
         protocol: None is `probability` if it was measured. "all" adds a comparison of all protocols
@@ -43,7 +46,7 @@ def show(folder: Path, *, protocol: str | None = None) -> Summary:
     Raises ConfigError for a folder that holds no run, malformed files, or a protocol that was not
     measured.
     """
-    run = load_run(folder)
+    run = load(folder)
     protocols = editing_protocols(run.evals)
     if protocol not in (None, ALL, *protocols):
         raise ConfigError(
@@ -54,7 +57,11 @@ def show(folder: Path, *, protocol: str | None = None) -> Summary:
     edits = edits_by_step(run.steps)
     views = dict.fromkeys(row.view for row in table.rows) if protocol == ALL else ()
     comparisons = [compare_protocols(run.evals, edits, view=view) for view in views]
-    points = collapse_points(run.evals, edits, thresholds_of(run.config))
+    points = (
+        ()  # whether the edits of a foreign run add up is not known
+        if run.status == FOREIGN
+        else collapse_points(run.evals, edits, thresholds_of(run.config))
+    )
     return Summary(
         title=f"{folder} ({run.status})",
         table=table,
@@ -68,7 +75,7 @@ def show(folder: Path, *, protocol: str | None = None) -> Summary:
 
 def run_table(run: RunRecords, *, protocol: str | None = None) -> Table:
     """The summary of a run as a value. `tables.markdown` formats it for a README."""
-    return summarise(
+    table = summarise(
         run.steps,
         run.evals,
         edits=edits_by_step(run.steps),
@@ -76,6 +83,7 @@ def run_table(run: RunRecords, *, protocol: str | None = None) -> Table:
         trajectory=run.trajectory_view if run.config else None,
         milestones=run.config.get("milestones") or (),
     )
+    return replace(table, is_foreign=run.status == FOREIGN)
 
 
 @dataclass(frozen=True, kw_only=True)

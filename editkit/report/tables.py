@@ -66,6 +66,7 @@ class Table:
     rows: tuple[Row, ...]
     protocol: str | None  # of the editing metrics
     has_rollback: bool = False  # each batch was measured alone, on the otherwise unedited model
+    is_foreign: bool = False  # another program measured the numbers
 
     @property
     def is_of_weights(self) -> bool:
@@ -295,7 +296,11 @@ def caption(table: Table) -> str:
             "and singular value, the sum of the L1 norms; n/f: not finite; -: not measured."
         )
     over = (
-        "each batch alone on the unedited model" if table.has_rollback else "over all edits so far"
+        "each batch alone on the unedited model"
+        if table.has_rollback
+        else "as another program measured them"
+        if table.is_foreign
+        else "over all edits so far"
     )
     protocol = (
         f"Editing metrics by the protocol '{table.protocol}', {over}"

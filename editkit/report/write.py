@@ -75,7 +75,8 @@ def report(
         comparisons={table.title: tuple(compare(table, twins)) for table in tables if table.edits},
         drawings=drawings,
         published=comparisons,
-        collapses=tuple(collapses(subjects)),
+        # Whether the edits of a foreign run add up is not known.
+        collapses=tuple(collapses([each for each in subjects if each.run.status != "foreign"])),
     )
     plotted = {sheet.name: print_sheets.draw(sheet) for sheet in curve_sheets}
     plotted |= {sheet.name: heatmaps.draw(sheet) for sheet in heatmap_sheets}

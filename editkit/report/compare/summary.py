@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from editkit.records.foreign import FOREIGN
 from editkit.report.compare.subjects import Measured
 from editkit.report.figures.panels import WEIGHTS, weights_by_edits
 from editkit.report.tables import (
@@ -217,6 +218,8 @@ def _manner(evals: Sequence[EvalRecord], protocol: str | None) -> str:
             key=str,
         )
     ]
+    variants = {record.measurement.variant or "" for record in records}
+    ways += sorted(variant for variant in variants if variant.startswith(FOREIGN))
     return ", ".join(ways)
 
 
