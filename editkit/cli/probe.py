@@ -160,6 +160,7 @@ def trace_table(
     from editkit.evaluation.known import known_facts_of
     from editkit.model.trace import trace
     from editkit.resources.runtime import Runtime
+    from editkit.runner.self_check import check_reading
 
     parts = Parts(chosen.config, chosen.choices)
     dataset, runtime = parts.one("dataset", AbstractDataset), parts.one("runtime", Runtime)
@@ -167,6 +168,8 @@ def trace_table(
     assert dataset and runtime
     requests = dataset.load(int(chosen.config["seed"])).requests[:facts]
     model = config.load(runtime.device)
+    for warning in check_reading(model, f"{requests[0].full_prompt} {requests[0].target}"):
+        typer.echo(f"warning: {warning}", err=True)
     known = known_facts_of(model, requests)
     effects = trace(
         model, known, num_requests=len(requests), window=window, noise=noise, draws=draws

@@ -169,9 +169,9 @@ def _published(comparisons: Sequence[PublishedComparison]) -> Iterable[str]:
     yield "<h2>Comparison with the published numbers</h2>"
     if any(row.is_stand_in for row in comparisons):
         yield (
-            "<p class='note'>Where a bundled model stands in for the paper's (scale=tiny), "
-            "compare the effect, not the numbers: which row "
-            "is better, what grows, what collapses.</p>"
+            "<p class='note'>Where a smaller model stands in for the paper's (scale=tiny or "
+            "scale=small), compare the effect, not the numbers: which row is better, what grows, "
+            "what collapses.</p>"
         )
     if any(row.published.metric.startswith(KIND_NAMES) for row in comparisons):
         yield f"<p class='note'>{escape(KINDS)}</p>"

@@ -47,6 +47,7 @@ from editkit.runner.known import select_known
 from editkit.runner.lock import locked
 from editkit.runner.plan import digest_of
 from editkit.runner.provenance import recorded_dataset, save_provenance
+from editkit.runner.self_check import check_reading
 from editkit.runner.signals import Received, Stopped, stop_signals
 from editkit.trackers.guarded import Guarded
 from editkit.trackers.logged import warnings_shown
@@ -357,6 +358,8 @@ def load_model(
         require_same(began_with, {CHAT: model.chat.label}, source=source)
     if data.known_only:
         with peaks.phase("known"):
+            first = data.requests[0]  # the answers are scored with shortcuts
+            check_reading(model, f"{first.full_prompt} {first.target}")
             data = select_known(model, data, edits=edits, should_stop=should_stop)
         known = {KNOWN: digest_of(data.requests[:edits])}
         require_same(began_with, known, source="what the unedited model knows")

@@ -21,6 +21,7 @@ from editkit.model.generate import generate
 from editkit.model.load import ModelConfig
 from editkit.model.tokens import encode_prompts, target_ids
 from editkit.runner import known
+from editkit.runner.base import load_model
 from editkit.runner.checkpoint import load_state
 from editkit.runner.known import ASKED, KNOWN, NO_ANSWER, UNKNOWN, select_known
 from editkit.runner.session import run
@@ -263,6 +264,21 @@ def test_the_default_changes_no_folder_and_the_option_does(tmp_path: Path) -> No
 
     assert folder() == folder(without=True)
     assert folder("dataset.known_only=true") != folder()
+
+
+def test_the_answers_are_scored_after_the_check_of_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def select(model: EditableModel, data: LoadedDataset, **_options: Any) -> LoadedDataset:
+        seen.append(model.shortcuts.report())
+        return data
+
+    monkeypatch.setattr("editkit.runner.base.select_known", select)
+    load_model(experiment(tmp_path), None, should_stop=lambda: False, edits=4)
+    [report] = seen
+    assert report["scoring"]["taken"]
 
 
 def test_every_dataset_has_the_option() -> None:
