@@ -31,7 +31,14 @@ from editkit.hypernet.factors import gradient_factors, questions
 from editkit.hypernet.memory import gradient_bytes, network_bytes, training_bytes
 from editkit.hypernet.network import Hypernetwork, NetworkOptions
 from editkit.hypernet.options import TrainingOptions
-from editkit.hypernet.store import SHOWN, Header, load_hypernetwork, read_header, resolve
+from editkit.hypernet.store import (
+    SHOWN,
+    Header,
+    load_hypernetwork,
+    read_header,
+    read_tensors,
+    resolve,
+)
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.model.tokens import encode_with_targets
@@ -104,10 +111,14 @@ class Mend(AbstractEditor[MendPlan]):
         return []
 
     def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
-        """Refuses a hypernetwork that was trained on some of these requests."""
+        """Refuses a damaged hypernetwork, and one that was trained on some of these requests."""
         if lacking := self.lacks():
             return lacking
         assert self.hypernetwork is not None
+        try:
+            read_tensors(self.hypernetwork)
+        except OptionError as error:
+            return list(error.problems)
         header = read_header(self.hypernetwork)
         leaks = header.leaks(requests, data.digest)
         if not leaks:

@@ -1,5 +1,5 @@
 """The safetensors file of a trained hypernetwork. Its header describes the model and the training
-data.
+data, and has a checksum of everything in the file.
 
 The header has the fingerprint of the model, the ids of the training requests with the digest of
 their dataset, and a digest of each prompt. A run that would edit one of these requests is refused,
@@ -21,11 +21,13 @@ from editkit.errors import OptionError, message
 from editkit.files import written_atomically
 from editkit.hypernet.network import Hypernetwork, NetworkOptions
 from editkit.lazy import torch
-from editkit.types import EditRequest
+from editkit.types import EditRequest, TensorState
 
 FILE = "hypernetwork.safetensors"
 ASSET = "asset:"
-FORMAT = 1
+FORMAT = 2
+WITHOUT_CHECKSUM = 1  # the format of earlier versions
+CHECKSUM = "sha256"  # its key in the header
 SHOWN = 5  # number of ids in an error message
 
 
@@ -97,12 +99,23 @@ def save_hypernetwork(
         "facts": dict(facts),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.tensors.items()}
+    header[CHECKSUM] = _checksum(header, tensors)
     with written_atomically(path) as temporary:
         save_file(tensors, temporary, metadata={"editkit": json.dumps(header)})
 
 
+def _checksum(header: Mapping[str, Any], tensors: TensorState) -> str:
+    """The SHA-256 of the header without its checksum and of the tensors, which are on the CPU."""
+    described = {key: value for key, value in header.items() if key != CHECKSUM}
+    total = hashlib.sha256(json.dumps(described).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
 def read_header(path: str) -> Header:
-    """The header of the file. The weights are not read.
+    """The header of the file. The weights are not read, and the checksum is not compared.
 
     Raises:
         OptionError: there is no such file, or it is not a hypernetwork of editkit.
@@ -112,12 +125,8 @@ def read_header(path: str) -> Header:
         fix = "train one with `editkit train editor=mend model=... dataset=...`"
         raise OptionError(message("hypernetwork", f"there is no file {file}", got=path, fix=fix))
     try:
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(
-                json.loads(opened.read(min(length, file.stat().st_size)))["__metadata__"]["editkit"]
-            )
-        assert header["format"] == FORMAT
+        header = _content(file)
+        assert header["format"] in (FORMAT, WITHOUT_CHECKSUM)
         return Header(
             model=header["model"],
             fingerprint=header["fingerprint"],
@@ -136,20 +145,48 @@ def read_header(path: str) -> Header:
         raise OptionError(message("hypernetwork", problem)) from None
 
 
+def _content(file: Path) -> dict[str, Any]:
+    """The header as it is in the file. Raises KeyError, TypeError or ValueError for another one."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        described = json.loads(opened.read(min(length, file.stat().st_size)))
+    content: dict[str, Any] = json.loads(described["__metadata__"]["editkit"])
+    return content
+
+
 def load_hypernetwork(
     path: str, *, device: torch.device | str = "cpu"
 ) -> tuple[Hypernetwork, Header]:
-    """The hypernetwork and the header of its file. Raises OptionError for an unreadable file."""
+    """The hypernetwork and the header of its file.
+
+    Raises:
+        OptionError: the file is unreadable, or does not match its checksum.
+    """
+    header, tensors = read_header(path), read_tensors(path)
+    return Hypernetwork(
+        shapes=header.modules,
+        options=NetworkOptions(**header.network),
+        tensors={name: tensor.to(device) for name, tensor in tensors.items()},
+    ), header
+
+
+def read_tensors(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file whose header was read, on the CPU.
+
+    Raises:
+        OptionError: the file is unreadable, or does not match its checksum.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    header = read_header(path)
+    file = resolve(path)
     try:
-        tensors = load_file(resolve(path), device=str(device))
+        tensors = load_file(file)
     except SafetensorError as error:
-        raise OptionError(
-            message("hypernetwork", f"cannot read {resolve(path)} ({error})")
-        ) from None
-    return Hypernetwork(
-        shapes=header.modules, options=NetworkOptions(**header.network), tensors=tensors
-    ), header
+        raise OptionError(message("hypernetwork", f"cannot read {file} ({error})")) from None
+    content = _content(file)
+    if content["format"] == FORMAT and content.get(CHECKSUM) != _checksum(content, tensors):
+        problem = f"{file} is damaged: it does not match its checksum"
+        fix = "restore the file, or repeat its training"
+        raise OptionError(message("hypernetwork", problem, fix=fix))
+    return tensors

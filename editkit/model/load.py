@@ -16,6 +16,7 @@ from editkit.model.architecture import NAMES, facts_without_download, known_fact
 from editkit.model.chat import ChatTemplate, chat_template, file_problem
 from editkit.model.discover import family_suggestion
 from editkit.model.families import Family, family_of
+from editkit.model.files import files_digest
 from editkit.model.gguf import file_problems
 from editkit.model.hub import is_unreachable, quietly
 from editkit.model.kinds import auto_class, family_of_config, require_decoder
@@ -135,6 +136,17 @@ class ModelConfig:
         return next(
             (int(facts[key]) for key in NAMES["num_positions"] if facts.get(key) is not None), None
         )
+
+    def files_digest(self) -> str | None:
+        """A digest of the files that the model is loaded from, without reading all of large ones;
+        None for a model of the hub.
+
+        Raises:
+            ConfigError: the files are missing.
+        """
+        sources = [self._source(), *([Source(self.tokenizer)] if self.tokenizer else [])]
+        template = Path(self.chat_template or "").expanduser()
+        return files_digest(sources, [template] if template.is_file() else [])
 
     def network_config(self, *, is_local: bool = False) -> Any:
         """The transformers configuration from the checkpoint.

@@ -26,11 +26,8 @@ from editkit.resources.estimate import free_bytes, require_fit
 from editkit.resources.footprint import Demand, Trained
 from editkit.resources.peak_memory import Peaks
 from editkit.resources.runtime import Runtime
-from editkit.runner.checkpoint import (
-    Checkpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from editkit.runner.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from editkit.runner.done import require_unchanged
 from editkit.runner.folder import (
     CONFIG,
     DONE,
@@ -46,7 +43,7 @@ from editkit.runner.inputs import CHAT, KNOWN, MODEL, of_dataset, require_same
 from editkit.runner.known import select_known
 from editkit.runner.lock import locked
 from editkit.runner.plan import digest_of
-from editkit.runner.provenance import recorded_dataset, save_provenance
+from editkit.runner.provenance import save_provenance
 from editkit.runner.self_check import check_reading
 from editkit.runner.signals import Received, Stopped, stop_signals
 from editkit.trackers.guarded import Guarded
@@ -200,11 +197,7 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
         ):
             if settings.resume != "never":
                 if (folder / DONE).exists():
-                    require_same(
-                        recorded_dataset(folder),
-                        of_dataset(settings.data.provenance()),
-                        source=settings.data.origin,
-                    )
+                    require_unchanged(folder, settings.model, settings.data)
                     warn(self.already_done())
                     return OK
                 if leave_failed and (folder / FAILED).exists():
@@ -226,6 +219,7 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
         checkpoint = None if is_anew else read_checkpoint(folder / STATE)
         state = None if checkpoint is None else self.state(checkpoint)
         record_bytes = {} if checkpoint is None else checkpoint.record_bytes
+        files = settings.model.files_digest()  # before they are read
         try:
             work = self.prepare(
                 should_stop=lambda: received.number is not None,
@@ -279,6 +273,7 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
                     save_provenance(
                         folder,
                         work.provenance(),
+                        model_files=files,
                         seconds=time.time() - started,
                         num_lost=num_lost,
                         measured=work.measured(),

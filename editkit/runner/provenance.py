@@ -106,20 +106,22 @@ def save_provenance(
     folder: Path,
     provenance: Mapping[str, Any],
     *,
+    model_files: str | None,
     seconds: float,
     num_lost: int,
     measured: Mapping[str, Any],
 ) -> None:
-    """Writes provenance.json: `provenance`, the time of all sessions with the number of steps that
-    had to be repeated, then `measured`.
+    """Writes provenance.json: `provenance` with the digest of the model's files, the time of all
+    sessions with the number of steps that had to be repeated, then `measured`.
     """
+    model = provenance["model"] | {"files": model_files}
     before = read_provenance(folder)
     sums = {
         "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 3),
         "sessions": before.get("sessions", 0) + 1,
         "steps_made_again": before.get("steps_made_again", 0) + num_lost,
     }
-    content = {**provenance, **sums, **measured}
+    content = {**provenance, "model": model, **sums, **measured}
     write_atomically(folder / PROVENANCE, json.dumps(content, indent=1).encode())
 
 

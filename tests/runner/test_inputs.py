@@ -22,7 +22,9 @@ from editkit.editors.base import Step
 from editkit.errors import ConfigError
 from editkit.evaluation.harness.suite import Suite
 from editkit.evaluation.perplexity import Perplexity
+from editkit.model.files import files_digest
 from editkit.model.load import ModelConfig, require_device
+from editkit.model.source import Source
 from editkit.runner.checkpoint import load_state, restore_generators, save_state
 from editkit.runner.export import export
 from editkit.runner.inputs import of_dataset, require_same
@@ -216,6 +218,58 @@ def test_a_finished_run_is_not_done_for_other_data(tmp_path: Path) -> None:
     assert files(folder) == before
     assert run(experiment(tmp_path, resume="never")) == 0
     assert files(folder)["provenance.json"] != before["provenance.json"]
+
+
+def test_a_finished_run_is_not_done_for_other_weights(tmp_path: Path) -> None:
+    folder = begin(tmp_path, stops_at="")
+    write_model(tmp_path, seed=1)
+    before = files(folder)
+    with pytest.raises(ConfigError, match=r"^model: .*base is not what the run began with"):
+        run(experiment(tmp_path))
+    assert files(folder) == before
+
+
+def test_a_finished_run_is_done_for_the_same_weights_in_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path, stops_at="")
+    loaded: list[str] = []
+    load = ModelConfig.load
+    monkeypatch.setattr(
+        ModelConfig, "load", lambda self, device: loaded.append(device) or load(self, device)
+    )
+    assert run(experiment(tmp_path)) == 0 and not loaded, "the same files: nothing is loaded"
+    network = tiny_model("gpt2").network
+    (tmp_path / "base" / "model.safetensors").unlink()
+    network.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    assert run(experiment(tmp_path)) == 0 and loaded == ["cpu"]
+
+
+def test_a_finished_run_of_an_earlier_version_is_done_whatever_the_weights(tmp_path: Path) -> None:
+    folder = begin(tmp_path, stops_at="")
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert len(provenance["model"].pop("files")) == 32
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    write_model(tmp_path, seed=1)
+    assert run(experiment(tmp_path)) == 0
+
+
+def test_of_a_large_file_the_digest_reads_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("editkit.model.files.WHOLE", 2**20)
+    path, content = tmp_path / "model.safetensors", bytearray(2**21)
+    digests = []
+    for place in (None, 0, 2**20, 2**21 - 1):
+        path.write_bytes(content if place is None else bytes(content[:place]) + b"1" * 2**13)
+        with open(path, "rb+") as file:
+            file.truncate(2**21)
+        digests.append(files_digest([Source(str(tmp_path))]))
+    assert len(set(digests)) == 4
+    (tmp_path / "README.md").write_text("not read")
+    assert files_digest([Source(str(tmp_path)), Source("some/hub-id")]) == digests[-1]
+    assert files_digest([Source("some/hub-id")]) is None
 
 
 def test_the_model_that_the_checkpoint_belongs_to_is_exported_whatever_the_provenance_says(
