@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 _ABSENT = object()
+LONGEST = 1000  # characters of a value in a message
 
 
 def message(
@@ -26,13 +27,18 @@ def message(
         expected: what is allowed.
         fix: what to do, as an imperative without a full stop, or a question.
     """
-    details = [] if got is _ABSENT else [f"got {got!r}"]
+    details = [] if got is _ABSENT else [f"got {_shown(got)}"]
     details += [f"expected {expected}"] if expected else []
     told = f" ({'; '.join(details)})" if details else ""
     sentence = f"{key}: {problem}{told}."
     if not fix:
         return sentence
     return f"{sentence} Fix: {fix}" + ("" if fix.endswith("?") else ".")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:80]}..., {len(text):,} characters"
 
 
 class ConfigError(ValueError):

@@ -15,9 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
+
+from editkit.errors import ConfigError, OutOfSpace, message
 
 LOCK = ".lock"  # the file in a folder whose lock stands for the whole folder
 RETRY_S = 0.02  # between two attempts to take a lock
+LONGEST_PART = 100  # bytes of a file's name that the name of something takes
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
 
 
@@ -59,6 +63,25 @@ def out_of_space_number(error: BaseException) -> int | None:
     return number if number in OUT_OF_SPACE else None
 
 
+def as_invalid(error: Exception) -> ConfigError | None:
+    """The error if it is the user's to fix: a ConfigError, a full disk, or a path that is too long.
+    None for every other error.
+    """
+    if isinstance(error, ConfigError):
+        return error
+    if not isinstance(error, OSError):
+        return None
+    if error.errno == errno.ENAMETOOLONG:
+        expected = "at most 255 bytes between two slashes, and 4,095 in all"
+        return ConfigError(
+            message("path", "it is too long", got=str(error.filename), expected=expected)
+        )
+    if out_of_space_number(error) is None:
+        return None
+    problem, fix = f"cannot be written ({error.strerror})", "free space and repeat the command"
+    return OutOfSpace(message(error.filename or "output", problem, fix=fix))
+
+
 def take_lock(file: IO[Any], *, patience_s: float | None = 0.0, shared: bool = False) -> bool:
     """Returns whether this process now holds the lock of an open file.
 
@@ -88,6 +111,17 @@ def take_lock(file: IO[Any], *, patience_s: float | None = 0.0, shared: bool = F
             time.sleep(RETRY_S)
 
 
+def file_name(text: str) -> str:
+    """The text as a part of a file's name, with %XX for what could lead elsewhere or act in HTML.
+    `urllib.parse.unquote` gives the text, unless it is so long that a digest replaces its end.
+    """
+    quoted = re.sub(r"[^\w .+=,@~-]", lambda each: quote(each[0], errors="replace", safe=""), text)
+    if len(quoted.encode()) <= LONGEST_PART:
+        return quoted
+    digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8]
+    return f"{quoted.encode()[: LONGEST_PART - 9].decode(errors='ignore')}~{digest}"
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if the file is missing or holds no JSON object."""
     try:
@@ -95,6 +129,21 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def not_an_object(path: Path) -> str | None:
+    """Why a file does not hold a JSON object; None if it does."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except UnicodeDecodeError as error:
+        return f"byte {error.start} is not UTF-8"
+    except json.JSONDecodeError as error:
+        return f"malformed JSON in line {error.lineno}, column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError):  # an integer of thousands of digits; thousands of levels
+        return "it is not JSON that can be read"
+    return None if isinstance(value, dict) else f"it holds no object but a {type(value).__name__}"
 
 
 def file_digest(path: Path) -> str:

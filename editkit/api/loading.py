@@ -29,6 +29,7 @@ def load(
     family: Family | str | None = None,
     device: str | None = None,
     chat_template: str | None = None,
+    allow_pickle: bool = False,
 ) -> EditableModel:
     """A model that can be edited.
 
@@ -47,13 +48,16 @@ def load(
             model that is loaded by its name is on the CPU.
         chat_template: how prompts are put to the model: as they are (None), by the chat template of
             the tokenizer ("tokenizer"), or by that of a file.
+        allow_pickle: whether pickled weights (pytorch_model.bin) are loaded, of which only tensors
+            are read.
 
     Raises:
         ConfigError: the model cannot be loaded, its architecture is unknown, or its tokenizer is
             slow or missing.
     """
     if isinstance(model, str | Path):
-        given = {"name": name, "family": family, "chat_template": chat_template}
+        given: dict[str, Any] = {"name": name, "family": family, "chat_template": chat_template}
+        given["allow_pickle"] = allow_pickle
         return _by_name(os.fspath(model), tokenizer, given).load(device or "cpu")
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type") or not hasattr(model, "get_submodule"):

@@ -33,9 +33,8 @@ from editkit.cli import (
     wandb,
 )
 from editkit.cli.arguments import UNPARSED
-from editkit.errors import ConfigError, OutOfSpace, message
 from editkit.errors import report as show_error
-from editkit.files import out_of_space_number
+from editkit.files import as_invalid
 from editkit.lazy import wait_briefly
 
 app = typer.Typer(
@@ -56,18 +55,11 @@ def main() -> None:
     wait_briefly()
     try:
         app()
-    except ConfigError as error:
-        show_error(error)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if out_of_space_number(error) is None:
+    except Exception as error:
+        if (invalid := as_invalid(error)) is None:
             raise
-        problem = f"cannot be written ({error.strerror})"
-        full = OutOfSpace(
-            message(error.filename or "output", problem, fix="free space and repeat the command")
-        )
-        show_error(full)
-        sys.exit(full.exit_code)
+        show_error(invalid)
+        sys.exit(invalid.exit_code)
 
 
 @app.callback(invoke_without_command=True)

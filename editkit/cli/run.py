@@ -19,7 +19,8 @@ from typing import Any
 
 from editkit.config.compose import ROOT, conf_folder
 from editkit.config.explain import composition_errors, explained, unwritable_is_invalid
-from editkit.errors import ConfigError, report
+from editkit.errors import report
+from editkit.files import as_invalid
 from editkit.sweeps.plan import (
     CELLS,
     FAILURE,
@@ -186,11 +187,13 @@ def execute(
             return RunOutcome(
                 code=session.run(experiment, leave_failed=leaves_failed), folder=folder
             )
-    except ConfigError as error:
-        if error.exit_code != INVALID or reports_invalid:
-            report(error, label=label)
-        return RunOutcome(code=error.exit_code, error=" ".join(str(error).split()), folder=folder)
     except Exception as error:
+        invalid = as_invalid(error)
+        if invalid is not None:
+            if invalid.exit_code != INVALID or reports_invalid:
+                report(invalid, label=label)
+            text = " ".join(str(invalid).split())
+            return RunOutcome(code=invalid.exit_code, error=text, folder=folder)
         report_failure(label)
         return RunOutcome(
             code=FAILURE, error=" ".join(f"{type(error).__name__}: {error}".split()), folder=folder

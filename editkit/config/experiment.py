@@ -112,8 +112,8 @@ class Settings:
             expected = f"numbers from 0 to edits={self.edits}"
             problems.append(message("milestones", "out of range", got=outside, expected=expected))
         for key, name in {"name": self.name, "experiment_name": self.experiment_name}.items():
-            if name is not None and not re.fullmatch(r"[\w.+=-]*\w[\w.+=-]*", name):
-                expected = "letters, digits and . _ + = -"
+            if name is not None and not re.fullmatch(r"(?=.{1,100}$)[\w.+=-]*\w[\w.+=-]*", name):
+                expected = "at most 100 letters, digits and . _ + = -"
                 problems.append(message(key, "not a folder name", got=name, expected=expected))
         return problems
 

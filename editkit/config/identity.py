@@ -17,7 +17,7 @@ UNHASHED = (
     *("name", "experiment_name", "seed", "paths", "checkpoint", "resume", "retry_failed"),
     *("when_locked", "tracker", "runtime", "recipe"),
     *("stats.folder", "stats.save_every_s", "evaluation.thresholds"),
-    *("model.device_map", "editor.train", "restraint.eac.source"),
+    *("model.device_map", "model.allow_pickle", "editor.train", "restraint.eac.source"),
 )
 # Options added later, with the value that reproduces earlier behaviour. A run with that value keeps
 # its folder.

@@ -16,7 +16,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +27,8 @@ from editkit.errors import ConfigError, OptionError, message
 
 T = TypeVar("T")
 MISSING = "???"  # OmegaConf's mark of a mandatory value
+LARGEST = 2**63 - 1  # integer of an option: torch takes no larger seed
+LONGEST = 4095  # bytes of a text of an option: the system takes no longer path
 # pydantic's words for JSON, in yaml's.
 WORDS = {"an object": "names and values", "a valid array": "a list"}
 
@@ -154,6 +156,9 @@ def _value(value: Any, annotation: Any, key: str, problems: Problems) -> Any:
     if value == MISSING:
         problems.unset.append(key)
         return None
+    if beyond := list(_beyond_limits(value, key)):
+        problems.add_all(beyond)
+        return None
     # With a `_target_`, the annotation may be an abstract class.
     names_class = isinstance(value, Mapping) and TARGET in value
     nested = next(
@@ -176,6 +181,22 @@ def _value(value: Any, annotation: Any, key: str, problems: Problems) -> Any:
             indices = (str(part) for part in detail["loc"] if isinstance(part, int))
             problems.add_all(_invalid_value(".".join((key, *indices)), detail))
         return None
+
+
+def _beyond_limits(value: Any, key: str) -> Iterator[str]:
+    """The messages for values, also inside of lists, that nothing can take."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        yield message(key, "out of range", got=value, expected=f"at most {LARGEST} (64 bits)")
+    elif isinstance(value, str):
+        size = len(value.encode(errors="surrogatepass"))
+        if size > LONGEST:
+            expected = f"at most {LONGEST:,} bytes"
+            yield message(key, "the text is too long", got=value, expected=expected)
+        elif "\0" in value:
+            yield message(key, "the text holds a NUL character", got=value)
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _beyond_limits(item, f"{key}.{place}")
 
 
 def _invalid_value(key: str, detail: Mapping[str, Any]) -> tuple[str, ...]:

