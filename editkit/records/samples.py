@@ -6,7 +6,9 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
+from editkit.files import file_name
 from editkit.records.reader import RunRecords
 from editkit.types import SampleRecord
 
@@ -18,15 +20,16 @@ def read_samples(run: RunRecords, *, name: str | None = None) -> Iterator[Sample
     run's views: names may hold dashes.
     """
     views = {*run.views, *(run.config.get("restraint") or {})}
-    ordered = sorted(views, key=len, reverse=True)
+    ordered = {file_name(view): view for view in sorted(views, key=len, reverse=True)}
     for path in sorted(run.folder.glob("samples/*.jsonl.gz")):
         step, _, rest = path.name.removesuffix(".jsonl.gz").partition("-")
-        view = next((view for view in ordered if rest.startswith(f"{view}-")), None)
-        if view is not None and step.isdigit() and name in (None, rest.removeprefix(f"{view}-")):
+        quoted = next((view for view in ordered if rest.startswith(f"{view}-")), None)
+        found = rest.removeprefix(f"{quoted}-")
+        if quoted is not None and step.isdigit() and (name is None or found == file_name(name)):
             yield SampleRecord(
                 step=int(step),
-                view=view,
-                name=rest.removeprefix(f"{view}-"),
+                view=ordered[quoted],
+                name=unquote(found) if name is None else name,
                 rows=tuple(_rows(path)),
             )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from editkit.errors import ConfigError, message
-from editkit.files import write_atomically
+from editkit.files import file_name, write_atomically
 from editkit.types import EvalRecord, SampleRecord, StepRecord, as_json
 
 STEPS, EVALS = "steps.jsonl", "evals.jsonl"
@@ -24,7 +24,7 @@ STEPS, EVALS = "steps.jsonl", "evals.jsonl"
 def save_samples(record: SampleRecord, folder: Path) -> Path:
     """Writes `samples/<step>-<view>-<name>.jsonl.gz`. The same record gives the same bytes."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in record.rows)
-    path = folder / f"{record.step:06d}-{record.view}-{record.name}.jsonl.gz"
+    path = folder / f"{record.step:06d}-{file_name(record.view)}-{file_name(record.name)}.jsonl.gz"
     write_atomically(path, gzip.compress(lines.encode(), mtime=0))
     return path
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
 from editkit.report.compare.against_published import HEAD as PUBLISHED_HEAD
 from editkit.report.compare.against_published import PublishedComparison, cells_of, notes_of
 from editkit.report.compare.significance import Comparison
 from editkit.report.compare.summary import Mean, Summary, SummaryColumn, SummaryRow, text_of
+from editkit.report.escape import escape, escape_cell, visible
 
 HEAD = ("model", "editor", "restraint", "seeds")
 _LATEX = {
@@ -49,9 +49,9 @@ def markdown(table: Summary) -> str:
         cells = [f"**{text}**" if best else text for text, best in _cells(table, row)]
         lines.append([row.model, row.editor, row.restraint, _seeds(row), *cells])
     return (
-        f"### {table.title}\n\n"
-        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        + f"\n\n{caption(table)}\n"
+        f"### {escape_cell(table.title)}\n\n"
+        + "\n".join(f"| {' | '.join(map(escape_cell, line))} |" for line in lines)
+        + f"\n\n{escape_cell(caption(table))}\n"
     )
 
 
@@ -115,8 +115,8 @@ def published_markdown(comparisons: Sequence[PublishedComparison]) -> str:
         lines = [PUBLISHED_HEAD, ["---"] * len(PUBLISHED_HEAD), *(cells_of(row) for row in rows)]
         notes = "".join(f"\n{note}\n" for note in notes_of(rows))
         parts.append(
-            f"### {preset}\n\n"
-            + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            f"### {escape_cell(preset)}\n\n"
+            + "\n".join(f"| {' | '.join(map(escape_cell, line))} |" for line in lines)
             + f"\n{notes}"
         )
     return "\n".join(parts)
@@ -174,7 +174,9 @@ def p_text(p: float | None) -> str:
 
 def tex(text: str) -> str:
     """Text for LaTeX, with its special characters escaped."""
-    escaped = "".join(_LATEX.get(character, character) for character in text.replace("\\", "/"))
+    escaped = "".join(
+        _LATEX.get(character, character) for character in visible(text).replace("\\", "/")
+    )
     return escaped.replace("±", r"$\pm$")
 
 

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from editkit.records.reader import RunRecords
@@ -21,6 +20,7 @@ from editkit.report.compare.against_published import (
 from editkit.report.compare.collapse import Collapses
 from editkit.report.compare.significance import Comparison
 from editkit.report.compare.summary import Summary
+from editkit.report.escape import escape
 from editkit.report.figures import curves
 from editkit.report.labels import labels
 from editkit.report.tables import edits_by_step

@@ -12,6 +12,7 @@ from editkit.errors import ConfigError
 from editkit.records.find import load
 from editkit.records.reader import RunRecords
 from editkit.report.compare.collapse import collapse_points, thresholds_of
+from editkit.report.escape import visible
 from editkit.report.notes import notes_of
 from editkit.report.protocols import Comparison, compare_protocols, texts
 from editkit.report.tables import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.console import ConsoleOptions, RenderableType
     from rich.table import Table as RichTable
+    from rich.text import Text as RichText
 
 
 ALL = "all"
@@ -100,37 +102,42 @@ class Summary:
     def __rich_console__(
         self, console: RichConsole, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
-        from rich.text import Text
 
         if not self.table.rows:
-            yield Text(f"{self.title}: no milestone was measured yet.")
+            yield _text(f"{self.title}: no milestone was measured yet.")
             return
         texts = [formatted(self.table, row) for row in self.table.rows]
-        yield Text(self.title, style="bold")
+        yield _text(self.title, style="bold")
         for places in _bands(self.table, texts, width=options.max_width):
             yield _band(self.table, texts, places)
-        yield Text(caption(self.table), style="italic")
+        yield _text(caption(self.table), style="italic")
         for comparison in self.comparisons:
             yield _protocol_table(comparison)
-        yield from map(Text, self.notes)
+        yield from map(_text, self.notes)
+
+
+def _text(content: str, *, style: str = "") -> RichText:
+    """A name may hold characters that steer a terminal."""
+    from rich.text import Text
+
+    return Text(visible(content), style=style)
 
 
 def _protocol_table(comparison: Comparison) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
-    from rich.text import Text
 
     rich_table = RichTable(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{comparison.view}, after {comparison.edits} edits, %",
+        title=_text(f"{comparison.view}, after {comparison.edits} edits, %"),
         title_justify="left",
     )
     rich_table.add_column("", min_width=20)
     for protocol in comparison.protocols:
-        rich_table.add_column(Text(protocol), justify="right", min_width=6)
+        rich_table.add_column(_text(protocol), justify="right", min_width=6)
     for row, cells in zip(comparison.rows, texts(comparison), strict=True):
-        rich_table.add_row(Text(row), *cells)
+        rich_table.add_row(_text(row), *cells)
     return rich_table
 
 
@@ -145,7 +152,9 @@ def _bands(table: Table, texts: Sequence[Sequence[str]], *, width: int) -> list[
     bands: list[list[int]] = [[]]
     room = width - left
     for place, column in enumerate(table.columns):
-        longest_word = max(map(len, column.title.split()))  # a title may wrap between words
+        longest_word = max(
+            map(len, column.title.split()), default=1
+        )  # a title may wrap between words
         needed = max(longest_word, *(len(text[place]) for text in texts)) + GAP
         if needed > room and bands[-1]:
             bands.append([])
@@ -159,7 +168,6 @@ def _band(table: Table, texts: Sequence[Sequence[str]], places: Sequence[int]) -
     """One band of the table: the columns at these places."""
     from rich import box
     from rich.table import Table as RichTable
-    from rich.text import Text
 
     rich_table = RichTable(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP // 2), collapse_padding=True
@@ -167,13 +175,13 @@ def _band(table: Table, texts: Sequence[Sequence[str]], places: Sequence[int]) -
     rich_table.add_column("view", no_wrap=True)
     rich_table.add_column("edits", justify="right", no_wrap=True)
     for place in places:
-        longest_word = max(map(len, table.columns[place].title.split()))
+        longest_word = max(map(len, table.columns[place].title.split()), default=1)
         width = max(longest_word, *(len(row[place]) for row in texts))
-        rich_table.add_column(Text(table.columns[place].title), justify="right", min_width=width)
+        rich_table.add_column(_text(table.columns[place].title), justify="right", min_width=width)
     for view, group in groupby(zip(table.rows, texts, strict=True), key=lambda pair: pair[0].view):
         for place, (row, text) in enumerate(group):
             rich_table.add_row(
-                Text(view if place == 0 else ""),
+                _text(view if place == 0 else ""),
                 str(row.edits),
                 *(text[column] for column in places),
             )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from editkit.errors import ConfigError
+from editkit.files import file_name
+from editkit.report.escape import escape_label
 from editkit.report.figures.axes import UNRESTRAINED_COLOUR, colours, num_columns
 from editkit.report.figures.panels import Line, Panel, Sheet
 
@@ -36,9 +38,8 @@ def draw(sheet: Sheet) -> str:
 
     columns = sheet.columns or num_columns(len(sheet.panels))
     num_rows = -(-len(sheet.panels) // columns)
-    figure = make_subplots(
-        rows=num_rows, cols=columns, subplot_titles=[panel.title for panel in sheet.panels]
-    )
+    titles = [escape_label(panel.title) for panel in sheet.panels]
+    figure = make_subplots(rows=num_rows, cols=columns, subplot_titles=titles)
     styles = styles_of(sheet.panels)
     in_legend: set[str] = set()
     for place, panel in enumerate(sheet.panels):
@@ -72,7 +73,7 @@ def fragment(figure: Any, name: str) -> str:
         figure.to_html(
             full_html=False,
             include_plotlyjs=False,
-            div_id=f"figure-{name}",
+            div_id=f"figure-{file_name(name)}",
             config={"displaylogo": False},
         )
     )
@@ -105,7 +106,7 @@ def _traces(
 ) -> list[dict[str, Any]]:
     """The mean, and a band of one standard deviation if there is one."""
     scale = 100.0 if panel.is_fraction else 1.0
-    common: dict[str, Any] = {"legendgroup": line.subject, "name": line.label}
+    common: dict[str, Any] = {"legendgroup": line.subject, "name": escape_label(line.label)}
     traces: list[dict[str, Any]] = []
     if any(high > low for low, high in zip(line.low, line.high, strict=True)):
         kept = [place for place, mean in enumerate(line.mean) if math.isfinite(mean)]

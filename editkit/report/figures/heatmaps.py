@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from editkit.report.compare.subjects import Measured
+from editkit.report.escape import escape_label
 from editkit.report.figures.panels import label_of
 from editkit.report.figures.retention import retention, retention_protocols
 from editkit.report.tables import edits_by_step
@@ -116,7 +117,10 @@ def draw_interactive(sheet: Heatmaps) -> str:
     figure = make_subplots(
         rows=1,
         cols=len(sheet.maps),
-        subplot_titles=["<br>".join(textwrap.wrap(heatmap.label, 40)) for heatmap in sheet.maps],
+        subplot_titles=[
+            "<br>".join(map(escape_label, textwrap.wrap(heatmap.label, 40)))
+            for heatmap in sheet.maps
+        ],
         shared_yaxes=True,
     )
     for place, heatmap in enumerate(sheet.maps, start=1):
@@ -132,7 +136,7 @@ def draw_interactive(sheet: Heatmaps) -> str:
             "showscale": place == len(sheet.maps),
             "hovertemplate": "edits %{y} after %{x}: %{z:.1f} %",
         }
-        figure.add_trace(go.Heatmap(**trace, name=heatmap.label), row=1, col=place)
+        figure.add_trace(go.Heatmap(**trace, name=escape_label(heatmap.label)), row=1, col=place)
         figure.update_xaxes(title_text="after edits", type="category", row=1, col=place)
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_layout(

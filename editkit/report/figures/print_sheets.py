@@ -8,7 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editkit.files import write_atomically
+from editkit.files import file_name, write_atomically
+from editkit.report.escape import without_markup
 from editkit.report.figures.axes import dress, grid, legend, mark_lost, num_columns
 from editkit.report.figures.curves import styles_of
 from editkit.report.figures.panels import Sheet
@@ -75,7 +76,7 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
         ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
     ):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
-        written.append(folder / f"{name}.{kind}")
+        without_markup(figure).savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+        written.append(folder / f"{file_name(name)}.{kind}")
         write_atomically(written[-1], buffer.getvalue())
     return tuple(written)

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from editkit.files import write_atomically
+from editkit.files import file_name, write_atomically
 from editkit.records.reader import RunRecords, load_run
 from editkit.records.views import UNRESTRAINED
 from editkit.report.columns import EDITING_ORDER, TITLES
+from editkit.report.escape import without_markup
 from editkit.report.figures.axes import (
     colours,
     dress,
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 200
+SPECTRUM = {
+    "condition_number": r"condition number, $\sigma_{\max} / \sigma_{\min}$",
+    "sigma_max": r"largest singular value, $\sigma_{\max}$",
+    "sigma_min": r"smallest singular value, $\sigma_{\min}$",
+}
+L1_NORM = {"l1_norm": r"L1 norm, $\Sigma_{ij}\, |w_{ij}|$"}
+FORMULAS = {*SPECTRUM.values(), *L1_NORM.values()}
 
 
 def draw_figures(folder: Path) -> tuple[Path, ...]:
@@ -69,25 +77,21 @@ def draw_figures(folder: Path) -> tuple[Path, ...]:
         if figure is not None:
             buffer = io.BytesIO()
             # without metadata, the same records give the same bytes
+            without_markup(figure, formulas=FORMULAS)
             figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-            files.append(folder / "figures" / f"{name}.png")
+            files.append(folder / "figures" / f"{file_name(name)}.png")
             write_atomically(files[-1], buffer.getvalue())
     return tuple(files)
 
 
 def draw_spectrum(run: RunRecords) -> Figure | None:
     """Condition number, sigma_max and sigma_min of every edited matrix, on log axes."""
-    titles = {
-        "condition_number": r"condition number, $\sigma_{\max} / \sigma_{\min}$",
-        "sigma_max": r"largest singular value, $\sigma_{\max}$",
-        "sigma_min": r"smallest singular value, $\sigma_{\min}$",
-    }
-    return _draw_weights(run, titles, scale="log")
+    return _draw_weights(run, SPECTRUM, scale="log")
 
 
 def draw_l1_norm(run: RunRecords) -> Figure | None:
     """The L1 norm of every edited matrix."""
-    return _draw_weights(run, {"l1_norm": r"L1 norm, $\Sigma_{ij}\, |w_{ij}|$"}, scale="linear")
+    return _draw_weights(run, L1_NORM, scale="linear")
 
 
 def draw_editing(run: RunRecords, protocol: str | None) -> Figure | None:

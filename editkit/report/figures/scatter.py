@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.records.samples import read_samples
 from editkit.report.compare.subjects import Measured
+from editkit.report.escape import escape_label
 from editkit.report.figures.axes import UNRESTRAINED_COLOUR, colours, legend
 from editkit.report.figures.panels import label_of
 from editkit.report.tables import edits_by_step
@@ -117,7 +118,7 @@ def draw_interactive(scatter: Scatter) -> str:
             go.Scatter(
                 x=cloud.x,
                 y=cloud.y,
-                name=cloud.label,
+                name=escape_label(cloud.label),
                 mode="markers",
                 marker={"color": colour, "size": 7, "opacity": 0.7},
             )
