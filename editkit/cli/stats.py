@@ -117,6 +117,12 @@ def import_stats(
     )
     for each in done:
         typer.echo(f"{each.key.module}: {each.count} keys from {each.path}")
+        if each.is_odd:
+            typer.echo(
+                f"  warning: the mean |k|^2 is {each.length:.2g} times that of the model's own keys"
+                " in a short text; a sum that was taken for a mean (--sum), another layer or"
+                " another model looks like that"
+            )
         if not each.is_definite:
             typer.echo(
                 "  it cannot be inverted, so ROME and MEMIT refuse it; AlphaEdit's null space does"

@@ -7,7 +7,6 @@ do not tell whether edits add up or are taken back one by one, so their numbers 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from editkit.datasets.strict_json import BadJson, parse
 from editkit.errors import ConfigError, message
 from editkit.records.layouts import EASYEDIT, MEMIT, Column, Layout, LayoutError, mapping
 from editkit.records.reader import RunRecords
@@ -107,11 +107,13 @@ def _cases(path: Path) -> tuple[Layout, list[Case], list[str]]:
 def _read(file: Path, problems: list[str]) -> Any:
     """The JSON value of a file; None after adding to `problems`."""
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        problems.append(message(str(file), f"the file cannot be read as JSON: {text}"))
-        return None
+        return parse(file.read_bytes())
+    except BadJson as error:
+        place = f"{file}, line {error.line}, column {error.column}"
+        problems.append(message(place, error.told))
+    except OSError as error:
+        problems.append(message(str(file), f"cannot be read ({error.strerror})"))
+    return None
 
 
 def _objects(read: Sequence[tuple[Path, Any]], layout: Layout, problems: list[str]) -> list[Case]:

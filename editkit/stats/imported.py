@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from editkit.datasets.facts_table import read_table, statements
 from editkit.errors import ConfigError, message
 from editkit.files import file_digest
 from editkit.lazy import torch
+from editkit.model.capture import capture
+from editkit.model.tokens import pad
 from editkit.stats.collect import MomentSum
 from editkit.stats.published import SUFFIXES, Published, read_published
 from editkit.stats.store import MomentKey, list_stored, write
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 
 COMMAND = "editkit stats import"
 ROWS_AT_ONCE = 1024  # bounds the copies of a comparison of a matrix with its transpose
+# How much longer or shorter than the model's own keys those of a file may be, squared, before the
+# import warns. A sum that is taken for a mean is off by the number of keys.
+LONGER = 30
+STATEMENTS = 20  # sentences of the short text
 ASYMMETRY = 100  # entries and their mirror images may differ by so many roundings
 ROUNDING = 4  # of the trace: how negative an eigenvalue may be, in roundings of the file's dtype
 # What published files are called: the matrix's name, then dtype, kind and number of documents.
@@ -43,6 +50,13 @@ class Imported:
     key: MomentKey
     count: int  # of keys
     is_definite: bool  # and can be inverted
+    # mean |k|^2 in the file, in units of that of the model's own keys in a short text
+    length: float
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether the keys are so long or short that they hardly are those of this matrix."""
+        return not 1 / LONGER <= self.length <= LONGER
 
 
 def import_moments(
@@ -287,7 +301,22 @@ def _import(
         imported=file.name,
     )
     write(folder, key, MomentSum(published.sum_II, published.count))
-    return Imported(path=file, key=key, count=published.count, is_definite=is_definite)
+    return Imported(
+        path=file,
+        key=key,
+        count=published.count,
+        is_definite=is_definite,
+        length=float(published.sum_II.trace()) / published.count / own_square(model, module),
+    )
+
+
+def own_square(model: EditableModel, module: str) -> float:
+    """The mean |k|^2 of the keys of a matrix in a short text."""
+    text = " ".join(statements(read_table(), seed=1, num_documents=STATEMENTS))
+    ids = model.tokenizer(text, truncation=True, max_length=model.max_length)["input_ids"]
+    with torch.no_grad(), capture(model, inputs=[module]) as captured:
+        model.final_hidden(pad([ids], device=model.device))
+    return float(captured.inputs[module].double().square().sum(-1).mean())
 
 
 def check_moment(file: Path, published: Published) -> bool:

@@ -29,7 +29,7 @@ from editkit.runner.session import run
 from editkit.stats.build import build as build_moments
 from editkit.stats.imported import import_moments
 from editkit.stats.store import MomentKey, list_stored, verify
-from tests.support.helpers import tiny_model
+from tests.support.helpers import SENTENCES, tiny_model
 from tests.support.statistics import text_stats
 
 KEYS = 500
@@ -122,6 +122,21 @@ def test_a_matrix_alone_needs_its_count_and_gives_the_same_moment(
         moments.second_moment(done.key.module), expected, rtol=1e-6, atol=1e-7
     )
     assert done.count == KEYS and done.key.module == model.down_projections([1])[0]
+
+
+def test_a_sum_that_is_taken_for_a_mean_is_noticed(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    (module,) = model.down_projections([1])
+    collected = build_moments(model, [module], text_stats(tmp_path, "\n".join(SENTENCES * 9)))
+    moment_II, keys = collected.second_moment(module), collected.by_module[module].num_tokens
+    found = []
+    for total, is_sum in ((moment_II, False), (keys * moment_II, True), (keys * moment_II, False)):
+        torch.save(total, tmp_path / "cov.pt")
+        (done,) = import_moments(
+            *(model, tmp_path / "cov.pt", tmp_path / "stats"), layer=1, count=keys, is_sum=is_sum
+        )
+        found.append(done.is_odd)
+    assert found == [False, False, True]
 
 
 def test_the_newest_import_counts_unless_a_path_is_given(tmp_path: Path) -> None:
