@@ -126,7 +126,7 @@ def cases() -> list[Case]:
             chosen = () if restraint == "none" else (restraint,)
             if restraint in inherent(editor) or (chosen and not is_allowed(editor, chosen)):
                 continue
-            quick = (*QUICK[editor], *QUICK.get(restraint, ()))
+            quick = (*QUICK.get(editor, ()), *QUICK.get(restraint, ()))
             choice = (f"editor={editor}", *(f"restraint={name}" for name in chosen))
             found.append(
                 Case(name=f"{editor}-{restraint}", arguments=(*choice, *COMMON, *RUN, *quick))
