@@ -107,6 +107,10 @@ class AbstractEditor(abc.ABC, Generic[PlanT]):
         """Files besides the model that the edits depend on, as plain values."""
         return {}
 
+    def changed_since(self, provenance: Mapping[str, object]) -> list[str]:
+        """Why a complete run with this `provenance` is not one of the present files."""
+        return []
+
     def memory(self, work: Workload) -> EditorMemory:
         """What planning a batch takes. The default: four copies of each edited matrix in float32,
         and a gradient through the whole network for two rows of tokens.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from editkit.editors.base import AbstractEditor, Plan, Step
 from editkit.errors import OptionError, message
 from editkit.lazy import torch
-from editkit.model.difference import OtherWeights, other_weights, source_problems
+from editkit.model.difference import OtherWeights, files_of, other_weights, source_problems
 from editkit.model.families import Outline
 from editkit.resources.workload import EditorMemory, Workload
 from editkit.restraints.base import Place
@@ -67,6 +67,14 @@ class NoEditor(AbstractEditor[Plan]):
     def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
         return self.lacks()
 
+    def changed_since(self, provenance: Mapping[str, object]) -> list[str]:
+        recorded = provenance.get(KEY)
+        then = recorded.get("files") if isinstance(recorded, Mapping) else None
+        if then is None or then == self.files():
+            return []
+        problem = f"the files of {self.edited} are not those that were measured"
+        return [message(KEY, problem, fix="measure it anew with resume=never")]
+
     def memory(self, work: Workload) -> EditorMemory:
         """At most a second model while both are compared."""
         second = work.architecture.num_parameters * work.weight_bytes if self.edited else 0
@@ -76,8 +84,12 @@ class NoEditor(AbstractEditor[Plan]):
         """The edited model, once it was compared with its base."""
         for weights in self._loaded.values():
             about = {"fingerprint": weights.fingerprint, "differs_in": list(weights.by_name)}
-            return {KEY: {"model": self.edited, **about}}
+            return {KEY: {"model": self.edited, "files": self.files(), **about}}
         return {}
+
+    def files(self) -> str | None:
+        """A digest of the edited model's files; None without one, and for a model of the hub."""
+        return None if self.edited is None else files_of(self.edited)
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
         """The fingerprint of the edited model: a run must resume with the same one."""

@@ -51,6 +51,11 @@ def source_problems(model_id: str, key: str) -> list[str]:
     return _under(key, ModelConfig(id=model_id).source_problems())
 
 
+def files_of(model_id: str) -> str | None:
+    """A digest of a model's files, as `ModelConfig.files_digest`."""
+    return ModelConfig(id=model_id).files_digest()
+
+
 def other_weights(base: EditableModel, model_id: str, key: str) -> OtherWeights:
     """The weights of a model where they differ from those of `base`, which has no edits.
 

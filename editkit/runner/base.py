@@ -176,7 +176,9 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
 
     @abc.abstractmethod
     def already_done(self) -> str:
-        """The warning in place of work that is complete."""
+        """The warning in place of work that is complete. Raises ConfigError if its files besides
+        dataset and model have changed since.
+        """
 
     @final
     def run(self, *, leave_failed: bool = False) -> int:

@@ -23,7 +23,12 @@ from editkit.runner.inputs import require_same, second_moment
 from editkit.runner.loop import Event, run_edits
 from editkit.runner.measure import views
 from editkit.runner.plan import DIGITS, Collapse, Trajectory
-from editkit.runner.provenance import describe, earlier_sessions, peak_memory_bytes
+from editkit.runner.provenance import (
+    describe,
+    earlier_sessions,
+    peak_memory_bytes,
+    read_provenance,
+)
 from editkit.runner.self_check import check_editing, check_reading
 from editkit.runner.signals import Stopped
 from editkit.stats.build import build as build_moments
@@ -65,6 +70,9 @@ class RunSession(AbstractSession[Experiment, RunState]):
         )
 
     def already_done(self) -> str:
+        recorded = read_provenance(self.settings.folder).get("editor") or {}
+        if problems := self.settings.editor.changed_since(recorded):
+            raise ConfigError([f"editor.{problem}" for problem in problems])
         return f"already done: {self.settings.folder} (resume=never runs it anew)"
 
 

@@ -244,6 +244,10 @@ def test_a_killed_measurement_resumes_to_the_same_records_and_wants_the_same_mod
         else:
             assert contents[0]["editor"] == resumed[0]["editor"]
     assert (cut.folder / "DONE").exists()
+    assert run(experiment("cut")) == 0  # done already
+    saved(other, edited)
+    with pytest.raises(ConfigError, match=r"editor\.edited: the files of .* that were measured"):
+        run(experiment("cut"))
 
 
 def _lines(path: Path) -> list[str]:
