@@ -163,6 +163,10 @@ def files_by_module(
             raise ConfigError(
                 message("--layer", "is about one file", got=str(path), fix="name the file")
             )
+        if not 0 <= layer < model.num_layers:
+            expected = f"0 to {model.num_layers - 1}"
+            problem = f"{model.name} does not have this layer"
+            raise ConfigError(message("--layer", problem, got=layer, expected=expected))
         return {model.down_projections([layer])[0]: files[0]}
     matrices = _matrices(model)
     by_module: dict[str, list[Path]] = {}

@@ -156,4 +156,6 @@ def _unpickled(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path, error: Exception) -> str:
     text = " ".join(str(error).split())[:120] or type(error).__name__
+    if "allow_pickle" in str(error):  # numpy advises to load it unsafely
+        text = "it is damaged, or holds pickled objects, which are not loaded"
     return message(str(path), f"the file cannot be read: {text}")

@@ -200,7 +200,11 @@ BAD: list[tuple[str, Callable[[Path, int], Any], str]] = [
     ("h.0.pt", lambda path, _: torch.save({"mom2": Hostile()}, path), "more than tensors"),
     ("h.0.pt", write_bytes(b"no pickle"), "the file is damaged"),
     ("h.0.pt", lambda path, _: torch.save([1, 2], path), "no second moment"),
-    ("h.0.npz", savez(mom2=lambda _: numpy.array([Hostile()])), "cannot be read.*allow_pickle"),
+    (
+        "h.0.npz",
+        savez(mom2=lambda _: numpy.array([Hostile()])),
+        "cannot be read: it is damaged, or holds pickled objects",
+    ),
     ("h.0.npz", savez(count=lambda _: 3), "no second moment.*got 'count'"),
     ("h.0.npz", savez(cmom2=lambda n: numpy.eye(n)), "centred covariance"),
     ("h.0.npz", savez(a=numpy.eye, b=numpy.eye), "many matrices"),
@@ -260,6 +264,8 @@ def test_all_bad_files_of_a_folder_are_reported_together(tmp_path: Path) -> None
         import_moments(model, files, tmp_path / "stats")
     with pytest.raises(ConfigError, match="--layer: is about one file"):
         import_moments(model, files, tmp_path / "stats", layer=1)
+    with pytest.raises(ConfigError, match=r"--layer: .* \(got 3; expected 0 to 2\)"):
+        import_moments(model, files / NAME.format(2), tmp_path / "stats", layer=3)
 
 
 def test_a_moment_of_fewer_keys_than_dimensions_is_imported_and_not_inverted(
