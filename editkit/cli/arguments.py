@@ -26,6 +26,11 @@ ConfigDir = Annotated[
         exists=True,
     ),
 ]
+# A sweep is recognised by its values, with or without the flag.
+Multirun = Annotated[
+    bool,
+    typer.Option("--multirun", "-m", help="Accepted, so that a command of `run` can be checked."),
+]
 RunFolders = Annotated[
     list[Path], typer.Argument(help="Runs, or folders of runs: outputs/demo", show_default=False)
 ]

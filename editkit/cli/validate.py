@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from editkit.cli.arguments import ConfigDir, Overrides, composed, console
+from editkit.cli.arguments import ConfigDir, Multirun, Overrides, composed, console
 from editkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ PARTS_OF_SWEEP = ("model", "editor", "restraints", "dataset", "edits")
 UNKNOWN_MEMORY = ("memory", "unknown: the model's sizes are on the Hugging Face hub only")
 
 
-def validate(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
+def validate(
+    overrides: Overrides = None, config_dir: ConfigDir = None, multirun: Multirun = False
+) -> None:
     """Check a configuration, or every cell of a sweep, without loading a model.
 
     The dataset is read and the memory is estimated. If this machine lacks the GPU of the

@@ -32,6 +32,9 @@ def test_a_grid_is_valid_where_the_default_editor_is_not_part_of_it() -> None:
     result = validate("editor=ft,memit,d4s,alphaedit", "batch_size=10")
     assert result.exit_code == 0, result.output
     assert "ok: 4 cells" in result.output
+    assert validate("--multirun", "editor=ft,memit,d4s,alphaedit", "batch_size=10").output == (
+        result.output
+    ), "a command of `run` can be checked as it stands"
     for editor in ("ft", "memit", "d4s", "alphaedit"):
         assert f"editor={editor}" in result.output
     assert result.output.count("2080 requests") == 1, "what all cells share is shown once"
