@@ -92,7 +92,11 @@ hydra_command = functools.partial(
 )
 
 hydra_command("run")(run_command)
-hydra_command("evaluate")(evaluate_command)
+app.command(
+    "evaluate",
+    context_settings=UNPARSED | {"help_option_names": ["--help"]},
+    rich_help_panel=EXPERIMENTS,
+)(evaluate_command)
 hydra_command("submit")(submit.submit)
 app.command("status", rich_help_panel=EXPERIMENTS)(status.status)
 app.command("train", rich_help_panel=EXPERIMENTS)(train.train)

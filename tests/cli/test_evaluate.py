@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from editkit.cli.evaluate import as_run
+from editkit.cli.main import app
 from editkit.cli.run import run
 from editkit.errors import ConfigError
 from editkit.records.reader import load_run
@@ -36,6 +38,11 @@ def test_the_command_is_a_run_without_edits_whose_only_batch_has_them_all() -> N
     assert own[:2] == ["--multirun", "name=x"] and "model=hf" in own and "model.id='./a b'" in own
     assert "editor.edited=gpt2-xl" in own or "editor.edited=openai-community/gpt2-xl" in own
     assert not any(each.startswith(("evaluation=full", "name=a")) for each in own)
+
+
+def test_the_command_explains_itself() -> None:
+    result = CliRunner().invoke(app, ["evaluate", "--help"])
+    assert result.exit_code == 0 and "model=<edited> base=<original>" in result.output
 
 
 def test_all_mistakes_of_the_command_are_reported_together() -> None:
