@@ -27,10 +27,11 @@ _LATEX = {
 
 def caption(table: Summary) -> str:
     """The caption: protocol, aggregation, units and marks."""
+    over = "over all edits so far" if table.is_of_all_edits else table.manner
     scope = (
-        f"Protocol '{table.protocol}', over all edits so far"
+        f"Protocol '{table.protocol}', {over}"
         if table.is_editing and table.protocol
-        else "Over all edits so far"
+        else f"{over[0].upper()}{over[1:]}"
     )
     return (
         f"{scope}; mean ± standard deviation over seeds; metrics and tasks in percent; best of "

@@ -223,12 +223,15 @@ def test_single_edits_and_sequential_ones_share_no_table(tmp_path: Path) -> None
         config_of(0, restraint={}, rollback=True),
         [changed(editing(2, "efficacy", 0.9), timing="rollback")],
     )
-    titles = [
-        each.title
-        for each in summaries(subjects_in(tmp_path))
-        if each.is_editing and each.edits == 4
+    shown = [
+        each for each in summaries(subjects_in(tmp_path)) if each.is_editing and each.edits == 4
     ]
-    assert len(titles) == 2 and any("each batch alone" in title for title in titles)
+    assert len(shown) == 2
+    for each in shown:
+        is_alone = "each batch alone" in each.title
+        assert ("each batch alone" in formats.caption(each)) == is_alone
+        assert ("over all edits so far" in formats.caption(each)) != is_alone
+    assert sum("each batch alone" in each.title for each in shown) == 1
 
 
 def test_a_rows_label_stays_short_however_much_two_subjects_differ(tmp_path: Path) -> None:

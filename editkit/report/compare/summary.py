@@ -29,6 +29,8 @@ from editkit.report.tables import (
 )
 from editkit.types import EvalRecord
 
+ALONE = "each batch alone on the unedited model"
+LAST_ALONE = "the last batch alone in the model"
 LOWER_IS_BETTER = ("perplexity", "forgetting", "kl")  # in a metric's name
 SECONDS = "seconds an edit"
 
@@ -79,7 +81,7 @@ class SummaryRow:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """`protocol` is that of the editing metrics, None of the table of general abilities and
-    weights.
+    weights. `manner` says what is unusual about the measurement, as the title does.
     """
 
     title: str
@@ -87,8 +89,14 @@ class Summary:
     edits: int
     protocol: str | None
     is_editing: bool
+    manner: str = ""
     columns: tuple[SummaryColumn, ...]
     rows: tuple[SummaryRow, ...]
+
+    @property
+    def is_of_all_edits(self) -> bool:
+        """Whether the numbers are those of all edits so far, on top of each other."""
+        return not any(way in self.manner for way in (ALONE, LAST_ALONE, FOREIGN))
 
 
 _Cells = Mapping[tuple[str, int], Mapping[str, Cell]]  # title -> cell, by view and edits
@@ -142,9 +150,7 @@ def _tables(run_view: Measured) -> dict[_Kind, dict[int, dict[str, tuple[Cell, S
         (
             "abilities",
             None,
-            "the last batch alone in the model"
-            if any(r.measurement.timing == "rollback" for r in run.evals)
-            else "",
+            LAST_ALONE if any(r.measurement.timing == "rollback" for r in run.evals) else "",
         )
     )
     by_kind: dict[_Kind, dict[int, dict[str, tuple[Cell, SummaryColumn]]]] = {}
@@ -195,11 +201,7 @@ def _manner(evals: Sequence[EvalRecord], protocol: str | None) -> str:
         and record.measurement.protocol == protocol
         and is_summarised(record)
     ]
-    ways = (
-        ["each batch alone on the unedited model"]
-        if any(record.measurement.timing == "rollback" for record in records)
-        else []
-    )
+    ways = [ALONE] if any(record.measurement.timing == "rollback" for record in records) else []
     ways += [
         f"mean over {unit}s"
         for unit in sorted(
@@ -298,6 +300,7 @@ def _summary(
         dataset=dataset,
         edits=edits,
         protocol=kind[1],
+        manner=kind[2],
         is_editing=kind[0] == "editing",
         columns=tuple(ordered),
         rows=tuple(_with_best(rows, ordered)) if edits else tuple(rows),
