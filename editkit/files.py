@@ -22,6 +22,11 @@ from editkit.errors import ConfigError, OutOfSpace, message
 LOCK = ".lock"  # the file in a folder whose lock stands for the whole folder
 RETRY_S = 0.02  # between two attempts to take a lock
 LONGEST_PART = 100  # bytes of a file's name that the name of something takes
+# What stands at a path, or who may use it, is the user's to change.
+UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
+)
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
 
 
@@ -64,8 +69,8 @@ def out_of_space_number(error: BaseException) -> int | None:
 
 
 def as_invalid(error: Exception) -> ConfigError | None:
-    """The error if it is the user's to fix: a ConfigError, a full disk, or a path that is too long.
-    None for every other error.
+    """The error if it is the user's to fix: a ConfigError, a full disk, or a path that is too long,
+    is no folder, or may not be read or written. None for every other error.
     """
     if isinstance(error, ConfigError):
         return error
@@ -76,6 +81,8 @@ def as_invalid(error: Exception) -> ConfigError | None:
         return ConfigError(
             message("path", "it is too long", got=str(error.filename), expected=expected)
         )
+    if error.errno in UNUSABLE and error.filename is not None:
+        return ConfigError(message(str(error.filename), f"cannot be used ({error.strerror})"))
     if out_of_space_number(error) is None:
         return None
     problem, fix = f"cannot be written ({error.strerror})", "free space and repeat the command"

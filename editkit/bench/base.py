@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -44,6 +45,10 @@ class Options:
         if self.dtype not in ("float32", "float64", "float16", "bfloat16"):
             expected = "float32, float64, float16 or bfloat16"
             problems.append(message("--dtype", "unknown dtype", got=self.dtype, expected=expected))
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            expected = "cpu, cuda, cuda:<number> or mps"
+            problem = "unknown device"
+            problems.append(message("--device", problem, got=self.device, expected=expected))
         problems += [
             message(f"--{name}", "out of range", got=value, expected="at least 1")
             for name, value in (("repeats", self.repeats), ("batch", self.batch))

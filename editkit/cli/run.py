@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from editkit.config.compose import ROOT, conf_folder
-from editkit.config.explain import composition_errors, explained, unwritable_is_invalid
+from editkit.config.explain import (
+    composition_errors,
+    explained,
+    require_keys,
+    unwritable_is_invalid,
+)
 from editkit.errors import report
 from editkit.files import as_invalid
 from editkit.sweeps.plan import (
@@ -58,6 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         hydra_task
     )
     try:
+        require_keys(parse_hydra_arguments(arguments)[0])
         arguments = flags_first(arguments)
         with hydra_arguments(defer_component_values(arguments)):
             application()

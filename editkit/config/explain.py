@@ -25,10 +25,18 @@ def composed(overrides: Sequence[str] | None, config_dir: Path | None) -> Compos
 @contextlib.contextmanager
 def explaining(overrides: Sequence[str], config_dir: Path | None) -> Iterator[None]:
     """Raises every error of a composition as a ConfigError."""
+    require_keys(overrides)
     try:
         yield
     except composition_errors() as error:
         raise explained(error, overrides, config_dir) from None
+
+
+def require_keys(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for overrides without a key, of which Hydra makes a traceback."""
+    problem, expected = "an override without a key", "key=value"
+    if without := [override for override in overrides if override.startswith("=")]:
+        raise ConfigError([message(each, problem, expected=expected) for each in without])
 
 
 def composition_errors() -> tuple[type[Exception], ...]:

@@ -126,7 +126,8 @@ def read_header(path: str) -> Header:
         raise OptionError(message("hypernetwork", f"there is no file {file}", got=path, fix=fix))
     try:
         header = _content(file)
-        assert header["format"] in (FORMAT, WITHOUT_CHECKSUM)
+        if header["format"] not in (FORMAT, WITHOUT_CHECKSUM):
+            raise ValueError(f"its format is {header['format']!r}")
         return Header(
             model=header["model"],
             fingerprint=header["fingerprint"],
@@ -140,7 +141,7 @@ def read_header(path: str) -> Header:
             prompts=frozenset(header["prompts"]),
             facts=header["facts"],
         )
-    except (ValueError, KeyError, TypeError, AssertionError, MemoryError) as error:
+    except (ValueError, KeyError, TypeError, MemoryError) as error:
         problem = f"{file} is not a hypernetwork of editkit ({type(error).__name__}: {error})"
         raise OptionError(message("hypernetwork", problem)) from None
 

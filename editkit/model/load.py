@@ -16,7 +16,7 @@ from editkit.model.architecture import NAMES, facts_without_download, known_fact
 from editkit.model.chat import ChatTemplate, chat_template, file_problem
 from editkit.model.complete import require_complete, require_tokens_of
 from editkit.model.discover import family_suggestion
-from editkit.model.families import Family, family_of
+from editkit.model.families import Family, family_of, known_families
 from editkit.model.files import files_digest
 from editkit.model.folder import (
     ALLOW,
@@ -250,6 +250,10 @@ class ModelConfig:
         that cannot be read.
         """
         problems = [problem for problem in (file_problem(self.chat_template),) if problem]
+        if isinstance(self.family, str) and self.family not in known_families():
+            expected = f"one of {', '.join(sorted(known_families()))}, or module names"
+            problem = "the architecture is not known"
+            problems.append(message("model.family", problem, got=self.family, expected=expected))
         try:
             problems += self._missing(self._source())
             if self.tokenizer:

@@ -55,6 +55,9 @@ def find_source(model_id: str) -> Source:
         return _folder(path, model_id)
     if path.suffix == GGUF and path.is_file():
         return Source(str(path.absolute().parent), path.name)
+    if path.is_file():
+        expected = f"a folder, a {GGUF} file or a hub id"
+        raise ConfigError(message(KEY, "no file of a model", got=model_id, expected=expected))
     if path.suffix == GGUF or _is_path(model_id):
         kind = "file" if path.suffix == GGUF else "folder"
         problem = f"the {kind} does not exist"
