@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from editkit.runner.checkpoint import RunState, load_state
 from tests.support.killing import SIGNALS, cases, trials
 from tests.support.paths import ROOT
 
@@ -18,6 +21,7 @@ TRIALS, TOGETHER = 100, 12
 KILLING = (sys.executable, "-m", "tests.support.killing")
 
 
+@pytest.mark.slow
 def test_trials_cover_every_allowed_pair_and_every_signal() -> None:
     chosen = cases()
     names = {case.name for case in chosen}
@@ -67,6 +71,38 @@ def test_a_few_kills_in_the_slow_tests() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def with_threads(number: int, folder: Path) -> tuple[RunState, list[dict[str, Any]]]:
+    """The end of a run on so many threads: its state, and its evaluations."""
+    quick = ["editor.target.steps=5", "editor.context_lengths=[[4,2]]", "stats.num_documents=500"]
+    places = [f"paths.outputs={folder / str(number)}", f"stats.folder={folder / f'stats{number}'}"]
+    given = ["editor=memit", "edits=6", "suite=none", "tracker=none", f"runtime.threads={number}"]
+    subprocess.run(
+        [sys.executable, "-m", "editkit", "run", *given, *quick, *places],
+        check=True,
+        capture_output=True,
+        timeout=600,
+    )
+    (run,) = (folder / str(number)).glob("*/*/seed0")
+    lines = (run / "evals.jsonl").read_text().splitlines()
+    return load_state(run / "state"), [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+def test_another_number_of_threads_changes_last_digits_and_nothing_else(tmp_path: Path) -> None:
+    (one, evals), (two, others) = with_threads(1, tmp_path), with_threads(2, tmp_path)
+    assert one.contexts == two.contexts and one.inputs["model"] == two.inputs["model"]
+    for module, total in one.totals.items():
+        difference = two.totals[module].dense() - total.dense()
+        assert float(difference.norm() / total.dense().norm()) < 1e-3
+    assert len(evals) == len(others)
+    for record, other in zip(evals, others, strict=True):
+        assert record.keys() == other.keys()
+        for key, value in record.items():
+            assert other[key] == (
+                pytest.approx(value, rel=1e-2, abs=1e-3) if isinstance(value, float) else value
+            )
 
 
 @pytest.mark.kill
