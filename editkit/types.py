@@ -23,6 +23,9 @@ class Probe:
     prompt: str  # with the subject filled in
     answer: str  # bare text
     aliases: tuple[str, ...] = ()  # further right answers, for freely generated texts only
+    # what stands between prompt and answer; None: by what the prompt ends in
+    # (`editkit.datasets.separators`)
+    separator: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +36,8 @@ class EditRequest:
     """
 
     id: str  # "counterfact/17"
-    prompt: str  # holds one "{}" for the subject
-    subject: str  # the text for "{}"
+    prompt: str  # holds one "{}" for the subject; a full prompt if there is none
+    subject: str  # the text for "{}"; empty: the prompt is edited at its last token
     target: str  # the new answer
     target_old: str | None = None  # the answer before the edit (CounterFact: target_true)
     paraphrases: tuple[str, ...] = ()  # full prompts
@@ -60,11 +63,20 @@ class EditRequest:
     # single-hop questions along the chain after the group's edits; like "multi_hop", on the last
     # request of the group only
     hops: tuple[Probe, ...] = ()
+    separator: str | None = None  # as in `Probe`, for the prompts that the target follows
 
     @property
     def full_prompt(self) -> str:
         """The prompt with the subject filled in."""
         return self.prompt.replace("{}", self.subject)
+
+    def probe(self, *, prompt: str | None = None, answer: str | None = None) -> Probe:
+        """The full prompt, or another one, with the target, or another answer."""
+        return Probe(
+            prompt=self.full_prompt if prompt is None else prompt,
+            answer=self.target if answer is None else answer,
+            separator=self.separator,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from editkit.datasets.separators import AUTO, problem_of, separated
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError, message
 from editkit.types import EditRequest
@@ -34,8 +35,8 @@ def batch_of(
     """The requests, checked.
 
     Raises:
-        ConfigError: there is none, there are more than the editor edits at a time, or a prompt
-            does not mark the place of its subject.
+        ConfigError: there is none, there are more than the editor edits at a time, a prompt does
+            not mark the place of its subject, or a separator is invalid.
     """
     batch = (requests,) if isinstance(requests, EditRequest) else tuple(requests)
     if not batch:
@@ -54,8 +55,9 @@ def batch_of(
             fix=f'write "{{}}" in place of {request.subject!r}',
         )
         for request in batch
-        if request.prompt.count("{}") != 1
+        if request.prompt.count("{}") != (1 if request.subject else 0)
     ]
+    problems += filter(None, (problem_of(request.separator or AUTO) for request in batch))
     if problems:
         raise ConfigError(problems)
-    return batch
+    return tuple(separated(request, AUTO) for request in batch)

@@ -33,7 +33,7 @@ from editkit.runner.step import (
 )
 from editkit.stats.build import build as build_moments
 from editkit.stats.store import Moments
-from editkit.types import EditRequest, Probe, TensorState
+from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -311,6 +311,6 @@ def _warn(warnings: Sequence[str]) -> None:
 
 
 def _probabilities(model: EditableModel, requests: Sequence[EditRequest]) -> tuple[float, ...]:
-    probes = [Probe(prompt=request.full_prompt, answer=request.target) for request in requests]
+    probes = [request.probe() for request in requests]
     scores = score(model, probes, tokens_per_batch=TOKENS_PER_BATCH)
     return tuple(scores[probe].probability for probe in probes)

@@ -20,12 +20,12 @@ from editkit.model.capture import add_to_output, capture
 from editkit.model.tokens import (
     PromptBatch,
     encode,
-    encode_with_target,
+    encode_with_targets,
     fill,
     pad,
     subject_position,
 )
-from editkit.targets.sequences import ESSENCE
+from editkit.targets.sequences import essence_of
 from editkit.targets.settings import TargetSettings
 from editkit.types import EditRequest, Probe
 
@@ -65,10 +65,9 @@ def search_target(
 ) -> ReferenceTarget:
     """The search of `targets.search`, with its loss computed from the full logits."""
     filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
-    encoded = [
-        encode_with_target(model.tokenizer, prompt.text, request.target) for prompt in filled
-    ]
-    essence = fill(ESSENCE, request.subject)
+    probes = [request.probe(prompt=prompt.text) for prompt in filled]
+    encoded = [encode_with_targets(model.tokenizer, [probe])[0] for probe in probes]
+    essence = essence_of(request)
     essence_encoded = encode(model.tokenizer, [essence.text])[0]
     batch = pad(
         [*(sequence.ids[:-1] for sequence in encoded), essence_encoded.ids], device=model.device
@@ -315,7 +314,7 @@ def log_probabilities(model: EditableModel, probes: Sequence[Probe]) -> list[flo
     """The mean log-probability of each answer's tokens, from one batch with logits at all
     positions. The probes are those of one record.
     """
-    encoded = [encode_with_target(model.tokenizer, probe.prompt, probe.answer) for probe in probes]
+    encoded = [encode_with_targets(model.tokenizer, [probe])[0] for probe in probes]
     batch = pad([sequence.ids[:-1] for sequence in encoded], device=model.device)
     with torch.no_grad():
         logits_BTV = logits_of(model, batch)

@@ -156,7 +156,8 @@ def trace_table(
     from rich.table import Table
 
     from editkit.config.parts import Parts
-    from editkit.datasets.base import AbstractDataset
+    from editkit.datasets.base import AbstractDataset, loaded
+    from editkit.datasets.separators import joined
     from editkit.evaluation.known import known_facts_of
     from editkit.model.trace import trace
     from editkit.resources.runtime import Runtime
@@ -166,9 +167,9 @@ def trace_table(
     dataset, runtime = parts.one("dataset", AbstractDataset), parts.one("runtime", Runtime)
     parts.finish()
     assert dataset and runtime
-    requests = dataset.load(int(chosen.config["seed"])).requests[:facts]
+    requests = loaded(dataset, int(chosen.config["seed"])).requests[:facts]
     model = config.load(runtime.device)
-    for warning in check_reading(model, f"{requests[0].full_prompt} {requests[0].target}"):
+    for warning in check_reading(model, joined(requests[0].probe())):
         typer.echo(f"warning: {warning}", err=True)
     known = known_facts_of(model, requests)
     effects = trace(

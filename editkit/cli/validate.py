@@ -46,7 +46,7 @@ def show_run(chosen: Composed) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows, problems = checked(chosen)
+    rows, problems = checked(chosen, shows_tokens=True)
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in rows:
         table.add_row(*row)
@@ -148,9 +148,12 @@ def print_sweep(
 
 
 def checked(
-    chosen: Composed, loads: Loads | None = None
+    chosen: Composed, loads: Loads | None = None, *, shows_tokens: bool = False
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """The parts of a run as names and texts, and the problems of its memory.
+
+    Args:
+        shows_tokens: with what takes the tokenizer.
 
     Raises:
         ConfigError: with all problems of the configuration.
@@ -162,7 +165,21 @@ def checked(
     memory = here(experiment.demand, free_bytes=free_bytes(experiment.demand))
     rows = memory.rows() if memory is not None else [UNKNOWN_MEMORY]
     problems = memory.problems() if memory is not None else []
-    return [*summary(experiment, chosen), *rows], list(problems)
+    tokens = token_rows(experiment) if shows_tokens else ()
+    return [*summary(experiment, chosen), *tokens, *rows], list(problems)
+
+
+def token_rows(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """The tokens of the first request."""
+    from editkit.model.probe import local_tokenizer
+    from editkit.model.split import split_of
+
+    tokenizer, reason = local_tokenizer(experiment.model)
+    if tokenizer is None:
+        yield "tokens", f"unknown: {reason}"
+        return
+    chat, requests = experiment.model.chat_of(tokenizer), experiment.data.requests
+    yield "tokens", f"{requests[0].id}: {split_of(tokenizer, requests[0], chat=chat)}"
 
 
 def summary(experiment: Experiment, chosen: Composed) -> Iterator[tuple[str, str]]:

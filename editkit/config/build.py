@@ -16,6 +16,7 @@ from editkit.config.checks import (
     check_model,
     check_requests,
     check_rollback,
+    check_separators,
     checked_suite,
 )
 from editkit.config.experiment import Experiment, Settings, demand_of
@@ -58,6 +59,7 @@ def build(
     check_rollback(parts, settings, restraints)
     data = parts.load(dataset, settings)
     check_requests(parts, editor, data, settings)
+    check_separators(parts, model, data)
     suite = checked_suite(parts, suite, model)
     parts.finish()
     assert settings and model and editor and stats and restraints

@@ -122,6 +122,25 @@ def check_requests(
     parts.problems.add_all(f"editor.{problem}" for problem in problems)
 
 
+def check_separators(parts: Parts, model: ModelConfig | None, data: LoadedDataset | None) -> None:
+    """Separators that a chat template leaves no place for."""
+    if model is None or data is None or model.chat_template is None:
+        return
+    chosen = [request for request in data.requests if request.separator is not None]
+    if chosen:
+        first = chosen[0]
+        parts.problems.add(
+            message(
+                "dataset.separator",
+                "the chat template, and nothing else, stands between a prompt and its target; "
+                f"{len(chosen)} requests have a separator (the first is {first.id})",
+                got=first.separator,
+                expected=f"auto, as model.chat_template={model.chat_template}",
+                fix="leave separators out, or set model.chat_template=null",
+            )
+        )
+
+
 def checked_suite(
     parts: Parts, suite: AbstractEvaluator | None, model: ModelConfig | None
 ) -> AbstractEvaluator | None:

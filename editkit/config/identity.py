@@ -28,6 +28,9 @@ LATER: dict[str, Any] = {
     "evaluation.specificity": False,
     "restraint.d4s.base": "trajectory",
     "dataset.known_only": False,
+    "dataset.separator": "auto",
+    "dataset.subject": "required",
+    "dataset.occurrence": "first",
 }
 # Former paths of configured classes, and where each class is now. The first former path of a class
 # is its stable name. A class that moves again gets one more line.

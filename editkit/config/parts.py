@@ -16,7 +16,7 @@ from editkit.config.experiment import Measuring, Settings
 from editkit.config.identity import TARGET
 from editkit.config.loads import Loads
 from editkit.config.schema import Problems, construct, resolve, unknown_option
-from editkit.datasets.base import AbstractDataset, LoadedDataset
+from editkit.datasets.base import AbstractDataset, LoadedDataset, loaded
 from editkit.datasets.groups import without_split_groups
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError, OptionError, message
@@ -180,7 +180,7 @@ class Parts:
             return None
         try:
             key = ["dataset", self.config["dataset"], settings.seed]
-            data = self.loads.get(key, lambda: dataset.load(settings.seed))
+            data = self.loads.get(key, lambda: loaded(dataset, settings.seed))
         except ConfigError as error:
             self.problems.add_all(error.problems)
             return None

@@ -9,17 +9,19 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from editkit.datasets.fields import Fields
+from editkit.datasets.fields import Fields, Occurrence
 from editkit.datasets.records import Records
+from editkit.datasets.separators import AUTO, WORDS, kinds_of, problem_of, separated
 from editkit.errors import ConfigError, message
 from editkit.types import EditRequest
 
 Order = Literal["file", "shuffled", "reversed"]
 OnBadRecord = Literal["error", "skip"]
 _COUNTS = ("skipped", "left_out", "remarks")
+AT_LAST_TOKEN = "requests whose prompt does not hold the subject, edited at its last token"
 MAX_SHOWN = 20  # problems that one error message lists, unless the dataset wants all of them
 # (fields of a record, its index) -> its requests; problems stay in the findings of the fields
 Parse = Callable[[Fields, int], Sequence[EditRequest]]
@@ -41,6 +43,8 @@ class LoadedDataset:
     remarks: Mapping[str, int] = field(default_factory=dict)
     # options whose values give incomparable results, such as zsRE's target
     variant: Mapping[str, str] = field(default_factory=dict)
+    # what stands between prompts and answers -> number of prompts
+    separators: Mapping[str, int] = field(default_factory=dict)
     # whether the requests are still to be selected by what the unedited model knows
     known_only: bool = False
 
@@ -52,7 +56,10 @@ class LoadedDataset:
             "digest": self.digest,
             "requests": len(self.requests),
         }
-        return facts | {name: dict(getattr(self, name)) for name in ("variant", *_COUNTS)}
+        facts |= {name: dict(getattr(self, name)) for name in ("variant", *_COUNTS, "separators")}
+        if at_last := [request.id for request in self.requests if not request.subject]:
+            facts["edited_at_last_token"] = at_last
+        return facts
 
     def counts(self) -> Iterator[tuple[str, str]]:
         """Pairs (kind, "number x reason") of everything skipped, left out or remarked."""
@@ -75,6 +82,9 @@ class AbstractDataset(abc.ABC):
     # Only facts that the unedited model knows are edited. The runner selects them
     # (`editkit.runner.known`), because that needs the model.
     known_only: bool = False
+    # what stands between a prompt and its target: auto, or the same text for every request without
+    # one of its own (`editkit.datasets.separators`)
+    separator: str = AUTO
 
     @abc.abstractmethod
     def load(self, seed: int) -> LoadedDataset:
@@ -83,6 +93,70 @@ class AbstractDataset(abc.ABC):
         Raises:
             ConfigError: data is missing or malformed; all problems are reported together.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractFullPrompts(AbstractDataset):
+    """A dataset whose records hold a full prompt and the subject, which is looked for in it."""
+
+    # what to do with a prompt that does not hold the subject: refuse it, or edit at its last token
+    # (`fact_token: last` of the published code)
+    subject: Literal["required", "last_token"] = "required"
+    # which one is the subject where it stands several times: in the prompt as a whole word, else
+    # anywhere
+    occurrence: Occurrence = "first"
+
+    def subject_of(self, fields: Fields, key: str) -> str:
+        """The subject of a record. It may be missing where the last token is edited."""
+        if self.subject == "last_token":
+            return fields.optional_text(key) or ""
+        return fields.text(key)
+
+    def located(
+        self,
+        fields: Fields,
+        key: str,
+        subject: str,
+        *,
+        occurrence: Occurrence | None = None,
+        keeps_end: bool = False,
+    ) -> tuple[str, str]:
+        """The prompt with "{}" for the subject, and the subject; or the full prompt and no subject,
+        which is remarked.
+        """
+        prompt = fields.template_of(
+            key,
+            subject,
+            occurrence=occurrence or self.occurrence,
+            may_lack=self.subject == "last_token",
+            keeps_end=keeps_end,
+        )
+        if "{}" in prompt or self.subject == "required":
+            return prompt, subject
+        fields.remark(AT_LAST_TOKEN)
+        return prompt, ""
+
+
+def loaded(dataset: AbstractDataset, seed: int) -> LoadedDataset:
+    """The requests of a dataset with what stands between their prompts and targets. The dataset's
+    options that give incomparable results are in the variant.
+
+    Raises:
+        ConfigError: as `load`, or the separator is invalid.
+    """
+    if problem := problem_of(dataset.separator):
+        raise ConfigError(f"dataset.{problem}")
+    data = dataset.load(seed)
+    requests = tuple(separated(request, dataset.separator) for request in data.requests)
+    variant = dict(data.variant)
+    if dataset.separator != AUTO:
+        variant["separator"] = repr(WORDS.get(dataset.separator, dataset.separator))
+    if isinstance(dataset, AbstractFullPrompts):
+        if dataset.subject != "required":
+            variant["subject"] = dataset.subject
+        if dataset.occurrence != "first":
+            variant["occurrence"] = dataset.occurrence
+    return replace(data, requests=requests, variant=variant, separators=kinds_of(requests))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from editkit.datasets.base import AbstractDataset, LoadedDataset, OnBadRecord, Order, load_records
+from editkit.datasets.base import (
+    AbstractFullPrompts,
+    LoadedDataset,
+    OnBadRecord,
+    Order,
+    load_records,
+)
 from editkit.datasets.fields import Fields
 from editkit.datasets.records import find_records, read_json
 from editkit.errors import ConfigError
@@ -30,7 +36,7 @@ Snippets = Mapping[tuple[str, str], tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CounterFact(AbstractDataset):
+class CounterFact(AbstractFullPrompts):
     """Counterfactual completions with paraphrases, and with neighbours that have the same true
     target.
     """
@@ -66,7 +72,33 @@ class CounterFact(AbstractDataset):
             fields.note(
                 "record", "has neither requested_rewrite (original layout) nor prompt (flat layout)"
             )
-        return _parse_flat(fields, request_id)
+        return self._parse_flat(fields, request_id)
+
+    def _parse_flat(self, fields: Fields, request_id: str) -> EditRequest:
+        subject = self.subject_of(fields, "subject")
+        has_locality = fields.get("locality_prompt") is not None
+        paraphrase = fields.optional_text("rephrase_prompt")
+        prompt, subject = self.located(fields, "prompt", subject)
+        return _distinct_targets(
+            fields,
+            EditRequest(
+                id=request_id,
+                prompt=prompt,
+                subject=subject,
+                target=fields.text("target_new"),
+                target_old=fields.text("ground_truth"),
+                paraphrases=() if paraphrase is None else (paraphrase,),
+                neighbours=(
+                    Probe(
+                        prompt=fields.text("locality_prompt"),
+                        answer=fields.text("locality_ground_truth"),
+                    ),
+                )
+                if has_locality
+                else (),
+            ),
+            key="target_new",
+        )
 
 
 def _parse_original(fields: Fields, request_id: str, snippets: Snippets) -> EditRequest:
@@ -101,32 +133,6 @@ def _parse_original(fields: Fields, request_id: str, snippets: Snippets) -> Edit
             references=snippets.get((str(relation[0]), str(relation[1])), ()),
         ),
         key="requested_rewrite.target_new.str",
-    )
-
-
-def _parse_flat(fields: Fields, request_id: str) -> EditRequest:
-    subject = fields.text("subject")
-    has_locality = fields.get("locality_prompt") is not None
-    paraphrase = fields.optional_text("rephrase_prompt")
-    return _distinct_targets(
-        fields,
-        EditRequest(
-            id=request_id,
-            prompt=fields.template_of("prompt", subject),
-            subject=subject,
-            target=fields.text("target_new"),
-            target_old=fields.text("ground_truth"),
-            paraphrases=() if paraphrase is None else (paraphrase,),
-            neighbours=(
-                Probe(
-                    prompt=fields.text("locality_prompt"),
-                    answer=fields.text("locality_ground_truth"),
-                ),
-            )
-            if has_locality
-            else (),
-        ),
-        key="target_new",
     )
 
 

@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from editkit.datasets.base import AbstractDataset, LoadedDataset, OnBadRecord, Order, load_records
+from editkit.datasets.base import (
+    AbstractFullPrompts,
+    LoadedDataset,
+    OnBadRecord,
+    Order,
+    load_records,
+)
 from editkit.datasets.fields import Fields, shortened
 from editkit.datasets.records import find_records, read_json
 from editkit.types import EditRequest, Probe
@@ -36,7 +42,7 @@ _UNAFFECTED = {"unaffected_subject": "subject", "unaffected_object": "object"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonSense(AbstractDataset):
+class CommonSense(AbstractFullPrompts):
     """Statements whose wrong judgement is to be corrected."""
 
     name: str
@@ -82,7 +88,7 @@ class CommonSense(AbstractDataset):
                 expected="True or False",
             )
         old = _OTHER.get(target)
-        subject = self._part(fields, prefix, annotations)
+        part = self._part(fields, prefix, annotations)
         identity = fields.get("case_id") if fields.get("id") is None else fields.get("id")
         # The file has no judgement of an unaffected statement. It is only compared with that of the
         # unedited model.
@@ -95,9 +101,10 @@ class CommonSense(AbstractDataset):
             for kind, part in _AFFECTED.items()
         }
         portability["reasoning"] = _probes(fields, "affected_reasoning", "True")
+        prompt, subject = self.located(fields, f"{prefix}prompt", part)
         return EditRequest(
             id=f"{self.name}/{self.set}/{index if identity is None else identity}",
-            prompt=_with_colon(fields.template_of(f"{prefix}prompt", subject)),
+            prompt=_with_colon(prompt),
             subject=subject,
             target=target,
             target_old=old,
@@ -116,6 +123,8 @@ class CommonSense(AbstractDataset):
         part = fields.get(key)
         if part is None:
             part = annotations.get(str(fields.get("prompt")), {}).get(self.edit_at)
+        if part is None and self.subject == "last_token":
+            return ""
         if part is None:
             fields.note(
                 key,

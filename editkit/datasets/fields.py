@@ -7,11 +7,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from editkit.datasets.records import Malformed
 from editkit.errors import message
 
 SHOWN = 80  # characters of a value in a message
+Occurrence = Literal["first", "last"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,23 +131,26 @@ class Fields:
             )
         return tuple(map(str, value)) if isinstance(value, Mapping) else ()
 
-    def text(self, key: str) -> str:
-        """A required text that is not blank, without leading and trailing blanks."""
-        return self.checked(key, self.get(key))
+    def text(self, key: str, *, keeps_end: bool = False) -> str:
+        """A required text that is not blank, without leading and trailing blanks and line breaks;
+        with `keeps_end`, without leading ones.
+        """
+        return self.checked(key, self.get(key), keeps_end=keeps_end)
 
     def optional_text(self, key: str) -> str | None:
         """Such a text, or None if the field is missing or null."""
         return None if self.get(key) is None else self.text(key)
 
-    def texts(self, key: str) -> tuple[str, ...]:
+    def texts(self, key: str, *, keeps_end: bool = False) -> tuple[str, ...]:
         """A list of such texts."""
         return tuple(
-            self.checked(f"{key}[{index}]", value) for index, value in enumerate(self._list(key))
+            self.checked(f"{key}[{index}]", value, keeps_end=keeps_end)
+            for index, value in enumerate(self._list(key))
         )
 
-    def optional_texts(self, key: str) -> tuple[str, ...]:
+    def optional_texts(self, key: str, *, keeps_end: bool = False) -> tuple[str, ...]:
         """Such a list, empty if the field is missing or null."""
-        return () if self.get(key) is None else self.texts(key)
+        return () if self.get(key) is None else self.texts(key, keeps_end=keeps_end)
 
     def parts(self, key: str) -> list[Fields]:
         """The readers of a list of nested records, which share this record's findings."""
@@ -172,8 +177,8 @@ class Fields:
                 key, f"is not a {expected} but of type {type(value).__name__}", got=shortened(value)
             )
 
-    def checked(self, key: str, value: object) -> str:
-        """A value that must be a text, without leading and trailing blanks; `key` names it."""
+    def checked(self, key: str, value: object, *, keeps_end: bool = False) -> str:
+        """A value that must be a text, as `text` returns it; `key` names it."""
         if not isinstance(value, str):
             self._wrong_type(key, value, "text")
             return ""
@@ -192,31 +197,44 @@ class Fields:
                 got=shortened(value),
                 expected="a text that is not blank",
             )
-        return value.strip()
+        return value.lstrip() if keeps_end else value.strip()
 
-    def template(self, key: str, subject: str) -> str:
+    def template(self, key: str, subject: str, *, keeps_end: bool = False) -> str:
         """A prompt that contains one "{}" for the subject."""
-        prompt = self.text(key)
+        prompt = self.text(key, keeps_end=keeps_end)
         if prompt and prompt.count("{}") != 1:
             self.note(key, 'does not hold exactly one "{}" for the subject', got=shortened(prompt))
         self._check_subject(subject)
         return prompt
 
-    def template_of(self, key: str, subject: str) -> str:
-        """A full prompt whose first occurrence of the subject as a whole word is replaced by "{}".
+    def template_of(
+        self,
+        key: str,
+        subject: str,
+        *,
+        occurrence: Occurrence = "first",
+        may_lack: bool = False,
+        keeps_end: bool = False,
+    ) -> str:
+        """A full prompt whose first or last occurrence of the subject as a whole word is replaced
+        by "{}".
 
         Other occurrences stay. Single braces are plain text. A literal "{}" is a problem, because
         it looks like the slot.
+
+        Args:
+            may_lack: a prompt that does not hold the subject is returned as it is; otherwise it is
+                a problem.
         """
-        prompt = self.text(key)
+        prompt = self.text(key, keeps_end=keeps_end)
         self._check_subject(subject)
-        if not prompt or not subject:
+        if not prompt or not (subject or may_lack):
             return ""
         if "{}" in prompt:
             self.note(key, 'holds "{}", which marks the subject', got=shortened(prompt))
-        whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)
-        # In scripts without blanks between words there is no whole-word match.
-        start = whole.start() if whole else prompt.find(subject)
+        start = _place(prompt, subject, occurrence) if subject else -1
+        if start < 0 and may_lack:
+            return prompt
         if start < 0:
             self.note(
                 key,
@@ -234,6 +252,17 @@ class Fields:
                 'holds "{}", which marks the subject in a prompt',
                 got=shortened(subject),
             )
+
+
+def _place(prompt: str, subject: str, occurrence: Occurrence) -> int:
+    """Where the subject begins in the prompt: as a whole word, else anywhere, which is right in
+    scripts without blanks between words. -1 if the prompt does not hold it.
+    """
+    which = 0 if occurrence == "first" else -1
+    whole = [found.start() for found in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)]
+    if whole:
+        return whole[which]
+    return prompt.find(subject) if occurrence == "first" else prompt.rfind(subject)
 
 
 def shortened(value: object) -> str:

@@ -2,8 +2,12 @@
 `EditRequest`.
 
 prompt, subject and target are required. prompt is a template with one "{}" for the subject, or a
-full prompt that contains the subject. A probe is {prompt, answer, aliases}, where aliases is
-optional. Unknown names are an error, because they are usually misspelt.
+full prompt that contains the subject; `occurrence` says which one, first or last, if it stands
+there several times. A probe is {prompt, answer, aliases}, where aliases is optional. `separator`
+stands between all prompts of the request and their answers. Unknown names are an error, because
+they are usually misspelt.
+
+Prompts keep the blanks and line breaks that they end in.
 """
 
 from __future__ import annotations
@@ -15,17 +19,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from editkit.datasets.base import AbstractDataset, LoadedDataset, OnBadRecord, Order, load_records
-from editkit.datasets.fields import Fields, shortened
+from editkit.datasets.base import (
+    AbstractFullPrompts,
+    LoadedDataset,
+    OnBadRecord,
+    Order,
+    load_records,
+)
+from editkit.datasets.fields import Fields, Occurrence, shortened
 from editkit.datasets.records import read_json_lines
+from editkit.datasets.separators import EXPECTED, problem_of
 from editkit.types import EditRequest, Probe
 
-_NAMES = tuple(field.name for field in dataclasses.fields(EditRequest))
-_PROBE_NAMES = tuple(field.name for field in dataclasses.fields(Probe))
+_NAMES = (*(field.name for field in dataclasses.fields(EditRequest)), "occurrence")
+_PROBE_NAMES = ("prompt", "answer", "aliases")
+_OCCURRENCES: dict[object, Occurrence | None] = {None: None, "first": "first", "last": "last"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonLines(AbstractDataset):
+class JsonLines(AbstractFullPrompts):
     """Edit requests in editkit's own format."""
 
     name: str
@@ -48,23 +60,28 @@ class JsonLines(AbstractDataset):
 
     def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
         _check_names(fields, _NAMES)
-        subject = fields.text("subject")
+        has_slot = "{}" in str(fields.get("prompt"))
+        subject = fields.text("subject") if has_slot else self.subject_of(fields, "subject")
         target, old = fields.text("target"), fields.optional_text("target_old")
         if target and target == old:
             fields.note(
                 "target", "is the same as target_old: nothing to edit", got=shortened(target)
             )
-        has_slot = "{}" in str(fields.get("prompt"))
+        occurrence = _occurrence(fields)
+        if has_slot:
+            prompt = fields.template("prompt", subject, keeps_end=True)
+        else:
+            prompt, subject = self.located(
+                fields, "prompt", subject, occurrence=occurrence, keeps_end=True
+            )
         return [
             EditRequest(
                 id=f"{self.name}/{_identity(fields, index)}",
-                prompt=fields.template("prompt", subject)
-                if has_slot
-                else fields.template_of("prompt", subject),
+                prompt=prompt,
                 subject=subject,
                 target=target,
                 target_old=old,
-                paraphrases=fields.optional_texts("paraphrases"),
+                paraphrases=fields.optional_texts("paraphrases", keeps_end=True),
                 neighbours=_probes(fields, "neighbours"),
                 locality=_kinds(fields, "locality"),
                 portability=_kinds(fields, "portability"),
@@ -73,6 +90,7 @@ class JsonLines(AbstractDataset):
                 references=fields.optional_texts("references"),
                 group=fields.optional_text("group"),
                 hops=_probes(fields, "hops"),
+                separator=_separator(fields),
             )
         ]
 
@@ -99,6 +117,27 @@ def _identity(fields: Fields, index: int) -> str:
     return str(value).strip()
 
 
+def _occurrence(fields: Fields) -> Occurrence | None:
+    """The record's own choice; None without one."""
+    value = fields.get("occurrence")
+    if not (value is None or isinstance(value, str)) or value not in _OCCURRENCES:
+        expected = "first or last"
+        fields.note("occurrence", "is no choice", got=shortened(value), expected=expected)
+        return None
+    return _OCCURRENCES[value]
+
+
+def _separator(fields: Fields) -> str | None:
+    """The record's own separator; None without one. It may be blank or empty."""
+    value = fields.get("separator")
+    if value is None:
+        return None
+    if not isinstance(value, str) or problem_of(value):
+        fields.note("separator", "is no separator", got=shortened(value), expected=EXPECTED)
+        return None
+    return value
+
+
 def _probes(fields: Fields, key: str) -> tuple[Probe, ...]:
     if fields.get(key) is None:
         return ()
@@ -107,7 +146,7 @@ def _probes(fields: Fields, key: str) -> tuple[Probe, ...]:
         _check_names(part, _PROBE_NAMES)
         probes.append(
             Probe(
-                prompt=part.text("prompt"),
+                prompt=part.text("prompt", keeps_end=True),
                 answer=part.text("answer"),
                 aliases=part.optional_texts("aliases"),
             )

@@ -15,7 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from editkit.datasets.base import AbstractDataset, LoadedDataset, OnBadRecord, Order, load_records
+from editkit.datasets.base import (
+    AbstractFullPrompts,
+    LoadedDataset,
+    OnBadRecord,
+    Order,
+    load_records,
+)
 from editkit.datasets.fields import Fields, shortened
 from editkit.datasets.records import find_records
 from editkit.types import EditRequest, Probe
@@ -31,7 +37,7 @@ _PORTABILITY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnowEdit(AbstractDataset):
+class KnowEdit(AbstractFullPrompts):
     """Facts of Wikidata or sentences of biographies, with portability and locality questions."""
 
     name: str
@@ -62,15 +68,17 @@ class KnowEdit(AbstractDataset):
 
     def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
         is_biography = fields.get("concept") is not None
-        if not is_biography and fields.get("subject") is None:
+        lacks_subject = fields.get("subject") is None and self.subject == "required"
+        if not is_biography and lacks_subject:
             fields.note("record", "has neither subject (facts) nor concept (WikiBio)")
-        subject = fields.text("concept" if is_biography else "subject")
+        subject = self.subject_of(fields, "concept" if is_biography else "subject")
         target = fields.text("labels" if is_biography else "target_new")
         paraphrase = fields.optional_text("rephrase_prompt")
+        prompt, subject = self.located(fields, "text" if is_biography else "prompt", subject)
         return [
             EditRequest(
                 id=f"{self.name}/{index}",
-                prompt=fields.template_of("text" if is_biography else "prompt", subject),
+                prompt=prompt,
                 subject=subject,
                 target=target,
                 target_old=_target_old(fields, target),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 DEEPEST = 100  # lists and objects inside one another
-MOST_DIGITS = 400  # of a whole number
+MOST_DIGITS = 1000  # of a whole number
 SHOWN_PARTS = 6  # of the path to a field
 TOKEN = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|([{}\[\],:])|([^\s{}\[\],:"]+)', re.DOTALL)
 BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")

@@ -8,7 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from editkit.datasets.base import AbstractDataset, LoadedDataset, OnBadRecord, Order, load_records
+from editkit.datasets.base import (
+    AbstractFullPrompts,
+    LoadedDataset,
+    OnBadRecord,
+    Order,
+    load_records,
+)
 from editkit.datasets.fields import Fields
 from editkit.datasets.records import find_records
 from editkit.types import EditRequest, Probe
@@ -17,7 +23,7 @@ _ADVICE = "The file: https://rome.baulab.info/data/dsets/zsre_mend_eval.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZsRE(AbstractDataset):
+class ZsRE(AbstractFullPrompts):
     """Questions with a target answer, a rephrased question and an unrelated question of Natural
     Questions.
     """
@@ -45,7 +51,7 @@ class ZsRE(AbstractDataset):
         )
 
     def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
-        subject = fields.text("subject")
+        subject = self.subject_of(fields, "subject")
         answers = fields.texts("answers")
         if fields.get("answers") == []:
             fields.note("answers", "is empty", expected="at least one true answer")
@@ -61,10 +67,11 @@ class ZsRE(AbstractDataset):
             # own answer (`pred` is another model's).
             target, target_old = next(iter(answers), ""), None
         unrelated = Probe(prompt=_question(fields.text("loc")), answer=fields.text("loc_ans"))
+        prompt, subject = self.located(fields, "src", subject)
         return [
             EditRequest(
                 id=f"{self.name}/{index}",
-                prompt=fields.template_of("src", subject),
+                prompt=prompt,
                 subject=subject,
                 target=target,
                 target_old=target_old,

@@ -165,11 +165,8 @@ def log_probabilities(
     """A function that runs the network as it is then: the mean log-probability of a target token by
     request, (B,) float32, in nats.
     """
-    encoded = encode_with_targets(
-        model.tokenizer,
-        [(request.full_prompt, request.target) for request in requests],
-        chat=model.chat,
-    )
+    probes = [request.probe() for request in requests]
+    encoded = encode_with_targets(model.tokenizer, probes, chat=model.chat)
     positions: Sequence[Sequence[int]]
     if loss == "target":
         rows = [sequence.ids[:-1] for sequence in encoded]

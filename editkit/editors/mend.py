@@ -177,8 +177,8 @@ class Mend(AbstractEditor[MendPlan]):
         """
         model = step.model
         network = self._network(model, bytes(step.state["hypernetwork"].tolist()).hex())
-        prompts = [(request.full_prompt, request.target) for request in step.requests]
-        texts = questions(model, encode_with_targets(model.tokenizer, prompts, chat=model.chat))
+        probes = [request.probe() for request in step.requests]
+        texts = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
         factors, log_p_B = gradient_factors(model, network.modules, texts)
         updates = {}
         with torch.no_grad():

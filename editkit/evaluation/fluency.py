@@ -26,13 +26,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from editkit.datasets.separators import joined, lead_of
 from editkit.errors import OptionError, message
 from editkit.evaluation.base import AbstractEditEvaluator, Moment, Samples, mean_and_stderr
 from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
 from editkit.lazy import missing_packages, torch
 from editkit.model.generate import decode, generate
 from editkit.model.tokens import encode_prompts
-from editkit.types import EditRequest, Measurement
+from editkit.types import EditRequest, Measurement, Probe
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -210,7 +211,9 @@ class Fluency(AbstractEditEvaluator):
         """The texts and scores of each request, as plain JSON values."""
         if not chosen:
             return []
-        prompts = [list(request.generation_prompts) or [request.full_prompt] for request in chosen]
+        prompts = [
+            list(request.generation_prompts) or [lead_of(request.probe())] for request in chosen
+        ]
         texts = iter(self._texts(model, [*itertools.chain(*prompts)]))
         texts_by_request = [[next(texts) for _ in of_request] for of_request in prompts]
         fluencies = [fluency(of_request) for of_request in texts_by_request]
@@ -260,7 +263,8 @@ class Fluency(AbstractEditEvaluator):
             answers = decode(
                 model, [more[: longest - len(ids)] for ids, more in zip(rows, new, strict=True)]
             )
-            return [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
+            pairs = zip(prompts, answers, strict=True)
+            return [joined(Probe(prompt=prompt, answer=answer)) for prompt, answer in pairs]
         return decode(model, [(*ids, *more)[:longest] for ids, more in zip(rows, new, strict=True)])
 
     def _measurement(self, metric: str, scores: Sequence[float]) -> Measurement:

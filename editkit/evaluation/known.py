@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from editkit.errors import ConfigError, message
 from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.model.trace import Fact, facts_of
-from editkit.types import EditRequest, Probe
+from editkit.types import EditRequest
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -26,7 +26,7 @@ def knows(
     unknown.
     """
     probes = [
-        Probe(prompt=request.full_prompt, answer=request.target_old) if request.target_old else None
+        request.probe(answer=request.target_old) if request.target_old else None
         for request in requests
     ]
     scores = score(
@@ -44,6 +44,15 @@ def known_facts_of(model: EditableModel, requests: Sequence[EditRequest]) -> tup
     """The facts of these requests that the model knows, for causal tracing. Raises ConfigError if
     it knows none.
     """
+    if without := [request.id for request in requests if not request.subject]:
+        raise ConfigError(
+            message(
+                "dataset.subject",
+                "causal tracing adds noise to the subject, and the prompts of "
+                f"{len(without)} requests do not hold theirs (the first is {without[0]})",
+                fix="set dataset.subject=required, or leave these requests out",
+            )
+        )
     answers = zip(requests, knows(model, requests), strict=True)
     known = [request for request, is_known in answers if is_known]
     if not known:

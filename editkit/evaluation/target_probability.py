@@ -19,7 +19,7 @@ from editkit.evaluation.base import AbstractEditSamples, Moment, Samples
 from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.lazy import torch
 from editkit.model.editable import EditableModel
-from editkit.types import EditRequest, Measurement, Probe
+from editkit.types import EditRequest, Measurement
 
 SAMPLES = "target_probability"
 AFTER_EDIT = "after_edit"  # key of a view's probabilities right after each edit: (N,)
@@ -85,7 +85,7 @@ class TargetProbability(AbstractEditSamples):
 
     def _probabilities(self, model: EditableModel, requests: Sequence[EditRequest]) -> list[float]:
         """P(target) of each request; nan where it is not finite."""
-        probes = [Probe(prompt=request.full_prompt, answer=request.target) for request in requests]
+        probes = [request.probe() for request in requests]
         scores = score(model, probes, tokens_per_batch=self.tokens_per_batch)
         return [
             scores[probe].probability if scores[probe].is_finite else math.nan for probe in probes

@@ -40,6 +40,11 @@ class Example:
     paraphrase: str
     locality: tuple[Probe, ...]
 
+    @property
+    def question(self) -> Probe:
+        """The paraphrase with the target."""
+        return self.request.probe(prompt=self.paraphrase)
+
 
 def locality_texts(request: EditRequest) -> tuple[Probe, ...]:
     """All locality texts of a request: prompts whose answers the edit must not change."""

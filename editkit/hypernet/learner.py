@@ -248,14 +248,7 @@ class _Learner:
             self.network = self.network.observed(factors)
             with torch.enable_grad():
                 updates = row_updates(self.network, factors)
-                also = (
-                    [
-                        (row - start, earlier[row].paraphrase, earlier[row].request.target)
-                        for row in rows
-                    ]
-                    if earlier
-                    else []
-                )
+                also = [(row - start, earlier[row].question) for row in rows] if earlier else []
                 part_losses = losses(self.model, joined(chain, updates), part, also=also)
                 loss = (
                     options.edit_weight * part_losses.edit_B.sum()

@@ -19,6 +19,7 @@ from editkit.hypernet.examples import Example
 from editkit.hypernet.factors import RowUpdates, enter, log_probabilities, questions, rows_of
 from editkit.lazy import torch
 from editkit.model.tokens import encode_with_targets, pad
+from editkit.types import Probe
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -37,19 +38,17 @@ def losses(
     updates: RowUpdates,
     examples: Sequence[Example],
     *,
-    also: Sequence[tuple[int, str, str]] = (),
+    also: Sequence[tuple[int, Probe]] = (),
 ) -> Losses:
     """The losses of the edited models. Gradients flow into `updates`.
 
     Args:
-        also: further (row, prompt, target) of earlier edits of a row's model. They have the same
-            weight in the row's mean as the row's own edit.
+        also: further (row, prompt with its target) of earlier edits of a row's model. They have
+            the same weight in the row's mean as the row's own edit.
     """
-    pairs = [(example.paraphrase, example.request.target) for example in examples] + [
-        (prompt, target) for _, prompt, target in also
-    ]
-    rows = [*range(len(examples)), *(row for row, _, _ in also)]
-    batch = questions(model, encode_with_targets(model.tokenizer, pairs, chat=model.chat))
+    probes = [*(example.question for example in examples), *(probe for _, probe in also)]
+    rows = [*range(len(examples)), *(row for row, _ in also)]
+    batch = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
     with ExitStack() as hooks:
         enter(hooks, model, rows_of(updates, rows))
         log_p, _ = log_probabilities(model, batch)
@@ -63,10 +62,10 @@ def locality_loss(
     model: EditableModel, updates: RowUpdates, examples: Sequence[Example]
 ) -> torch.Tensor:
     """KL(p_base || p_edited) over the examples' locality texts, (B,)."""
-    pairs = [(probe.prompt, probe.answer) for example in examples for probe in example.locality]
+    probes = [probe for example in examples for probe in example.locality]
     rows = [row for row, example in enumerate(examples) for _ in example.locality]
     batch = pad(
-        [sequence.ids for sequence in encode_with_targets(model.tokenizer, pairs, chat=model.chat)],
+        [each.ids for each in encode_with_targets(model.tokenizer, probes, chat=model.chat)],
         device=model.device,
     )
     is_token_BT = batch.mask_BT.bool()
@@ -95,9 +94,9 @@ def kept_answers(
     """Whether the most probable tokens at the positions of a locality text's answer are those of
     the unedited model, (B, L).
     """
-    pairs = [(probe.prompt, probe.answer) for example in examples for probe in example.locality]
+    probes = [probe for example in examples for probe in example.locality]
     rows = [row for row, example in enumerate(examples) for _ in example.locality]
-    batch = questions(model, encode_with_targets(model.tokenizer, pairs, chat=model.chat))
+    batch = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
     best = []
     for hooked in (None, rows_of(updates, rows)):
         with torch.no_grad(), ExitStack() as hooks:

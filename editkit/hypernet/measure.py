@@ -73,9 +73,9 @@ def _measured(
     """The sums over edits."""
     with torch.no_grad():
         loss = losses(model, updates, chosen)
-        pairs = [(example.request.full_prompt, example.request.target) for example in chosen]
-        pairs += [(example.paraphrase, example.request.target) for example in chosen]
-        batch = questions(model, encode_with_targets(model.tokenizer, pairs, chat=model.chat))
+        probes = [example.request.probe() for example in chosen]
+        probes += [example.question for example in chosen]
+        batch = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
         with ExitStack() as hooks:
             enter(
                 hooks,
@@ -98,5 +98,5 @@ def _measured(
 
 def edits(model: EditableModel, chosen: Sequence[Example]) -> Questions:
     """The prompts and targets of the edits, as the editor gets them."""
-    pairs = [(example.request.full_prompt, example.request.target) for example in chosen]
-    return questions(model, encode_with_targets(model.tokenizer, pairs, chat=model.chat))
+    probes = [example.request.probe() for example in chosen]
+    return questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))

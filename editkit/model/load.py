@@ -90,7 +90,7 @@ class ModelConfig:
         if self.weights == "random":
             config = self.network_config()
             tokenizer = self.load_tokenizer()
-            chat = self._chat(tokenizer)
+            chat = self.chat_of(tokenizer)
             network = random_network(config, device=device, dtype=self.dtype)
             family = self.family_of(config)
             return EditableModel(network, tokenizer, name=self.label, family=family, chat=chat)
@@ -101,7 +101,7 @@ class ModelConfig:
         family = self.family_of(config)
         tokenizer = self.load_tokenizer()
         require_tokens_of(config, tokenizer, key=TOKENIZER if self.tokenizer else KEY)
-        chat = self._chat(tokenizer)
+        chat = self.chat_of(tokenizer)
         places: Any = (
             placement(config, family, self.dtype) if self.device_map else _at_once_on(device)
         )
@@ -270,7 +270,8 @@ class ModelConfig:
         folder = Path(source.place)
         return problems + without_weights(folder, allow_pickle=self.allow_pickle)
 
-    def _chat(self, tokenizer: Any) -> ChatTemplate | None:
+    def chat_of(self, tokenizer: Any) -> ChatTemplate | None:
+        """The chat template that is chosen; None if prompts are put to the model as they are."""
         if self.chat_template is None:
             return None
         return chat_template(tokenizer, self.chat_template)

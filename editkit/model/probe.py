@@ -73,7 +73,7 @@ def probe(config: ModelConfig) -> Probed:
             Matrix(name=name, type=type(module).__name__, is_transposed=is_transposed, shape=shape)
         )
     head: Any = network.get_output_embeddings()
-    tokenizer, reason = _tokenizer(config)
+    tokenizer, reason = local_tokenizer(config)
     return Probed(
         kind=network_config.model_type,
         family=family,
@@ -126,7 +126,8 @@ def behaviour(tokenizer: Any) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _tokenizer(config: ModelConfig) -> tuple[Any, str | None]:
+def local_tokenizer(config: ModelConfig) -> tuple[Any, str | None]:
+    """The tokenizer if this machine has it, otherwise None and the reason."""
     try:
         return config.load_tokenizer(is_local=True), None
     except ConfigError as error:

@@ -1,5 +1,5 @@
-"""Token ids of texts and positions in them. Only this file handles blanks, BOS, padding and the
-subject's last token.
+"""Token ids of texts and positions in them. Only this file joins prompts and targets, and handles
+BOS, padding and the subject's last token.
 
 Every text is tokenised once and as a whole, and the tokenizer's offsets give the positions.
 Tokenising parts and adding their lengths fails if a BOS is counted twice, if a metaspace belongs to
@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from editkit.datasets.separators import between
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
+from editkit.types import Probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,6 +28,9 @@ PLACE = "{}"
 # Any valid id is right, because no padded position is read. The tokenizer's own pad token may be
 # missing or outside the embedding.
 PADDING_ID = 0
+# Stands before a text that is tokenised without its prompt. A text's beginning is another word than
+# the same text after other letters, and no tokenizer makes a token of a newline and letters.
+MARK = "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,16 @@ class Encoded:
                 return index
         raise ValueError(f"no token contains character {character}: the tokenizer drops it")
 
+    def followed_by(self, tail: Sequence[tuple[int, tuple[int, int]]]) -> Encoded:
+        """The text with further tokens, each given as (id, span)."""
+        ids, spans = zip(*tail, strict=True)
+        return Encoded((*self.ids, *ids), (*self.spans, *spans), self.num_special)
+
 
 @dataclass(frozen=True, slots=True)
 class TargetSequence:
     """A prompt and its target, tokenised as one text. The target's tokens begin at `start` and
-    include its leading blank.
+    include the blank before it.
     """
 
     encoded: Encoded
@@ -90,12 +100,17 @@ def fill(prompt: str, subject: str, *, context: str = PLACE) -> FilledPrompt:
     """Fills the subject into the prompt and the prompt into the context, and locates the subject.
 
     The position comes from the template, not from a search, so the subject may occur twice or
-    inside another word. Braces in the subject stay unchanged.
+    inside another word. Braces in the subject stay unchanged. Without a subject, and without a
+    place for one, the prompt's last character is its subject.
 
     Raises:
         ConfigError: the prompt or the context does not contain exactly one "{}", or the subject is
             blank.
     """
+    if not subject and prompt.strip() and PLACE not in prompt and context.count(PLACE) == 1:
+        before, after = context.split(PLACE)
+        end = len(before) + len(prompt.rstrip(" "))
+        return FilledPrompt(before + prompt + after, end - 1, end)
     problems = [
         message(key, "the template is malformed", got=text, expected=f"exactly one {PLACE}")
         for key, text in (("prompt", prompt), ("context", context))
@@ -186,8 +201,8 @@ def encode_prompts(
     *,
     chat: ChatTemplate | None = None,
 ) -> list[tuple[int, ...]]:
-    """The ids of each prompt. Trailing blanks are dropped, because they belong to the next
-    token.
+    """The ids of each text that is continued (`lead_of` of a probe). Trailing blanks are dropped,
+    because they belong to the next token.
     """
     cut = [prompt.rstrip(" ") for prompt in prompts]
     return [encoded.ids for encoded in encode(tokenizer, cut, chat=chat)]
@@ -195,38 +210,49 @@ def encode_prompts(
 
 def encode_with_targets(
     tokenizer: PreTrainedTokenizerFast,
-    pairs: Sequence[tuple[str, str]],
+    probes: Sequence[Probe],
     *,
     chat: ChatTemplate | None = None,
 ) -> list[TargetSequence]:
-    """Tokenises (prompt, target) pairs with exactly one blank between prompt and target.
+    """Tokenises prompts with their answers, and between them what
+    `editkit.datasets.separators.between` chooses: a blank in most scripts.
 
-    A token that contains both the end of the prompt and the blank belongs to the prompt.
+    A token that contains both the end of the prompt and the blank belongs to the prompt. Where
+    nothing stands between, the prompt has the tokens that it has alone: what is trained and scored
+    is what a generation begins with.
 
     Args:
-        chat: the prompt is the user's turn, and the target the beginning of the assistant's. The
-            template, not a blank, stands between them.
+        chat: the prompt is the user's turn, and the answer the beginning of the assistant's. The
+            template, not a separator, stands between them.
 
     Raises:
-        ConfigError: a target is blank, or no token precedes it (an empty prompt with a tokenizer
+        ConfigError: an answer is blank, or no token precedes it (an empty prompt with a tokenizer
             without BOS).
     """
-    cut = [(prompt.rstrip(" "), target.strip()) for prompt, target in pairs]
+    targets = [probe.answer.strip() for probe in probes]
     if problems := [
-        message("target", f"the target of the prompt {prompt!r} is blank")
-        for prompt, target in cut
+        message("target", f"the target of the prompt {probe.prompt!r} is blank")
+        for probe, target in zip(probes, targets, strict=True)
         if not target
     ]:
         raise ConfigError(problems)
+    parts = [parts_of(probe, chat) for probe in probes]
+    texts = [f"{lead}{gap}{target}" for (lead, gap), target in zip(parts, targets, strict=True)]
+    encoded = _encode(tokenizer, texts, chat)
+    if chat is None:
+        unseparated = [index for index, (_, gap) in enumerate(parts) if not gap]
+        leads = _encode(tokenizer, [parts[index][0] for index in unseparated], None)
+        for index, lead in zip(unseparated, leads, strict=True):
+            if encoded[index].ids[: len(lead.ids)] != lead.ids:
+                tail = _continued(tokenizer, targets[index], first=len(parts[index][0]))
+                encoded[index] = encoded[index] if tail is None else lead.followed_by(tail)
     sequences = []
-    between, gap = (chat.after, chat.gap) if chat else ("", " ")
-    texts = [f"{prompt}{between}{gap}{target}" for prompt, target in cut]
-    for (prompt, target), encoded in zip(cut, _encode(tokenizer, texts, chat), strict=True):
-        blank = len(prompt) + len(between)
+    for (lead_text, gap), target, sequence in zip(parts, targets, encoded, strict=True):
+        blank = len(lead_text)
         start = next(
             index
-            for index, (first, after) in enumerate(encoded.spans)
-            if index >= encoded.num_special and (first >= blank or after > blank + len(gap))
+            for index, (first, after) in enumerate(sequence.spans)
+            if index >= sequence.num_special and (first >= blank or after > blank + len(gap))
         )
         if start == 0:
             raise ConfigError(
@@ -236,19 +262,44 @@ def encode_with_targets(
                     f"adds no BOS (target {target!r})",
                 )
             )
-        sequences.append(TargetSequence(encoded, start))
+        sequences.append(TargetSequence(sequence, start))
     return sequences
 
 
+def parts_of(probe: Probe, chat: ChatTemplate | None) -> tuple[str, str]:
+    """What stands before an answer: the text that is continued, and the gap."""
+    if chat is not None:
+        return probe.prompt.rstrip(" ") + chat.after, chat.gap
+    return between(probe.prompt, probe.separator)
+
+
+def _continued(
+    tokenizer: PreTrainedTokenizerFast, text: str, *, first: int
+) -> list[tuple[int, tuple[int, int]]] | None:
+    """The tokens of a text that goes on right after other letters, as (id, span), with the text's
+    first character at `first`. None if the tokenizer makes a token of the mark and the text.
+    """
+    batch = tokenizer(
+        MARK + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    pairs = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+    inside = [(id, span) for id, span in pairs if span[1] > len(MARK)]
+    if not inside or inside[0][1][0] < len(MARK):
+        return None
+    shift = first - len(MARK)
+    return [(id, (start + shift, end + shift)) for id, (start, end) in inside]
+
+
 def encode_with_target(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, target: str
+    tokenizer: PreTrainedTokenizerFast, prompt: str, target: str, *, separator: str | None = None
 ) -> TargetSequence:
     """`encode_with_targets` for one pair."""
-    return encode_with_targets(tokenizer, [(prompt, target)])[0]
+    probe = Probe(prompt=prompt, answer=target, separator=separator)
+    return encode_with_targets(tokenizer, [probe])[0]
 
 
 def target_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> tuple[int, ...]:
-    """The target's tokens after this prompt, with one leading blank and without a BOS."""
+    """The target's tokens after this prompt, with the blank before it and without a BOS."""
     return encode_with_target(tokenizer, prompt, target).target_ids
 
 

@@ -111,8 +111,8 @@ def facts_of(model: EditableModel, requests: Sequence[EditRequest]) -> tuple[Fac
     (`editkit.evaluation.known`).
     """
     facts: list[Fact] = []
-    pairs = [(request.full_prompt, request.target_old or "") for request in requests]
-    sequences = encode_with_targets(model.tokenizer, pairs, chat=model.chat)
+    probes = [request.probe(answer=request.target_old or "") for request in requests]
+    sequences = encode_with_targets(model.tokenizer, probes, chat=model.chat)
     for request, sequence in zip(requests, sequences, strict=True):
         place = fill(request.prompt, request.subject)
         last = subject_position(sequence, place)

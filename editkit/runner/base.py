@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 import yaml
 
 from editkit.datasets.base import LoadedDataset
+from editkit.datasets.separators import joined
 from editkit.files import out_of_space_number, write_atomically
 from editkit.lazy import torch
 from editkit.model.load import ModelConfig, require_device
@@ -357,8 +358,7 @@ def load_model(
         require_same(began_with, {CHAT: model.chat.label}, source=source)
     if data.known_only:
         with peaks.phase("known"):
-            first = data.requests[0]  # the answers are scored with shortcuts
-            check_reading(model, f"{first.full_prompt} {first.target}")
+            check_reading(model, joined(data.requests[0].probe()))  # answers take shortcuts
             data = select_known(model, data, edits=edits, should_stop=should_stop)
         known = {KNOWN: digest_of(data.requests[:edits])}
         require_same(began_with, known, source="what the unedited model knows")

@@ -66,11 +66,11 @@ class _Problem:
 def _too_long(
     model: EditableModel, requests: Sequence[EditRequest], contexts: Sequence[str]
 ) -> Iterator[_Problem]:
-    pairs = [(request.full_prompt, request.target) for request in requests]
+    probes = [request.probe() for request in requests]
     # No position follows the last token, so it is not counted.
     lengths = [
         len(sequence.ids) - 1
-        for sequence in encode_with_targets(model.tokenizer, pairs, chat=model.chat)
+        for sequence in encode_with_targets(model.tokenizer, probes, chat=model.chat)
     ]
     encoded = encode(model.tokenizer, [template.replace(PLACE, "") for template in contexts])
     around = max((len(template.ids) for template in encoded), default=0)
@@ -83,7 +83,7 @@ def _too_long(
                 fill(request.prompt, request.subject, context=context).text for context in contexts
             ]
             sequences = encode_with_targets(
-                model.tokenizer, [(text, request.target) for text in texts], chat=model.chat
+                model.tokenizer, [request.probe(prompt=text) for text in texts], chat=model.chat
             )
             longest = max(len(sequence.ids) - 1 for sequence in sequences)
             if longest > model.max_length:
@@ -101,9 +101,7 @@ def _long_answers(
         for probe in probes
         if 2 * len(probe.answer.encode("utf-8", "surrogatepass")) > model.max_length
     )
-    sequences = encode_with_targets(
-        model.tokenizer, [(probe.prompt, probe.answer) for probe in candidates], chat=model.chat
-    )
+    sequences = encode_with_targets(model.tokenizer, list(candidates), chat=model.chat)
     for probe, sequence in zip(candidates, sequences, strict=True):
         if len(sequence.target_ids) > model.max_length:
             text = f"the answer {shortened(probe.answer)} to {shortened(probe.prompt)} is"

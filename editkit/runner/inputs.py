@@ -5,9 +5,11 @@ A resumed run must find the same inputs. Its records would otherwise come from t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from editkit.datasets.separators import WITH_BLANK
 from editkit.errors import ConfigError, message
 
 # names of inputs; that of second moments is `second_moment(module)`
@@ -23,6 +25,9 @@ def of_dataset(provenance: Mapping[str, Any]) -> dict[str, str]:
     others = {
         f"{DATASET}.{name}": str(value) for name, value in (provenance.get("variant") or {}).items()
     }
+    separators = provenance.get("separators") or {}
+    if set(separators) - {WITH_BLANK}:  # a blank is what every earlier version put
+        others[f"{DATASET}.separators"] = json.dumps(separators, sort_keys=True)
     return {DATASET: str(provenance.get("digest"))} | others
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.config.experiment import Experiment
 from editkit.datasets.groups import without_split_groups
+from editkit.datasets.separators import joined
 from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
@@ -192,7 +193,7 @@ def prepare(
     requests = data.requests[: experiment.edits]
     contexts = None
     if began_with is None:  # a resumed run has its contexts, and passed these checks when it began
-        check_reading(model, f"{requests[0].full_prompt} {requests[0].target}")
+        check_reading(model, joined(requests[0].probe()))
         contexts = editor.contexts(model, torch.Generator().manual_seed(experiment.seed))
         require_room(model, requests, contexts, experiment.evaluation.probes(requests))
         check_editing(model, editor, requests[0])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from editkit.lazy import torch
 from editkit.model.tokens import (
     PLACE,
+    FilledPrompt,
     TargetSequence,
     encode,
     encode_with_targets,
@@ -56,7 +57,7 @@ def prepare(
     """Tokenises a request in its contexts. Raises ConfigError if that is impossible."""
     assert contexts and contexts[0] == PLACE, "the first context is the bare prompt"
     encoded, sites = locate(model, request, contexts)
-    essence = fill(ESSENCE, request.subject)
+    essence = essence_of(request)
     essence_encoded = encode(model.tokenizer, [essence.text], chat=model.chat)[0]
     essence_site = subject_position(essence_encoded, essence)
     return Sequences(
@@ -72,6 +73,13 @@ def prepare(
     )
 
 
+def essence_of(request: EditRequest) -> FilledPrompt:
+    """The KL prompt with the subject, or without one where the request has none."""
+    if request.subject:
+        return fill(ESSENCE, request.subject)
+    return fill(ESSENCE.replace(PLACE, "").strip(), "")
+
+
 def locate(
     model: EditableModel, request: EditRequest, contexts: Sequence[str]
 ) -> tuple[list[TargetSequence], list[int]]:
@@ -80,7 +88,7 @@ def locate(
     """
     filled = [fill(request.prompt, request.subject, context=context) for context in contexts]
     encoded = encode_with_targets(
-        model.tokenizer, [(prompt.text, request.target) for prompt in filled], chat=model.chat
+        model.tokenizer, [request.probe(prompt=prompt.text) for prompt in filled], chat=model.chat
     )
     return encoded, [
         subject_position(sequence, prompt) for sequence, prompt in zip(encoded, filled, strict=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from editkit.config.build import folder_name, memory_demand
-from editkit.config.checks import check_combination
+from editkit.config.checks import check_combination, check_separators
 from editkit.config.experiment import Settings
 from editkit.config.identity import config_hash
 from editkit.config.parts import Parts
@@ -99,6 +99,7 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
         check_combination(parts, settings, editor, None)
         # The number of edits of a run does not matter here.
         data = parts.load(dataset, replace(settings, edits=1, milestones=None))
+        check_separators(parts, model, data)
     else:
         data = None
     parts.finish()

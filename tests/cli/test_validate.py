@@ -111,3 +111,13 @@ def test_the_command_line_overrides_a_grid_by_name_and_a_single_run_is_no_grid()
     ]
     with pytest.raises(ConfigError, match="Could not find 'experiment/nope'"):
         cells_of_command(["experiment=nope"])
+
+
+def test_a_run_shows_the_tokens_of_one_request(tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"prompt": "Paris is in", "subject": "Paris", "target": "France"}\n')
+    options = ("dataset=jsonl", f"dataset.path={path}", "model=tiny-gpt2", "editor=ft")
+    result = validate(*options, "edits=1")
+    assert result.exit_code == 0, result.output
+    output = " ".join(result.output.split())
+    assert "tokens jsonl/1: " in output and "-> ' " in output

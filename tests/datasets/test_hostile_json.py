@@ -20,6 +20,7 @@ from editkit.errors import ConfigError
 from editkit.evaluation.tasks.data import read_file
 from editkit.files import read_object
 from editkit.model.architecture import facts_without_download
+from editkit.records.foreign import load_foreign
 from tests.support.counterfact_files import counterfact, flat, original, question, zsre
 
 COMMON: dict[str, Any] = {"order": "file", "limit": None, "on_bad_record": "error", "id": None}
@@ -121,6 +122,16 @@ def test_one_message_names_file_line_and_field(reader: str, value: str, tmp_path
     problem = problem_of(read, save(tmp_path, data, in_lines=in_lines))
     assert "line 2" in problem
     assert re.search(expected, problem), problem
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_results_of_other_programs_are_read_the_same_way(value: str, tmp_path: Path) -> None:
+    text, expected = VALUES[value]
+    encoding = "latin-1" if value == "latin-1" else "utf-8"
+    data = content({"case_id": 1}, text, in_lines=False).encode(encoding)
+    path = save(tmp_path, data, in_lines=False)
+    problem = problem_of(lambda path: load_foreign(Path(path)), path)
+    assert "line 2" in problem and re.search(expected, problem), problem
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -39,6 +39,8 @@ FULL: dict[str, Any] = {
     "references": ["Lyon lies where two rivers meet."],
     "group": "france",
     "hops": [{"prompt": "What is France's capital?", "answer": "Lyon"}],
+    "separator": None,
+    "occurrence": "first",
 }
 SMALL = {"prompt": "The capital of Spain is", "subject": "Spain", "target": "Seville"}
 
@@ -101,7 +103,7 @@ def test_every_field_is_read_and_only_three_are_required(tmp_path: Path) -> None
 
 
 def test_the_format_has_a_field_for_everything_that_a_request_holds() -> None:
-    assert set(FULL) == set(EditRequest.__dataclass_fields__)
+    assert set(FULL) == {*EditRequest.__dataclass_fields__, "occurrence"}
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,8 @@ LASTS = ("linear", "relu")
 
 
 def asked(model: EditableModel, edits: list[EditRequest]) -> Any:
-    return questions(
-        model,
-        encode_with_targets(model.tokenizer, [(each.full_prompt, each.target) for each in edits]),
-    )
+    probes = [each.probe() for each in edits]
+    return questions(model, encode_with_targets(model.tokenizer, probes))
 
 
 def plain_loss(model: EditableModel, request: EditRequest) -> torch.Tensor:

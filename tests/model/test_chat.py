@@ -71,8 +71,8 @@ def test_tokens_are_those_of_transformers_and_the_targets_begin_the_answer(
 ) -> None:
     model = chat_model(tmp_path, kind, name)
     questions = encode_prompts(model.tokenizer, PROMPTS, chat=model.chat)
-    pairs = [(prompt, " Paris and Rome") for prompt in PROMPTS]
-    sequences = encode_with_targets(model.tokenizer, pairs, chat=model.chat)
+    probes = [Probe(prompt=prompt, answer=" Paris and Rome") for prompt in PROMPTS]
+    sequences = encode_with_targets(model.tokenizer, probes, chat=model.chat)
     for prompt, ids, sequence in zip(PROMPTS, questions, sequences, strict=True):
         assert list(ids) == rendered(model, prompt)
         dialogue = rendered(model, prompt, "Paris and Rome")
@@ -112,9 +112,7 @@ def test_scores_and_answers_are_those_of_the_plain_computation(tmp_path: Path, n
     batched = score(model, probes, tokens_per_batch=4096)
     single = score(model, probes, tokens_per_batch=1)
     for probe in probes:
-        (sequence,) = encode_with_targets(
-            model.tokenizer, [(probe.prompt, probe.answer)], chat=model.chat
-        )
+        (sequence,) = encode_with_targets(model.tokenizer, [probe], chat=model.chat)
         with torch.no_grad():
             logits = model.network(**pad([sequence.ids]).arguments).logits[0].log_softmax(-1)
         expected = logits[sequence.predicting][

@@ -11,7 +11,7 @@ import torch
 from editkit.errors import ConfigError
 from editkit.model.families import family_of
 from editkit.model.load import ModelConfig
-from editkit.model.tokens import encode_with_targets, pad
+from editkit.model.tokens import encode_with_target, pad
 from tests.support.helpers import KINDS, Kind, real_data, tiny_model
 from tests.support.paths import CONF
 
@@ -128,7 +128,8 @@ def test_a_real_small_llama_loads_and_predicts_its_stories() -> None:
         (64, 172),
     )
     pairs = [("Once upon", "a time"), ("Once upon a time, there was a little", "girl named Lily")]
-    for sequence in encode_with_targets(model.tokenizer, pairs):
+    for prompt, answer in pairs:
+        sequence = encode_with_target(model.tokenizer, prompt, answer)
         with torch.no_grad():
             logits = model.hidden_to_logits(
                 model.final_hidden(pad([sequence.ids]))[0, sequence.predicting]

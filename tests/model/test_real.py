@@ -12,7 +12,7 @@ from editkit.model.architecture import architecture_of, known_facts
 from editkit.model.chat import chat_template
 from editkit.model.editable import EditableModel
 from editkit.model.load import ModelConfig
-from editkit.model.tokens import encode_with_targets, pad
+from editkit.model.tokens import encode_with_target, pad
 from tests.support.helpers import real_model_id
 
 pytestmark = pytest.mark.real
@@ -47,7 +47,8 @@ def test_it_knows_capitals(model: EditableModel) -> None:
         ("The capital of Italy is", "Rome"),
         ("The capital of Japan is", "Tokyo"),
     ]
-    for sequence in encode_with_targets(model.tokenizer, pairs):
+    for prompt, answer in pairs:
+        sequence = encode_with_target(model.tokenizer, prompt, answer)
         with torch.no_grad():
             logits = model.hidden_to_logits(
                 model.final_hidden(pad([sequence.ids]))[0, sequence.predicting]

@@ -21,6 +21,7 @@ from editkit.model.tokens import (
     subject_position,
     target_ids,
 )
+from editkit.types import Probe
 from tests.support.helpers import KINDS, real_data, tiny_model, tiny_tokenizer
 from tests.support.tokenizers import STYLES, styled_tokenizer
 
@@ -252,7 +253,11 @@ def test_every_subject_and_target_of_counterfact_is_found(name: str) -> None:
     ]
     targets = [rewrite["target_new"]["str"] for rewrite in rewrites]
     sequences = encode_with_targets(
-        tokenizer, [(place.text, target) for place, target in zip(filled, targets, strict=True)]
+        tokenizer,
+        [
+            Probe(prompt=place.text, answer=target)
+            for place, target in zip(filled, targets, strict=True)
+        ],
     )
 
     def text(ids: tuple[int, ...]) -> str:

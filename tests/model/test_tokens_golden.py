@@ -122,7 +122,7 @@ def test_small_tokenizers_of_both_kinds_give_the_golden_pieces(
 ) -> None:
     tokenizer = tiny_tokenizer(kind)
     place = fill(prompt, subject)
-    sequence = encode_with_target(tokenizer, place.text, target)
+    sequence = encode_with_target(tokenizer, place.text, target, separator=" ")
     position = subject_position(sequence, place)
     shown = tokenizer.convert_ids_to_tokens(list(sequence.ids))
     marked = [f"[{piece}]" if index == position else piece for index, piece in enumerate(shown)]

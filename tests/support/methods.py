@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from editkit.editors.base import Step
+from editkit.editors.base import AbstractEditor, Step
 from editkit.editors.memit import Memit
+from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.restraints.base import AbstractSolveRestraint, Base
 from editkit.stats.least_squares import LeastSquares
 from editkit.stats.store import Moments, SecondMoment
@@ -69,6 +70,20 @@ def step(
         moments=moments or Moments(),
         **options,
     )
+
+
+def write(model: Any, editor: AbstractEditor[Any], request: EditRequest) -> float:
+    """Edits one request in its bare prompt, with second moments that are not the model's own.
+    Returns the probability of the target afterwards.
+    """
+    modules = editor.modules(model)
+    model.edit(modules)
+    asked = step(model, [request], moments=model_moments(model, modules))
+    plan = editor.plan(asked)
+    for module in modules:
+        model.apply(module, editor.propose(asked, module, plan))
+    [scored] = score(model, [request.probe()], tokens_per_batch=512).values()
+    return scored.probability
 
 
 def memit(**changes: Any) -> Memit:

@@ -41,11 +41,10 @@ class Questions:
     def expected(self) -> dict[Kind, tuple[Probe, ...]]:
         """The prompts with the answers that the edited model should give."""
         request = self.request
-        answer = Probe(prompt=request.full_prompt, answer=request.target)
         probes: dict[Kind, tuple[Probe, ...]] = {
-            ("efficacy", None): (answer,),
+            ("efficacy", None): (request.probe(),),
             ("generalization", None): tuple(
-                Probe(prompt=prompt, answer=request.target) for prompt in request.paraphrases
+                request.probe(prompt=prompt) for prompt in request.paraphrases
             ),
             ("portability", None): tuple(itertools.chain(*request.portability.values())),
         }
@@ -85,7 +84,7 @@ class Answers:
     """A model's answers to everything that a protocol needs."""
 
     scores: Mapping[Probe, Score]
-    texts: Mapping[str, str]  # greedy continuations, by prompt
+    texts: Mapping[str, str]  # greedy continuations, by what `prompts` of the protocol returned
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class AbstractProtocol(abc.ABC):
         return ()
 
     def prompts(self, questions: Questions) -> Iterable[str]:
-        """The prompts to continue freely, possibly more than once."""
+        """The texts to continue freely, possibly more than once: `lead_of` of the probes."""
         return ()
 
     def distributions(
@@ -192,7 +191,8 @@ def in_context(request: EditRequest, context: str) -> EditRequest:
         return request
 
     def put(prompt: str) -> str:
-        return context.replace(PLACE, prompt)
+        # What a prompt ends in is for what follows it.
+        return context.replace(PLACE, prompt if context.endswith(PLACE) else prompt.rstrip())
 
     def put_all(probes: Iterable[Probe]) -> tuple[Probe, ...]:
         return tuple(replace(probe, prompt=put(probe.prompt)) for probe in probes)

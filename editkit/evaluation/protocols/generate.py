@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from editkit.datasets.separators import lead_of
 from editkit.errors import OptionError, message
 from editkit.evaluation.protocols.base import (
     AbstractProtocol,
@@ -68,7 +69,7 @@ class Generate(AbstractProtocol):
 
     def prompts(self, questions: Questions) -> Iterator[str]:
         for probes in (*questions.expected.values(), questions.unchanged_probes):
-            yield from (probe.prompt for probe in probes)
+            yield from map(lead_of, probes)
 
     def freeze(self, questions: Questions, answers: Answers) -> Frozen:
         """The generations of the request's different prompts, in their order, as JSON."""
@@ -76,7 +77,7 @@ class Generate(AbstractProtocol):
         return {"texts": to_bytes([answers.texts[prompt] for prompt in prompts])}
 
     def thaw(self, questions: Questions, frozen: Frozen) -> dict[str, str]:
-        """The unedited model's generations by prompt."""
+        """The unedited model's generations by the texts that they continue."""
         prompts = dict.fromkeys(self.prompts(questions))
         return dict(zip(prompts, from_bytes(frozen["texts"]), strict=True))
 
@@ -101,7 +102,7 @@ class Generate(AbstractProtocol):
         outcomes: list[dict[Kind, list[Outcome]]] = [{} for _ in batch]
         rows: list[dict[str, Any]] = []
         for number, (index, (metric, task), probe) in enumerate(cases):
-            text, right = answers.texts[probe.prompt], (probe.answer, *probe.aliases)
+            text, right = answers.texts[lead_of(probe)], (probe.answer, *probe.aliases)
             scores = {
                 metric: float(is_match(text, right)),
                 f"{metric}_contains": float(contains(text, right)),
@@ -119,8 +120,8 @@ class Generate(AbstractProtocol):
             before = self.thaw(questions, frozen[index])
             for kind, probes in questions.unchanged.items():
                 same = [
-                    float(normalise(answers.texts[probe.prompt]) == normalise(before[probe.prompt]))
-                    for probe in probes
+                    float(normalise(answers.texts[lead]) == normalise(before[lead]))
+                    for lead in map(lead_of, probes)
                 ]
                 outcomes[index][kind] = [Outcome(value) for value in same]
                 if kind[1] is None:
@@ -129,8 +130,8 @@ class Generate(AbstractProtocol):
                             questions,
                             kind[0],
                             probe,
-                            answers.texts[probe.prompt],
-                            unedited=before[probe.prompt],
+                            answers.texts[lead_of(probe)],
+                            unedited=before[lead_of(probe)],
                             **{kind[0]: value},
                         )
                         for probe, value in zip(probes, same, strict=True)
@@ -147,7 +148,7 @@ class Generate(AbstractProtocol):
             Generated(
                 prompt=probe.prompt,
                 answers=(probe.answer, *probe.aliases),
-                text=answers.texts[probe.prompt],
+                text=answers.texts[lead_of(probe)],
                 old_answer=batch[index].request.target_old
                 if metric in ("efficacy", "generalization")
                 else None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from editkit.evaluation.protocols.base import (
@@ -39,18 +40,17 @@ def comparisons(questions: Questions) -> dict[str, list[Pair]]:
     if (old := request.target_old) is not None:
         for metric, pairs in by_metric.items():
             for probe in questions.expected.get((metric, None), ()):
-                pairs.append(
-                    (
-                        Probe(prompt=probe.prompt, answer=request.target),
-                        Probe(prompt=probe.prompt, answer=old),
-                    )
-                )
+                pairs.append((_with(probe, request.target), _with(probe, old)))
     by_metric["locality"] = [
-        (probe, Probe(prompt=probe.prompt, answer=request.target))
+        (probe, _with(probe, request.target))
         for probe in request.neighbours
         if probe.answer != request.target
     ]
     return {metric: pairs for metric, pairs in by_metric.items() if pairs}
+
+
+def _with(probe: Probe, answer: str) -> Probe:
+    return replace(probe, answer=answer, aliases=())
 
 
 class Probability(AbstractProtocol):

@@ -111,7 +111,8 @@ def score(
     tokens_per_batch: int,
     distributions: DistributionRequest | None = None,
 ) -> dict[Probe, Score]:
-    """The score of each different probe. Answers follow their prompts after one blank.
+    """The score of each different probe. Answers follow their prompts as
+    `encode_with_targets` joins them.
 
     A context that exceeds the model's context length loses its beginning.
 
@@ -125,9 +126,7 @@ def score(
         ConfigError: an answer is blank, or exceeds the model's context length.
     """
     unique = list(dict.fromkeys(probes))
-    sequences = encode_with_targets(
-        model.tokenizer, [(probe.prompt, probe.answer) for probe in unique], chat=model.chat
-    )
+    sequences = encode_with_targets(model.tokenizer, unique, chat=model.chat)
     wanted: dict[int, torch.Tensor | None] = {}
     top = 0
     if distributions is not None:
