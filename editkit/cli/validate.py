@@ -170,7 +170,8 @@ def checked(
 
 
 def token_rows(experiment: Experiment) -> Iterator[tuple[str, str]]:
-    """The tokens of the first request."""
+    """The tokens of the first request, and the targets that no generation can match."""
+    from editkit.evaluation.unmatchable import warnings
     from editkit.model.probe import local_tokenizer
     from editkit.model.split import split_of
 
@@ -180,6 +181,9 @@ def token_rows(experiment: Experiment) -> Iterator[tuple[str, str]]:
         return
     chat, requests = experiment.model.chat_of(tokenizer), experiment.data.requests
     yield "tokens", f"{requests[0].id}: {split_of(tokenizer, requests[0], chat=chat)}"
+    edited = requests if experiment.data.known_only else requests[: experiment.edits]
+    for warning in warnings(tokenizer, edited, experiment.evaluation, chat=chat):
+        yield "  warning", warning
 
 
 def summary(experiment: Experiment, chosen: Composed) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from editkit.config.experiment import Experiment
 from editkit.datasets.groups import without_split_groups
 from editkit.datasets.separators import joined
 from editkit.errors import ConfigError
+from editkit.evaluation.unmatchable import warnings as unmatchable_warnings
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.records.tracker import RunInfo
@@ -82,9 +83,14 @@ class RunWork(AbstractWork[RunState]):
 
     def __init__(self, experiment: Experiment, trajectory: Trajectory) -> None:
         self.experiment, self.trajectory = experiment, trajectory
-        model = trajectory.model  # without comparisons in a resumed run, which said it before
+        model = trajectory.model  # without comparisons in a resumed run, which said all this before
         family = str(model.network.config.model_type)
         self.plain_paths = model.shortcuts.warnings(model.name, family)
+        self.unmatchable: list[str] = []
+        if trajectory.contexts is not None:
+            self.unmatchable = unmatchable_warnings(
+                model.tokenizer, trajectory.requests, experiment.evaluation, chat=model.chat
+            )
 
     def info(self) -> RunInfo:
         experiment = self.experiment
@@ -99,6 +105,7 @@ class RunWork(AbstractWork[RunState]):
 
     def warnings(self) -> Sequence[str]:
         recipe, warnings = self.experiment.config.get("recipe") or {}, list(self.plain_paths)
+        warnings += self.unmatchable
         if recipe.get("provenance") == "untuned":
             source = recipe["source"]
             warnings.append(f"the numbers of this editor are not tuned for this model: {source}")

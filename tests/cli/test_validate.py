@@ -113,11 +113,20 @@ def test_the_command_line_overrides_a_grid_by_name_and_a_single_run_is_no_grid()
         cells_of_command(["experiment=nope"])
 
 
-def test_a_run_shows_the_tokens_of_one_request(tmp_path: Path) -> None:
+def test_a_run_shows_the_tokens_of_one_request_and_the_targets_that_cannot_match(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "facts.jsonl"
-    path.write_text('{"prompt": "Paris is in", "subject": "Paris", "target": "France"}\n')
+    path.write_text(
+        '{"prompt": "Paris is in", "subject": "Paris", "target": "France"}\n'
+        '{"prompt": "法国的首都是", "subject": "法国", "target": "柏林\\n罗马"}\n'
+    )
     options = ("dataset=jsonl", f"dataset.path={path}", "model=tiny-gpt2", "editor=ft")
-    result = validate(*options, "edits=1")
+    result = validate(*options, "edits=2", "evaluation.protocols=[generate]")
     assert result.exit_code == 0, result.output
     output = " ".join(result.output.split())
     assert "tokens jsonl/1: " in output and "-> ' " in output
+    assert "warning 1 of 2 targets can never be generated exactly" in output
+    assert "jsonl/2 holds '\\n', which ends a generation" in output
+    quiet = validate(*options, "edits=1", "evaluation.protocols=[generate]")
+    assert "never be generated" not in quiet.output, "the second request is not edited"
