@@ -1,7 +1,8 @@
-"""Draws docs/assets/*.svg from the files of a finished `editkit run experiment=demo` or `real`.
+"""Draws docs/assets/*.svg from the files of a finished ROME run with PRUNE as a view.
 
     python docs/gen/collapse.py outputs/demo/<run>/seed0
-    python docs/gen/collapse.py outputs/real/<run>/seed0 --to docs/assets/real.svg
+    python docs/gen/collapse.py outputs/prune-figure3_llama2_7b-small/<run>/seed0 --to \\
+        docs/assets/real.svg
 
 The folder's steps.jsonl gives the weights of the unrestrained model at every edit. Its evals.jsonl
 gives everything else at the milestones.
