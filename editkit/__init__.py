@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from editkit.editors.base import AbstractEditor as AbstractEditor
     from editkit.editors.base import Plan as Plan
     from editkit.editors.base import Step as Step
+    from editkit.editors.emmet import Emmet as Emmet
     from editkit.editors.ft import Ft as Ft
     from editkit.editors.memit import Memit as Memit
     from editkit.editors.mend import Mend as Mend
@@ -59,6 +60,7 @@ else:
         "EditRequest": "types",
         "EditResult": "api.result",
         "EditableModel": "model.editable",
+        "Emmet": "editors.emmet",
         "Ft": "editors.ft",
         "LowRank": "linalg.lowrank",
         "Measurement": "types",

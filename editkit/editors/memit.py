@@ -1,24 +1,16 @@
 """MEMIT: many facts in one batch, written into the down projections of several layers (Meng et
 al. 2023, arXiv 2210.07229).
 
-For every request a target z is searched at the output of the last edited block, at the subject's
-last token, once a batch. Then, for the layers i = 0 ... L - 1 from below, each on the weights with
-the updates of the layers before it,
+For the layers i = 0 ... L - 1 from below, each on the weights with the updates of the layers before
+it, with the target z of each request from `editkit.editors.spread`,
 
     T = Z - z_now                        the residual, measured on the clean prompts
     R = T / (L - i)                      this layer's share
     K = keys of the subject's last token, averaged over contexts
     D = R K^T (lambda C + K K^T)^-1      Algorithm 1 and Eq. 14; restraints on the solve replace it
 
-Contexts: paper and authors' code average over kinds of context, and the bare prompt is a kind of
-its own. With five sampled texts the clean key has weight 1/2 and each other key 1/10. Differs from
-the authors' code: their five texts begin with "The", "Therefore", "Because", "I" and "You"; ours
-are sampled from the model's start token, with a seed.
-
 `spread: published_code` is D4S's: its code measures T once, before the first layer, and divides by
 L - i nevertheless. Five layers then write 1/5 + 1/4 + 1/3 + 1/2 + 1 = 2.28 T.
-
-Shape letters: O d_out, I d_in, N requests.
 """
 
 from __future__ import annotations
@@ -26,36 +18,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from editkit.editors.base import Plan, Step
-from editkit.editors.locate_then_edit import AbstractLocateThenEdit, nonfinite_of, summary_of
-from editkit.errors import message
-from editkit.lazy import torch
-from editkit.resources.stopwatch import measured
+from editkit.editors.spread import AbstractSpread, SpreadPlan
 from editkit.restraints.base import Place
-from editkit.stats.least_squares import LeastSquares
-from editkit.targets.keys import Text, average_keys, clean_outputs, layerwise, subject_texts
-from editkit.targets.self_check import compare_keys
-from editkit.types import EditRequest
 
 if TYPE_CHECKING:
+    from editkit.editors.base import Step
     from editkit.linalg.lowrank import Update
-    from editkit.model.editable import EditableModel
-    from editkit.model.layerwise import LayerwiseForward
-    from editkit.model.shortcuts import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemitPlan(Plan):
-    """The targets of a batch, and the texts in which its keys are measured."""
-
-    targets_ON: torch.Tensor  # z, float32
-    residuals_ON: torch.Tensor  # T before the first layer: the delta of the search
-    texts: tuple[tuple[Text, ...], ...]  # by request, then by context, the bare prompt first
-    forward: LayerwiseForward  # the forward passes over all these texts, layer by layer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memit(AbstractLocateThenEdit[MemitPlan]):
+class Memit(AbstractSpread):
     """Mass-editing memory in a transformer. The options are documented in `conf/editor/memit.yaml`.
 
     Raises:
@@ -64,66 +36,8 @@ class Memit(AbstractLocateThenEdit[MemitPlan]):
 
     places: ClassVar[frozenset[Place]] = frozenset({"objective", "solve", "update", "total"})
 
-    covariance_weight: float  # lambda, published as mom2_update_weight
     spread: Literal["recomputed", "published_code"]
 
-    def problems(self) -> list[str]:
-        problems = super().problems()
-        if not self.covariance_weight > 0:
-            problems.append(
-                message("covariance_weight", "must be positive", got=self.covariance_weight)
-            )
-        if any(texts < 1 for _, texts in self.context_lengths):
-            pairs = [list(pair) for pair in self.context_lengths]
-            problems.append(message("context_lengths", "a kind without texts", got=pairs))
-        return problems
-
-    @property
-    def needs_moments(self) -> bool:
-        return True
-
-    def site(self, model: EditableModel) -> str:
-        return model.family.block(self.layers[-1])
-
-    def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
-        keys = compare_keys(model, request, self.layers)
-        return [*super().self_check(model, request), keys]
-
-    def plan(self, step: Step) -> MemitPlan:
-        """Searches z for every request on the weights from before the batch."""
-        targets = self.search(step)
-        texts = tuple(
-            subject_texts(step.model, request, step.contexts) for request in step.requests
-        )
-        return MemitPlan(
-            summary=summary_of(targets),
-            nonfinite=nonfinite_of(targets),
-            targets_ON=torch.stack([target.vector_O for target in targets], dim=1),
-            residuals_ON=torch.stack([target.delta_O for target in targets], dim=1),
-            texts=texts,
-            forward=layerwise(step.model, texts),
-        )
-
-    def propose(self, step: Step, module: str, plan: MemitPlan) -> Update:
-        index = self.modules(step.model).index(module)
-        with measured("keys"):
-            keys_IN = average_keys(plan.forward, self.layers[index], self.context_weights)
-        missing_ON = plan.residuals_ON  # before the first layer nothing was written yet
-        if index > 0 and self.spread == "recomputed":
-            with measured("residual"):
-                now_ON = clean_outputs(plan.forward, self.layers[-1], len(plan.texts[0]))
-                missing_ON = plan.targets_ON - now_ON
-        return step.solve(
-            LeastSquares(
-                module=module,
-                keys_IN=keys_IN,
-                residuals_ON=missing_ON / (len(self.layers) - index),
-                weight=self.covariance_weight,
-            )
-        )
-
-    @property
-    def context_weights(self) -> tuple[float, ...]:
-        """The weight of each context in the mean: kinds weigh the same, texts of a kind too."""
-        kinds = [1, *(texts for _, texts in self.context_lengths)]
-        return tuple(1 / len(kinds) / texts for texts in kinds for _ in range(texts))
+    def propose(self, step: Step, module: str, plan: SpreadPlan) -> Update:
+        is_once = self.spread == "published_code"
+        return step.solve(self.problem(step, module, plan, measured_once=is_once))

@@ -13,8 +13,8 @@ NAMES = (
     *("AbstractDataset", "AbstractEditor", "AbstractEvaluator", "AbstractObjectiveRestraint"),
     *("AbstractProtocol", "AbstractSolveRestraint", "AbstractTotalRestraint"),
     *("AbstractUpdateRestraint", "AlphaEdit", "ConfigError", "D4S", "Eac", "EditRequest"),
-    *("EditResult", "EditableModel", "Ft", "LowRank", "Measurement", "Memit", "Mend", "NormCap"),
-    *("Plan", "Probe", "Prune", "Rect", "Rome", "Session", "Step", "__version__"),
+    *("EditResult", "EditableModel", "Emmet", "Ft", "LowRank", "Measurement", "Memit", "Mend"),
+    *("NormCap", "Plan", "Probe", "Prune", "Rect", "Rome", "Session", "Step", "__version__"),
     *("edit", "export", "load", "load_run", "load_runs", "run"),
 )
 

@@ -12,7 +12,14 @@ from editkit.model.shortcuts import PLAIN, Comparison, Shortcuts, difference
 from tests.editors.test_pairs import config, edit_five
 from tests.support.families import CONFIGS, family_model
 
-LAYERS = {"rome": [1], "memit": [0, 1, 2], "ft": [1], "alphaedit": [0, 1, 2], "mend": [1, 2]}
+LAYERS = {
+    "rome": [1],
+    "memit": [0, 1, 2],
+    "emmet": [1],
+    "ft": [1],
+    "alphaedit": [0, 1, 2],
+    "mend": [1, 2],
+}
 NONE = Shortcuts(
     comparisons=tuple(
         Comparison(shortcut=name, differences={"hidden": 1.0}, tolerance=1e-3) for name in PLAIN

@@ -1,0 +1,90 @@
+"""EMMET: a batch of facts under equality constraints (Gupta et al. 2024, arXiv 2403.14236).
+
+ROME's objective for a batch: of all updates with D K = R the one that changes the outputs for
+common keys least, tr(D C D^T). With MEMIT's keys K and its share R of the residual in each layer,
+
+    D = R (K^T A K + lambda I)^-1 K^T A        A = (w C)^-1; the paper has lambda = 0
+
+The published code adds lambda = 0.1 for batches of more than one request, so that nearly equal keys
+give no large updates; so does editkit. With lambda > 0, D is MEMIT's update with the weight
+w lambda (Woodbury): restraints on the solve therefore act on MEMIT, and not on EMMET. With
+lambda = 0, w cancels, and the update of one request is ROME's.
+
+Differs from the published code: with lambda = 0 it inverts K^T A K, and takes the pseudo-inverse
+only if that raises an error. Here the pseudo-inverse leaves out what lies below the rounding of
+float32 keys: equal keys with different targets get the mean of their residuals.
+
+Shape letters: O d_out, I d_in, N requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from editkit.editors.spread import AbstractSpread, SpreadPlan
+from editkit.errors import message
+from editkit.lazy import torch
+from editkit.linalg.lowrank import LowRank
+from editkit.restraints.base import Place
+from editkit.stats.least_squares import LeastSquares, weighted
+
+if TYPE_CHECKING:
+    from editkit.editors.base import Step
+    from editkit.model.editable import EditableModel
+    from editkit.stats.store import Moments
+    from editkit.types import TensorState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emmet(AbstractSpread):
+    """Equality-constrained mass editing. The options are documented in `conf/editor/emmet.yaml`.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    places: ClassVar[frozenset[Place]] = frozenset({"objective", "update", "total"})
+
+    relaxation: float  # lambda, published as emmet_lambda
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if not self.relaxation >= 0:
+            problems.append(message("relaxation", "must not be negative", got=self.relaxation))
+        return problems
+
+    def init(self, model: EditableModel, moments: Moments) -> TensorState:
+        """No state. Raises ConfigError for a second moment that cannot be inverted."""
+        for module in self.moment_modules(model):
+            moments.factorise(module)
+        return {}
+
+    def propose(self, step: Step, module: str, plan: SpreadPlan) -> LowRank:
+        relaxation = self.relaxation if len(step.requests) > 1 else 0.0
+        problem = self.problem(step, module, plan)
+        return equality_constrained(problem, step.moments, relaxation).to(dtype=torch.float32)
+
+
+def equality_constrained(problem: LeastSquares, moments: Moments, relaxation: float) -> LowRank:
+    """D = R (K^T A K + relaxation I)^-1 K^T A with A = (weight C)^-1, in float64 with rank N.
+
+    C's one factor whitens K and so gives both K^T A K and K^T A; nothing costs I^3.
+    """
+    prior = weighted(problem, moments)
+    white_IN = prior.whiten(problem.keys_IN.double())
+    # A key that is not finite reaches the update through `white_IN`: collapse is a result.
+    gram_NN = torch.nan_to_num(white_IN.T @ white_IN, posinf=0.0, neginf=0.0)
+    values_N, vectors_NN = torch.linalg.eigh(gram_NN)
+    cutoff = 0.0 if relaxation else _cutoff(values_N)
+    scale_N = torch.where(values_N > cutoff, (values_N + relaxation) ** -0.5, 0.0)
+    directions_NN = vectors_NN * scale_N
+    return LowRank(
+        problem.residuals_ON.double() @ directions_NN, prior.unwhiten(white_IN @ directions_NN)
+    )
+
+
+def _cutoff(values_N: torch.Tensor) -> float:
+    """The square of the rounding of float32 keys: the eigenvalues are squared singular values."""
+    rounding = len(values_N) * torch.finfo(torch.float32).eps
+    return rounding**2 * float(values_N[-1])
