@@ -1,8 +1,8 @@
 """torch, imported when it is first used.
 
-Importing torch takes seconds, and `editkit ls`, `--help`, `--cfg job` and `validate` read only the
-fields of the configurable classes. So every file says `from editkit.lazy import torch`; nothing may
-touch an attribute of it while being imported: no decorators, no bases.
+Importing torch takes seconds, and `editkit ls`, `--help`, `--cfg job` and `validate` of a sweep
+read only the fields of the configurable classes. So every file says `from editkit.lazy import
+torch`; nothing may touch an attribute of it while being imported: no decorators, no bases.
 """
 
 from __future__ import annotations

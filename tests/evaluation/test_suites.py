@@ -162,7 +162,7 @@ def test_validation_reads_every_tasks_data(tmp_path: Path, folder: Path) -> None
 
 def test_nothing_of_the_harness_is_imported_without_need() -> None:
     code = """
-sys.argv = ['editkit', 'validate', 'edits=3', 'suite={}']
+sys.argv = ['editkit', 'validate', 'edits=3', 'seed=0,1', 'suite={}']  # a sweep reads no tokenizer
 from editkit.cli.main import main
 try:
     main()
@@ -262,6 +262,8 @@ def test_a_model_too_short_for_a_task_is_told_before_it_is_loaded(tmp_path: Path
     (tmp_path / "short" / "config.json").write_text(
         json.dumps({"model_type": "gpt2", "n_positions": 10})
     )
+    for name in ("tokenizer.json", "model.safetensors"):  # these are not read
+        (tmp_path / "short" / name).touch()
     config = compose(
         [f"model.id={tmp_path / 'short'}", f"paths.outputs={tmp_path}", "suite=world", "edits=3"]
     ).config
