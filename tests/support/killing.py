@@ -12,7 +12,6 @@ processes on one run, one begins, one waits for it, one leaves, and the first is
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import json
 import os
@@ -172,7 +171,9 @@ def write_inputs(folder: Path) -> None:
     with open(folder / "requests.jsonl", "w") as file:
         for request in world.requests(made)[:24]:
             content: dict[str, Any] = {name: getattr(request, name) for name in fields}
-            content["neighbours"] = [dataclasses.asdict(probe) for probe in request.neighbours[:2]]
+            content["neighbours"] = [
+                {"prompt": probe.prompt, "answer": probe.answer} for probe in request.neighbours[:2]
+            ]
             file.write(json.dumps(content) + "\n")
     documents = world.corpus(made, num_documents=1200)
     (folder / "texts.txt").write_text("\n".join(documents))
@@ -317,7 +318,8 @@ def reference_of(case: Case, root: Path) -> Reference:
             counts[name] += 1
 
         code = counted(partial(session, case, place, stats=root / "own" / case.name), report)
-        (place / "calls.json").write_text(json.dumps(counts))
+        if code == 0:
+            (place / "calls.json").write_text(json.dumps(counts))
         return code
 
     started = time.monotonic()
@@ -345,7 +347,10 @@ def problems_of(trial: Trial, reference: Reference, root: Path) -> Iterator[str]
             process = forked(partial(killed_inside, work, kill, calls), log)
         code = ended(process)
         text = log.read_text()
-        is_stopped = code in (0, -kill.number, 128 + kill.number)
+        is_stopped = code in (0, -kill.number, 128 + kill.number) or (
+            # before a run begins, omegaconf's clean-up turns an interrupt into an error of its own
+            kill.number == signal.SIGINT and code == 1 and "KeyboardInterrupt" in text
+        )
         if not is_stopped or ("Traceback" in text and "KeyboardInterrupt" not in text):
             yield f"exit code {code} after {kill}: {text[-2000:]}"
     if code := ended(forked(work, log)):
