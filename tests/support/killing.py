@@ -74,7 +74,7 @@ class Case:
         """What its sessions do at least once."""
         if self.is_training:
             return ("writing", "training")
-        needs_statistics = not self.name.startswith(("ft", "mend"))
+        needs_statistics = not self.name.startswith(("ft", "mend", "none"))
         return ("evaluation", "writing", *(("statistics",) if needs_statistics else ()))
 
 
@@ -347,11 +347,11 @@ def problems_of(trial: Trial, reference: Reference, root: Path) -> Iterator[str]
             process = forked(partial(killed_inside, work, kill, calls), log)
         code = ended(process)
         text = log.read_text()
-        is_stopped = code in (0, -kill.number, 128 + kill.number) or (
-            # before a run begins, omegaconf's clean-up turns an interrupt into an error of its own
-            kill.number == signal.SIGINT and code == 1 and "KeyboardInterrupt" in text
-        )
-        if not is_stopped or ("Traceback" in text and "KeyboardInterrupt" not in text):
+        is_stopped = code in (0, -kill.number, 128 + kill.number)
+        has_failed = "Traceback" in text and "KeyboardInterrupt" not in text
+        # Before a run begins, omegaconf's clean-up may turn an interrupt into an error of its own.
+        is_lost = kill.number == signal.SIGINT and code == 1 and "/omegaconf/" in text
+        if (not is_stopped or has_failed) and not is_lost:
             yield f"exit code {code} after {kill}: {text[-2000:]}"
     if code := ended(forked(work, log)):
         yield f"exit code {code} of the session that completes it: {log.read_text()[-2000:]}"
