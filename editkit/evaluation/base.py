@@ -82,6 +82,16 @@ class AbstractEditEvaluator(AbstractEvaluator):
     # Whether it notes each edit if evaluation.timings has `immediate`; False: with rollback alone.
     is_immediate: ClassVar[bool] = True
 
+    def evaluate(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        baseline: Mapping[str, torch.Tensor],
+    ) -> Sequence[Measurement | Samples]:
+        """Measures the requests as the edits that were made so far, in their order."""
+        moment = Moment(view="", positions=tuple(range(1, len(requests) + 1)))
+        return self.measure(model, requests, baseline, {}, moment)
+
     @abc.abstractmethod
     def measure(
         self,
@@ -152,15 +162,6 @@ class AbstractEditSamples(AbstractSuite, AbstractEditEvaluator):
         self, model: EditableModel, requests: Sequence[EditRequest]
     ) -> Mapping[str, torch.Tensor]:
         return {}
-
-    def evaluate(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        baseline: Mapping[str, torch.Tensor],
-    ) -> Sequence[Measurement | Samples]:
-        moment = Moment(view="", positions=tuple(range(1, len(requests) + 1)))
-        return self.measure(model, requests, baseline, {}, moment)
 
     def noted(
         self,

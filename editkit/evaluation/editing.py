@@ -157,15 +157,6 @@ class EditingEvaluator(AbstractEditEvaluator):
         scores = {score_key(BEFORE, metric): as_rows(tally) for metric, tally in judged.items()}
         return tensors | scores | {IDS: to_bytes([request.id for request in requests])}
 
-    def evaluate(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        baseline: Mapping[str, torch.Tensor],
-    ) -> list[Measurement | Samples]:
-        moment = Moment(view="", positions=tuple(range(1, len(requests) + 1)))
-        return self.measure(model, requests, baseline, {}, moment)
-
     def measure(
         self,
         model: EditableModel,
