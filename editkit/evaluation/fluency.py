@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from editkit.datasets.separators import joined, lead_of
 from editkit.errors import OptionError, message
-from editkit.evaluation.base import AbstractEditEvaluator, Moment, Samples, mean_and_stderr
+from editkit.evaluation.base import AbstractEditEvaluator, Moment, Samples
 from editkit.evaluation.scoring.frozen_text import from_bytes, to_bytes
 from editkit.lazy import missing_packages, torch
 from editkit.model.generate import decode, generate
 from editkit.model.tokens import encode_prompts
+from editkit.records.means import mean_and_stderr
 from editkit.types import EditRequest, Measurement, Probe
 
 if TYPE_CHECKING:

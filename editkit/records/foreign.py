@@ -17,6 +17,7 @@ from typing import Any
 from editkit.datasets.strict_json import BadJson, parse
 from editkit.errors import ConfigError, message
 from editkit.records.layouts import EASYEDIT, MEMIT, Column, Layout, LayoutError, mapping
+from editkit.records.means import harmonic_mean, mean_and_stderr
 from editkit.records.reader import RunRecords
 from editkit.records.views import UNRESTRAINED
 from editkit.types import EvalRecord, Measurement, StepRecord
@@ -201,9 +202,9 @@ def _evaluations(scores: Sequence[Mapping[Column, float]], layout: Layout) -> It
         known = [part for part in parts if part is not None]
         if len(known) == len(HEADLINES):
             column = Column(phase, "score", "probability")
-            score = len(known) / math.fsum(1 / part for part in known) if all(known) else 0.0
+            score = _measurement(column, [harmonic_mean(known)], layout)
             # Its standard error would need the covariance of its parts.
-            yield _record(column, replace(_measurement(column, [score], layout), n=len(scores)))
+            yield _record(column, replace(score, n=len(scores)))
 
 
 def _measurement(column: Column, values: Sequence[float], layout: Layout) -> Measurement:
@@ -212,11 +213,7 @@ def _measurement(column: Column, values: Sequence[float], layout: Layout) -> Mea
     is_share = not column.metric.endswith(UNBOUNDED)
     if is_share:
         values = [value if math.isfinite(value) else 0.0 for value in values]
-    mean = math.fsum(values) / len(values) if is_share or not num_lost else None
-    stderr = None
-    if mean is not None and len(values) > 1:
-        squares = math.fsum((value - mean) ** 2 for value in values)
-        stderr = math.sqrt(squares / (len(values) - 1) / len(values))
+    mean, stderr = mean_and_stderr(values)
     return Measurement(
         kind="editing",
         metric=column.metric,

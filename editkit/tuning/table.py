@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from editkit.errors import ConfigError, message
-from editkit.evaluation.base import harmonic_mean
+from editkit.records.means import harmonic_mean
 from editkit.records.reader import RunRecords, load_run
 from editkit.sweeps.plan import Plan, load_plan
 from editkit.sweeps.state import STATES, State

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
-from editkit.evaluation.base import harmonic_mean, mean_and_stderr
 from editkit.evaluation.editing import probes_of
 from editkit.evaluation.protocols.argmax import Argmax
 from editkit.evaluation.protocols.base import AbstractProtocol, Answers, Questions
@@ -18,6 +17,7 @@ from editkit.evaluation.protocols.token import Token
 from editkit.evaluation.scoring.teacher_forcing import Score
 from editkit.evaluation.statistics.subsets import everything
 from editkit.evaluation.statistics.tally import Estimate, Statistics
+from editkit.records.means import harmonic_mean, mean_and_stderr
 from editkit.types import EditRequest, Probe
 from tests.support.measurements import request
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from editkit.errors import ConfigError
-from editkit.evaluation.base import Samples, mean_and_stderr
+from editkit.evaluation.base import Samples
 from editkit.evaluation.fluency import Fluency, TfIdf, fluency, ngram_entropy
 from editkit.evaluation.perplexity import Perplexity, _ratio_stderr
 from editkit.model.tokens import encode
+from editkit.records.means import mean_and_stderr
 from editkit.types import Measurement
 from tests.support.bigram import Bigram
 from tests.support.helpers import KINDS, Kind, request, tiny_model

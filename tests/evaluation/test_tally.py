@@ -10,7 +10,6 @@ import statistics
 
 import pytest
 
-from editkit.evaluation.base import harmonic_mean
 from editkit.evaluation.statistics.subsets import blocks, forgetting, known_before, succeeded
 from editkit.evaluation.statistics.tally import (
     Aggregation,
@@ -22,6 +21,7 @@ from editkit.evaluation.statistics.tally import (
     from_rows,
     tally,
 )
+from editkit.records.means import harmonic_mean
 
 EFFICACY, LOCALITY = Metric("argmax", "efficacy"), Metric("argmax", "locality")
 

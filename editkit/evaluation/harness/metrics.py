@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from editkit.evaluation.base import mean_and_stderr
 from editkit.evaluation.harness.load_tasks import LoadedTasks, examples_are_tested
 from editkit.evaluation.harness.responses import Key, ScoredTask, is_mean, rule_of, title
 from editkit.evaluation.statistics.paired import (
@@ -20,6 +19,7 @@ from editkit.evaluation.statistics.paired import (
     compare_aggregates,
 )
 from editkit.lazy import torch
+from editkit.records.means import mean_and_stderr
 from editkit.types import Measurement
 
 if TYPE_CHECKING:

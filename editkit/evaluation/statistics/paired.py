@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
-from editkit.evaluation.base import mean_and_stderr
+from editkit.records.means import mean_and_stderr
 
 if TYPE_CHECKING:
     import numpy as np

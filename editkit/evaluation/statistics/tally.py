@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from editkit.evaluation.base import harmonic_mean, mean_and_stderr
 from editkit.lazy import torch
+from editkit.records.means import harmonic_mean, mean_and_stderr
 
 Aggregation = Literal["request", "prompt"]
 SAMPLES_AT_ONCE = 2**22  # numbers
