@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import statistics
 import sys
@@ -16,6 +15,7 @@ from editkit.bench.shapes import Shape, model_shapes
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.resources.peak_memory import peak_memory, reset_peak_memory
+from editkit.resources.runtime import unknown_device
 
 T = TypeVar("T")
 Side = Literal["plain", "ours"]
@@ -45,10 +45,7 @@ class Options:
         if self.dtype not in ("float32", "float64", "float16", "bfloat16"):
             expected = "float32, float64, float16 or bfloat16"
             problems.append(message("--dtype", "unknown dtype", got=self.dtype, expected=expected))
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
-            expected = "cpu, cuda, cuda:<number> or mps"
-            problem = "unknown device"
-            problems.append(message("--device", problem, got=self.device, expected=expected))
+        problems += unknown_device(self.device, key="--device")
         problems += [
             message(f"--{name}", "out of range", got=value, expected="at least 1")
             for name, value in (("repeats", self.repeats), ("batch", self.batch))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from editkit.records.means import mean_and_stderr as mean_and_stderr  # for evaluators of users
 from editkit.types import EditRequest, Measurement
 
 if TYPE_CHECKING:

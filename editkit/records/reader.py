@@ -33,6 +33,11 @@ class RunRecords:
     failure: Mapping[str, Any] | None = None  # FAILED.json
 
     @property
+    def is_foreign(self) -> bool:
+        """Whether another program measured it. It is not known whether its edits add up."""
+        return self.status == "foreign"
+
+    @property
     def trajectory_view(self) -> str:
         """The name of the trajectory's own view, also before anything was measured."""
         return trajectory_view_of(self.config)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 ALL = "all"
-FOREIGN = "foreign"
 GAP = 2  # blanks between two columns
 
 
@@ -59,11 +58,7 @@ def show(folder: Path, *, protocol: str | None = None) -> Summary:
     edits = edits_by_step(run.steps)
     views = dict.fromkeys(row.view for row in table.rows) if protocol == ALL else ()
     comparisons = [compare_protocols(run.evals, edits, view=view) for view in views]
-    points = (
-        ()  # whether the edits of a foreign run add up is not known
-        if run.status == FOREIGN
-        else collapse_points(run.evals, edits, thresholds_of(run.config))
-    )
+    points = () if run.is_foreign else collapse_points(run.evals, edits, thresholds_of(run.config))
     return Summary(
         title=f"{folder} ({run.status})",
         table=table,
@@ -85,7 +80,7 @@ def run_table(run: RunRecords, *, protocol: str | None = None) -> Table:
         trajectory=run.trajectory_view if run.config else None,
         milestones=run.config.get("milestones") or (),
     )
-    return replace(table, is_foreign=run.status == FOREIGN)
+    return replace(table, is_foreign=run.is_foreign)
 
 
 @dataclass(frozen=True, kw_only=True)

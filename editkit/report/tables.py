@@ -31,6 +31,7 @@ ALL_EDITS_SO_FAR = ("before", "milestone", "rollback", None)
 UNITS = ("_bits", "_nats", "_per_token")  # endings of the metrics that are no fractions
 # The protocol of generated texts. Its metrics stand beside those of every other protocol.
 TEXT = "text"
+ALONE = "each batch alone on the unedited model"  # how edits are measured with rollback
 WEIGHT_COLUMNS = {"condition_number": "condition number", "l1_norm": "L1 norm"}  # title by metric
 # The columns of a run that measures nothing but weights, as for PRUNE's Table 1
 WEIGHTS_ALONE = WEIGHT_COLUMNS | {"total_sigma_max": "largest singular value of the total"}
@@ -296,7 +297,7 @@ def caption(table: Table) -> str:
             "and singular value, the sum of the L1 norms; n/f: not finite; -: not measured."
         )
     over = (
-        "each batch alone on the unedited model"
+        ALONE
         if table.has_rollback
         else "as another program measured them"
         if table.is_foreign

@@ -75,8 +75,7 @@ def report(
         comparisons={table.title: tuple(compare(table, twins)) for table in tables if table.edits},
         drawings=drawings,
         published=comparisons,
-        # Whether the edits of a foreign run add up is not known.
-        collapses=tuple(collapses([each for each in subjects if each.run.status != "foreign"])),
+        collapses=tuple(collapses([each for each in subjects if not each.run.is_foreign])),
     )
     plotted = {sheet.name: print_sheets.draw(sheet) for sheet in curve_sheets}
     plotted |= {sheet.name: heatmaps.draw(sheet) for sheet in heatmap_sheets}

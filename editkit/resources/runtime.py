@@ -25,10 +25,7 @@ class Runtime:
     base: Literal["device", "cpu"] = "device"  # where W_0 of the edited matrices lies
 
     def __post_init__(self) -> None:
-        problems = []
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
-            expected = "cpu, cuda, cuda:<number> or mps"
-            problems.append(message("device", "unknown device", got=self.device, expected=expected))
+        problems = unknown_device(self.device, key="device")
         if self.threads is not None and self.threads < 1:
             expected = "at least 1, or null for torch's own choice"
             problems.append(message("threads", "out of range", got=self.threads, expected=expected))
@@ -52,3 +49,11 @@ class Runtime:
     @property
     def base_at(self) -> str:
         return self.base if self.is_gpu else "device"
+
+
+def unknown_device(device: str, *, key: str) -> list[str]:
+    """The message for a device that torch has no name for; `key` names the option."""
+    if re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        return []
+    expected = "cpu, cuda, cuda:<number> or mps"
+    return [message(key, "unknown device", got=device, expected=expected)]

@@ -18,6 +18,7 @@ from editkit.records.foreign import FOREIGN
 from editkit.report.compare.subjects import Measured
 from editkit.report.figures.panels import WEIGHTS, weights_by_edits
 from editkit.report.tables import (
+    ALONE,
     WEIGHT_COLUMNS,
     WEIGHTS_ALONE,
     Cell,
@@ -29,7 +30,6 @@ from editkit.report.tables import (
 )
 from editkit.types import EvalRecord
 
-ALONE = "each batch alone on the unedited model"
 LAST_ALONE = "the last batch alone in the model"
 LOWER_IS_BETTER = ("perplexity", "forgetting", "kl")  # in a metric's name
 SECONDS = "seconds an edit"
