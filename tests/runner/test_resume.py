@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from editkit.runner.checkpoint import load_state
 from editkit.runner.session import RunSession
 from editkit.runner.signals import Received
 from editkit.types import StepRecord
+from tests.support.sessions import finish, records, run_folder, start, wait_for_lines
 
 RUN = (
     *(
@@ -48,59 +46,18 @@ RUN = (
 )
 
 
-def start(outputs: Path) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "editkit",
-        "run",
-        *RUN,
-        f"paths.outputs={outputs}",
-        f"stats.folder={outputs.parent / 'statistics'}",
-    ]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def finish(outputs: Path) -> Path:
-    process = start(outputs)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()
-    return run_folder(outputs)
-
-
-def run_folder(outputs: Path) -> Path:
-    (folder,) = outputs.glob("*/*/seed*")
-    return folder
-
-
-def records(folder: Path, name: str) -> list[dict]:
-    """The lines of a record file without what a clock measured."""
-    return [
-        {**json.loads(line), "seconds": None} for line in (folder / name).read_text().splitlines()
-    ]
-
-
-def wait_for_lines(process: subprocess.Popen, outputs: Path, count: int) -> None:
-    while process.poll() is None:
-        paths = list(outputs.glob(f"*/*/seed*/{STEPS}"))
-        if paths and paths[0].read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.005)
+def arguments(outputs: Path) -> tuple[str, ...]:
+    return (*RUN, f"stats.folder={outputs.parent / 'statistics'}")
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_writes_the_records_and_weights_of_an_undisturbed_one(
     tmp_path: Path,
 ) -> None:
-    undisturbed = finish(tmp_path / "undisturbed")
+    undisturbed = finish(tmp_path / "undisturbed", arguments(tmp_path / "undisturbed"))
     rng, outputs = random.Random(7), tmp_path / "killed"
     for lines in (1, 3, 6, 11):
-        process = start(outputs)
+        process = start(outputs, arguments(outputs))
         wait_for_lines(process, outputs, lines)
         time.sleep(rng.uniform(0.0, 0.2))  # somewhere in an edit, an evaluation or a checkpoint
         process.send_signal(signal.SIGKILL)
@@ -113,7 +70,7 @@ def test_a_run_killed_at_random_moments_writes_the_records_and_weights_of_an_und
             file.write(b'{"step": 99, "requ')
         (folder / "state").mkdir(exist_ok=True)
         (folder / "state" / ".step-00000099.safetensors.1.tmp").write_bytes(b"half")
-    killed = finish(outputs)
+    killed = finish(outputs, arguments(outputs))
     for name in (STEPS, EVALS):
         assert records(killed, name) == records(undisturbed, name)
     ours, theirs = load_state(killed / "state"), load_state(undisturbed / "state")
@@ -127,7 +84,7 @@ def test_a_run_killed_at_random_moments_writes_the_records_and_weights_of_an_und
 def test_a_signal_saves_at_the_next_edit_and_the_same_command_resumes(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, arguments(tmp_path))
     wait_for_lines(process, tmp_path, 5)
     process.send_signal(number)
     process.communicate(timeout=120)
@@ -135,7 +92,7 @@ def test_a_signal_saves_at_the_next_edit_and_the_same_command_resumes(
     folder = run_folder(tmp_path)
     stopped_at = load_state(folder / "state").step
     assert stopped_at == records(folder, STEPS)[-1]["step"]
-    finish(tmp_path)
+    finish(tmp_path, arguments(tmp_path))
     assert [record["step"] for record in records(folder, STEPS)] == list(range(13))
 
 

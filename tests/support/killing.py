@@ -27,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.support.sessions import records, run_folder
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 PATIENCE_S = 300.0  # with a session on a loaded machine
 # One restraint of each place.
@@ -283,25 +285,14 @@ def ended(process: int) -> int:
     raise TimeoutError(f"a session did not end in {PATIENCE_S:.0f} seconds")
 
 
-def folder_of(place: Path) -> Path:
-    (folder,) = place.glob("*/*/seed*")
-    return folder
-
-
 def results_of(case: Case, place: Path) -> dict[str, Any]:
     """What must not depend on interruptions: records without what a clock measured, the bytes of
     samples, and the exported weights or the hypernetwork.
     """
     from editkit.runner.export import export
 
-    folder = folder_of(place)
-    found: dict[str, Any] = {
-        name: [
-            json.loads(line) | {"seconds": None}
-            for line in (folder / name).read_text().splitlines()
-        ]
-        for name in ("steps.jsonl", "evals.jsonl")
-    }
+    folder = run_folder(place)
+    found: dict[str, Any] = {name: records(folder, name) for name in ("steps.jsonl", "evals.jsonl")}
     found |= {path.name: path.read_bytes() for path in folder.glob("samples/*")}
     if case.is_training:
         found["weights"] = (folder / "hypernetwork.safetensors").read_bytes()
