@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# One command for a machine with a CUDA GPU: the tests of tests/gpu, then the bench at the shapes of
-# GPT-2 XL and LLaMA-3 8B in bfloat16, with random weights. It downloads nothing and takes under 10
-# minutes on one H100. Results: <FOLDER>/<measurement>-<shape>-<card>.json.
+# One command for a machine with a CUDA GPU: the tests marked `gpu`, then the bench at the shapes of
+# GPT-2 XL and LLaMA-3 8B in bfloat16, with random weights. It downloads nothing, and takes at most
+# 10 minutes, as a step is stopped after 45 seconds. It has not run on a GPU yet.
+# Results: <FOLDER>/<measurement>-<shape>-<card>.json.
 #
 #   scripts/gpu_check.sh [FOLDER]                                default: benchmarks/results
 #   PYTHON=python3 scripts/gpu_check.sh                          another Python; .venv's otherwise
@@ -31,7 +32,7 @@ step() { # what it is, then the command
   timeout 45 "$@" || { echo "failed ($?): $*"; failed=$((failed + 1)); }
 }
 
-[ "$device" = cpu ] || step "tests/gpu" "$python" -m pytest -q -m gpu tests/gpu
+[ "$device" = cpu ] || step "tests" "$python" -m pytest -q -m gpu tests
 for shape in $shapes; do
   for name in rome memit d4s alphaedit moments editing; do
     step "$name $shape" "$python" -m editkit bench "$name" --shape="$shape" --device="$device" \

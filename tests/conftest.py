@@ -22,3 +22,9 @@ import torch  # noqa: E402
 def _one_thread() -> None:
     """More threads make small matrices slower, and sums depend on their number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _cuda_device(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device: torch.cuda.is_available() is false")

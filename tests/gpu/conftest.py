@@ -1,15 +1,10 @@
-"""Everything here needs a CUDA device: `pytest -m gpu tests/gpu`; without one each test is skipped,
-and says so.
-"""
+"""The device of the tests that are about nothing but a GPU."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def device() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: torch.cuda.is_available() is false")
     return "cuda"

@@ -335,8 +335,6 @@ def test_final_hidden_and_head_respect_gemmas_soft_cap() -> None:
 
 @pytest.mark.gpu
 def test_a_model_moves_with_the_data_of_its_edits() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     model = tiny_model("gpt2", dtype="bfloat16")
     module = model.family.down_projection(0)
     model.edit([module])
