@@ -7,6 +7,7 @@ one merges them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -219,8 +220,8 @@ def fill_store(
             for module, moment_sum in parts.merged(missing):
                 write(required.folder, required.keys[module], moment_sum)
         shutil.rmtree(parts.folder, ignore_errors=True)
-    if (unfinished := parts.folder.parent).exists() and not any(unfinished.iterdir()):
-        unfinished.rmdir()
+    with contextlib.suppress(OSError):  # another process's sums lie there, or it was quicker
+        parts.folder.parent.rmdir()
     return True
 
 

@@ -10,12 +10,15 @@ number of processes (see `stats.collect`). One process can finish the work that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from editkit.errors import ConfigError, message
 from editkit.files import take_lock, written_atomically
@@ -32,6 +35,7 @@ from editkit.stats.collect import (
 from editkit.stats.shards import Shard
 
 SAVING_SHARE = 0.05  # the largest share of the time that saving may take
+ATTEMPTS = 100  # at creating a file in a folder that other processes remove
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class Parts:
             with safe_open(path, framework="pt") as opened:
                 return int((opened.metadata() or {})["num_blocks"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
+            if not path.exists():  # another process has merged the parts and removed them
+                return 0
             raise _corrupt(path, error) from None
 
     def path(self, part: int) -> Path:
@@ -212,13 +218,21 @@ def locked(path: Path, *, may_wait: bool) -> Iterator[bool]:
     On a file system without locks every process counts as the holder. Two processes that do the
     same work write the same bits: the lock saves time, nothing else.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with _created(path) as file:
         try:
             is_mine = take_lock(file, patience_s=None if may_wait else 0.0)
         except OSError:
             is_mine = True
         yield is_mine
+
+
+def _created(path: Path) -> IO[str]:
+    """Creates a file and its folders, again if another process removes a folder in between."""
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open(path, "w")
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _name(module: str, row: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from editkit.stats.build import UNFINISHED, Statistics, build, fill_store, stati
 from editkit.stats.collect import PARTS, blocks_of, collect
 from editkit.stats.corpus import StatsConfig
 from editkit.stats.estimate import estimate
-from editkit.stats.parts import locked
+from editkit.stats.parts import Parts, locked
 from editkit.stats.shards import ALONE, Shard, shard_from
 from editkit.stats.store import list_stored, read
 from editkit.trackers.collecting import collecting as shown_collecting
@@ -179,6 +180,43 @@ def test_a_process_that_waited_for_another_one_uses_its_result(
         locked(tmp_path / "lock", may_wait=False) as other,
     ):
         assert mine and not other
+
+
+def test_another_process_that_removes_the_folders_first_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two processes removes the parts, and the folder of all parts, when it is done."""
+    make, remove, removed = Path.mkdir, shutil.rmtree, []
+
+    def make_and_lose(folder: Path, *args: Any, **options: Any) -> None:
+        make(folder, *args, **options)
+        if folder.parent.name == UNFINISHED and len(removed) < 3:
+            removed.append(folder)
+            remove(folder.parent)
+
+    monkeypatch.setattr(Path, "mkdir", make_and_lose)
+    with locked(tmp_path / UNFINISHED / "digest" / "lock", may_wait=True) as mine:
+        assert mine and len(removed) == 3
+    remove(tmp_path / UNFINISHED)
+
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, **_: remove(folder.parent))
+    required = required_of(tmp_path)
+    assert fill_store(required)
+    assert not (tmp_path / "stats" / UNFINISHED).exists()
+
+
+def test_parts_that_vanish_while_they_are_read_are_missing_and_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = Parts(folder=tmp_path, num_documents=1)
+    parts.path(0).write_bytes(b"merged by another process")
+
+    def gone(path: Path, **_: str) -> None:
+        path.unlink()
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("safetensors.safe_open", gone)
+    assert parts.blocks_done(0) == 0
 
 
 def run_build(folder: Path, **environment: str) -> subprocess.Popen[str]:
