@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from editkit.editors.ft import Ft as Ft
     from editkit.editors.memit import Memit as Memit
     from editkit.editors.mend import Mend as Mend
+    from editkit.editors.pmet import Pmet as Pmet
     from editkit.editors.rome import Rome as Rome
     from editkit.errors import ConfigError as ConfigError
     from editkit.evaluation.base import AbstractEvaluator as AbstractEvaluator
@@ -68,6 +69,7 @@ else:
         "Mend": "editors.mend",
         "NormCap": "restraints.norm_cap",
         "Plan": "editors.base",
+        "Pmet": "editors.pmet",
         "Probe": "types",
         "Prune": "restraints.prune",
         "Rect": "restraints.rect",

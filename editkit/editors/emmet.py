@@ -60,6 +60,9 @@ class Emmet(AbstractSpread):
             moments.factorise(module)
         return {}
 
+    def site(self, model: EditableModel) -> str:
+        return model.family.block(self.layers[-1])
+
     def propose(self, step: Step, module: str, plan: SpreadPlan) -> LowRank:
         relaxation = self.relaxation if len(step.requests) > 1 else 0.0
         problem = self.problem(step, module, plan)

@@ -15,6 +15,7 @@ from editkit.editors.base import AbstractEditor, PlanT, Step
 from editkit.errors import OptionError, message
 from editkit.model.contexts import sample_contexts
 from editkit.resources.workload import EditorMemory, Workload
+from editkit.targets.forwards import Sites
 from editkit.targets.search import Target, search_targets
 from editkit.targets.self_check import compare_search
 from editkit.targets.settings import TargetSettings
@@ -80,8 +81,8 @@ class AbstractLocateThenEdit(AbstractEditor[PlanT]):
         return sample_contexts(model, lengths=self.context_lengths, generator=generator)
 
     @abc.abstractmethod
-    def site(self, model: EditableModel) -> str:
-        """The module whose output a target vector is searched for."""
+    def site(self, model: EditableModel) -> Sites:
+        """The module whose output a target vector is searched for, or several of one block."""
 
     def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
         if self.target.exact:

@@ -24,6 +24,7 @@ from editkit.restraints.base import Place
 if TYPE_CHECKING:
     from editkit.editors.base import Step
     from editkit.linalg.lowrank import Update
+    from editkit.model.editable import EditableModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class Memit(AbstractSpread):
     places: ClassVar[frozenset[Place]] = frozenset({"objective", "solve", "update", "total"})
 
     spread: Literal["recomputed", "published_code"]
+
+    def site(self, model: EditableModel) -> str:
+        return model.family.block(self.layers[-1])
 
     def propose(self, step: Step, module: str, plan: SpreadPlan) -> Update:
         is_once = self.spread == "published_code"

@@ -22,6 +22,8 @@ class Family:
     mlp_in_block: str = "mlp"
     # from the MLP's inner width back to the residual stream
     down_projection_in_block: str = "mlp.down_proj"
+    # the attention's output projection; only editors that search for a target there need it
+    attention_in_block: str = "self_attn.o_proj"
     # whether the MLP's output is added to the residual stream unchanged, without a norm in between
     adds_mlp_output: bool = True
     # whether positions are those of `position_ids`; with ALiBi a token's column counts instead
@@ -37,6 +39,9 @@ class Family:
 
     def down_projection(self, layer: int) -> str:
         return f"{self.blocks}.{layer}.{self.down_projection_in_block}"
+
+    def attention(self, layer: int) -> str:
+        return f"{self.blocks}.{layer}.{self.attention_in_block}"
 
     def mlp_matrices(self, layer: int) -> tuple[str, ...]:
         return tuple(f"{self.blocks}.{layer}.{name}" for name in self.mlp_matrices_in_block)
@@ -84,11 +89,13 @@ def known_families() -> dict[str, Family]:
         blocks="transformer.h",
         final_norm="transformer.ln_f",
         down_projection_in_block="mlp.c_proj",
+        attention_in_block="attn.c_proj",
         mlp_matrices_in_block=("mlp.c_fc", "mlp.c_proj"),
     )
     gptj = replace(
         gpt2,
         down_projection_in_block="mlp.fc_out",
+        attention_in_block="attn.out_proj",
         mlp_matrices_in_block=("mlp.fc_in", "mlp.fc_out"),
     )
     gpt_neox = Family(
@@ -96,6 +103,7 @@ def known_families() -> dict[str, Family]:
         blocks="gpt_neox.layers",
         final_norm="gpt_neox.final_layer_norm",
         down_projection_in_block="mlp.dense_4h_to_h",
+        attention_in_block="attention.dense",
         mlp_matrices_in_block=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     )
     # One matrix holds the gate and the other matrix into the inner width.
@@ -103,7 +111,11 @@ def known_families() -> dict[str, Family]:
     # A norm, or Granite's residual multiplier, stands between the MLP and the residual stream.
     changed = replace(llama, adds_mlp_output=False)
     falcon = replace(
-        gpt_neox, base="transformer", blocks="transformer.h", final_norm="transformer.ln_f"
+        gpt_neox,
+        base="transformer",
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        attention_in_block="self_attention.dense",
     )
     return {
         # The whole MLP adds the residual stream itself.
@@ -120,7 +132,7 @@ def known_families() -> dict[str, Family]:
         "glm4": replace(fused, adds_mlp_output=False),
         "gpt2": gpt2,
         "gpt_bigcode": gpt2,
-        "gpt_neo": gpt2,
+        "gpt_neo": replace(gpt2, attention_in_block="attn.attention.out_proj"),
         "gpt_neox": gpt_neox,
         "gptj": gptj,
         "granite": changed,
@@ -133,6 +145,7 @@ def known_families() -> dict[str, Family]:
             final_norm="transformer.norm_f",
             mlp_in_block="ffn.down_proj",  # the whole MLP adds the residual stream itself
             down_projection_in_block="ffn.down_proj",
+            attention_in_block="attn.out_proj",
             follows_position_ids=False,
             mlp_matrices_in_block=("ffn.up_proj", "ffn.down_proj"),
         ),
@@ -146,12 +159,14 @@ def known_families() -> dict[str, Family]:
             final_norm="model.decoder.final_layer_norm",
             mlp_in_block="fc2",  # there is no module of the whole MLP
             down_projection_in_block="fc2",
+            attention_in_block="self_attn.out_proj",
             mlp_matrices_in_block=("fc1", "fc2"),
         ),
         "phi": replace(
             llama,
             final_norm="model.final_layernorm",
             down_projection_in_block="mlp.fc2",
+            attention_in_block="self_attn.dense",
             mlp_matrices_in_block=("mlp.fc1", "mlp.fc2"),
         ),
         "phi3": fused,

@@ -84,12 +84,12 @@ class LayerwiseForward:
         self._layer, self._made_by = layer, self._versions(layer)
         return torch.cat(keys_at_ends)
 
-    def outputs(self, layer: int) -> torch.Tensor:
-        """(M, O): the outputs of a block."""
-        block = self._model.family.block(layer)
+    def outputs(self, layer: int, module: str | None = None) -> torch.Tensor:
+        """(M, O): the outputs of a block, or of a module in it."""
+        name = self._model.family.block(layer) if module is None else module
         return torch.cat(
             [
-                self._run(part, layer, outputs=[block]).outputs[block][
+                self._run(part, layer, outputs=[name]).outputs[name][
                     part.is_end_MT.to(self._model.device)
                 ]
                 for part in self._parts

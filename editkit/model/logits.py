@@ -34,6 +34,7 @@ class Readings:
     log_p_K: torch.Tensor
     kl_N: torch.Tensor
     log_p_NV: torch.Tensor  # detached; a later divergence may be measured from it
+    top_K: torch.Tensor | None  # detached: log p of the most probable token, if asked for
 
 
 def read(
@@ -41,20 +42,23 @@ def read(
     hidden_MD: torch.Tensor,
     ids_K: torch.Tensor,
     before_NV: torch.Tensor | None,
+    *,
+    with_top: bool = False,
 ) -> Readings:
     """log p of a token in each of the first K rows, and KL(p || before) in the other N rows.
 
-    The divergence is 0 if `before_NV` is None.
+    The divergence is 0 if `before_NV` is None. `with_top` asks for the most probable tokens.
     """
     logits_MV = model.hidden_to_logits(hidden_MD)
     log_p_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)).log_softmax(dim=-1)
-    log_p_NV = log_p_MV[len(ids_K) :]
+    log_p_KV, log_p_NV = log_p_MV[: len(ids_K)], log_p_MV[len(ids_K) :]
     return Readings(
-        log_p_K=log_p_MV[: len(ids_K)].gather(1, ids_K[:, None])[:, 0],
+        log_p_K=log_p_KV.gather(1, ids_K[:, None])[:, 0],
         kl_N=log_p_NV.new_zeros(len(log_p_NV))
         if before_NV is None
         else divergence(log_p_NV, before_NV),
         log_p_NV=log_p_NV.detach(),
+        top_K=log_p_KV.detach().amax(dim=1) if with_top else None,
     )
 
 
@@ -70,6 +74,8 @@ def read_sliced(
     hidden_MD: torch.Tensor,
     ids_K: torch.Tensor,
     before_NV: torch.Tensor | None,
+    *,
+    with_top: bool = False,
 ) -> Readings:
     """The values of `read` to rounding, with the gradients computed in the same pass.
 
@@ -82,7 +88,7 @@ def read_sliced(
         or hidden_MD.device.type != "cpu"
         or hidden_MD.dtype not in (torch.float32, torch.float64)
     ):
-        return read(model, hidden_MD, ids_K, before_NV)
+        return read(model, hidden_MD, ids_K, before_NV, with_top=with_top)
     with torch.no_grad():
         values, gradient_MD = _sliced(head.weight, head.bias, hidden_MD.detach(), ids_K, before_NV)
     # Adds exactly zero, and carries the gradient computed above.
@@ -91,6 +97,7 @@ def read_sliced(
         log_p_K=values.log_p_K + slope_M[: len(ids_K)],
         kl_N=values.kl_N + slope_M[len(ids_K) :],
         log_p_NV=values.log_p_NV,
+        top_K=values.top_K if with_top else None,
     )
 
 
@@ -153,5 +160,6 @@ def _sliced(
         log_p_K=logit_K - log_mass_M[:num_tokens],
         kl_N=kl_N,
         log_p_NV=logits_NV.sub_(log_mass_M[num_tokens:, None]),
+        top_K=(top_M - log_mass_M)[:num_tokens],
     )
     return values, gradient_MD

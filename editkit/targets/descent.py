@@ -4,7 +4,7 @@ All requests of a batch are minimised together but independently. Each has its o
 delta = 0, learning rate, clamp and end. A request that has ended keeps its values and leaves the
 batch.
 
-Shape letters: N requests, K active requests, C contexts, O width of the site's output, V
+Shape letters: N requests, K active requests, C contexts, S sites, O width of the sites' outputs, V
 vocabulary.
 """
 
@@ -16,10 +16,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from editkit.lazy import torch
-from editkit.targets.stepping import DescentState, StopCheck, merged
+from editkit.targets.stepping import DescentState, StopCheck, by_site, merged
 
 if TYPE_CHECKING:
     from editkit.targets.settings import TargetSettings
+
+# Of log-probabilities, in nats: the target's and the most probable token's may be computed apart.
+ROUNDING = 1e-4
 
 # deltas (K, O) of the requests with these indices (K,) -> a term of each request's loss, (K,)
 Penalty = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
@@ -32,6 +35,8 @@ class ForwardResult(NamedTuple):
     # KL(now || before) of the distributions at the KL position; 0 without a distribution before
     kl_N: torch.Tensor
     log_p_NV: torch.Tensor  # log-distribution at the KL position
+    # As `log_p_NC`, of the most probable token at each place, if the forward was built so.
+    top_NC: torch.Tensor | None = None
 
 
 class Forward(Protocol):
@@ -73,6 +78,7 @@ class TargetProblem:
     forward: Forward
     initial_NO: torch.Tensor  # v, at least float32
     settings: TargetSettings
+    num_sites: int = 1  # delta and v have one part for each, of equal width
     # finished requests are state one step late (see `StopCheck`); the result has the same bits
     is_stop_check_delayed: bool = False
 
@@ -88,7 +94,7 @@ class TargetProblem:
         final_loss: bool = True,
     ) -> Descent:
         """Minimises the loss with a new Adam. Every update is projected onto |delta| <= clamp *
-        |v|.
+        |v|, site by site.
 
         A request ends after `updates`, or as soon as its loss is below the settings' `stop_loss` or
         not finite.
@@ -135,6 +141,8 @@ class TargetProblem:
                 if penalty is not None:
                     loss_K = loss_K + penalty(delta_KO, state.ids_K)
             state = state.with_losses(loss_K, result.log_p_NC, stop_loss=settings.stop_loss)
+            if settings.is_eased:
+                state = self._eased(state, result)
             if step == updates or not any(is_active := stop_check.active(ids, state.is_active_K)):
                 break
             # The loss of a request depends on its own delta only.
@@ -157,21 +165,25 @@ class TargetProblem:
             torch.zeros_like(self.initial_NO),
         )
         num_requests, width = initial_NO.shape
-        size_N = torch.linalg.vector_norm(initial_NO, dim=1)
-        lr_N = settings.lr * (
-            size_N / math.sqrt(width) if settings.lr_unit == "relative" else torch.ones_like(size_N)
+        size_NS = by_site(initial_NO, self.num_sites)
+        ones_N = torch.ones_like(size_NS[:, 0])
+        lr_NS = settings.lr * (
+            size_NS / math.sqrt(width // self.num_sites)
+            if settings.lr_unit == "relative"
+            else torch.ones_like(size_NS)
         )
         return DescentState(
             ids_K=torch.arange(num_requests, device=initial_NO.device),
-            size_K=size_N,
-            lr_K=lr_N,
+            size_KS=size_NS,
+            lr_KS=lr_NS,
+            nll_weight_K=ones_N,
             delta_KO=zeros_NO if start_NO is None else start_NO.detach().clone(),
             first_KO=zeros_NO,
             second_KO=zeros_NO,
             gradients_KO=zeros_NO,
-            updates_K=torch.zeros_like(size_N, dtype=torch.long),
-            loss_K=torch.full_like(size_N, math.nan) if after is None else after.loss_N,
-            is_active_K=torch.ones_like(size_N, dtype=torch.bool),
+            updates_K=torch.zeros_like(ones_N, dtype=torch.long),
+            loss_K=torch.full_like(ones_N, math.nan) if after is None else after.loss_N,
+            is_active_K=torch.ones_like(ones_N, dtype=torch.bool),
             free_KO=free_NO,
             log_p_KC=None if after is None else after.log_p_NC,
             before_KC=None if after is None else after.at_zero[0],
@@ -182,15 +194,30 @@ class TargetProblem:
         self, state: DescentState, delta_KO: torch.Tensor, result: ForwardResult
     ) -> torch.Tensor:
         # As in the published code, the first norm is not squared. Without v there is no decay.
-        decay_K = torch.linalg.vector_norm(delta_KO, dim=1) / torch.where(
-            state.size_K == 0, math.inf, state.size_K**2
+        decay_KS = by_site(delta_KO, self.num_sites) / torch.where(
+            state.size_KS == 0, math.inf, state.size_KS**2
         )
         loss_K: torch.Tensor = (
-            -result.log_p_NC.mean(dim=1)
+            -state.nll_weight_K * result.log_p_NC.mean(dim=1)
             + self.settings.kl_factor * result.kl_N
-            + self.settings.weight_decay * decay_K
+            + self.settings.weight_decay * decay_KS.sum(dim=1)
         )
         return loss_K
+
+    def _eased(self, state: DescentState, result: ForwardResult) -> DescentState:
+        """The state with the weight of -log p in the next loss, and without requests whose target
+        is most probable and whose divergence is small.
+        """
+        assert result.top_NC is not None
+        settings, divergence_K = self.settings, result.kl_N.detach()
+        is_top_K = (result.log_p_NC.detach() >= result.top_NC - ROUNDING).all(dim=1)
+        is_active_K = state.is_active_K
+        if settings.stop_kl is not None:
+            is_active_K = is_active_K & ~(
+                is_top_K & (settings.kl_factor * divergence_K <= settings.stop_kl)
+            )
+        weight_K = torch.ones_like(state.nll_weight_K).masked_fill(is_top_K, settings.easing)
+        return replace(state, nll_weight_K=weight_K, is_active_K=is_active_K)
 
 
 def _split(

@@ -70,6 +70,10 @@ def average_keys(forward: LayerwiseForward, layer: int, weights: Sequence[float]
     return torch.einsum("nci,c->in", keys_MI.double().unflatten(0, (-1, len(weights))), weights_C)
 
 
-def clean_outputs(forward: LayerwiseForward, layer: int, num_contexts: int) -> torch.Tensor:
-    """(O, N) float32: the output of a block at the end of each request's bare prompt."""
-    return forward.every(num_contexts).outputs(layer).float().T
+def clean_outputs(
+    forward: LayerwiseForward, layer: int, num_contexts: int, module: str | None = None
+) -> torch.Tensor:
+    """(O, N) float32: the output of a block, or of a module in it, at the end of each request's
+    bare prompt.
+    """
+    return forward.every(num_contexts).outputs(layer, module).float().T

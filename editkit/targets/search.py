@@ -3,7 +3,7 @@ model generates the target.
 
 Source: Meng et al. 2022 (ROME, arXiv 2202.05262), Eq. 4, as in the published code. Comments mark
 the differences. All locate-then-edit methods share this implementation. Its only input about the
-method is the site, a module whose output is (B, T, O).
+method is the site, a module whose output is (B, T, O), or several such modules of one block.
 
     loss(delta) = mean over contexts of -log p(target) per token     the request
                 + kl_factor * KL(p with delta || p without)          after "{subject} is a": the
@@ -15,7 +15,7 @@ method is the site, a module whose output is (B, T, O).
 plain forward runs the whole network in each step, the suffix forward only the part that can change.
 A search without a restraint on the objective is one descent. A restraint may use several.
 
-Shape letters: N requests, O width of the site's output.
+Shape letters: N requests, O width of the sites' outputs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from typing import TYPE_CHECKING
 from editkit.lazy import torch
 from editkit.resources.stopwatch import measured
 from editkit.targets.descent import Descent, Forward, TargetProblem
-from editkit.targets.forwards import plain_forward, site_outputs, suffix_forward, suffix_layer
+from editkit.targets.forwards import (
+    Sites,
+    modules_of,
+    plain_forward,
+    site_outputs,
+    suffix_forward,
+    suffix_layer,
+)
 from editkit.targets.sequences import Sequences, prepare
 from editkit.types import EditRequest
 
@@ -66,7 +73,7 @@ def search_targets(
     model: EditableModel,
     requests: Sequence[EditRequest],
     *,
-    site: str,
+    site: Sites,
     contexts: Sequence[str],
     settings: TargetSettings,
     objective: Objective | None = None,
@@ -79,6 +86,7 @@ def search_targets(
     its request and is reported in the result.
 
     Args:
+        site: one module, or several of one block. Each target then has a part for each.
         contexts: templates with one "{}" for the prompt. The first of them is the bare "{}".
 
     Raises:
@@ -97,7 +105,7 @@ def search_targets(
             "unchanged. The results are the same, but the search takes several times longer.",
             model.name,
         )
-    at_block = site in map(model.family.block, range(model.num_layers))
+    at_block = modules_of(site)[0] in map(model.family.block, range(model.num_layers))
     targets: dict[int, Target] = {}
     for layer in dict.fromkeys(layers):
         for places in _batches(
@@ -125,7 +133,7 @@ def search_target(
     model: EditableModel,
     request: EditRequest,
     *,
-    site: str,
+    site: Sites,
     contexts: Sequence[str],
     settings: TargetSettings,
     objective: Objective | None = None,
@@ -161,23 +169,25 @@ def targets_of(problem: TargetProblem, descent: Descent) -> Iterator[Target]:
 
 def _problem(
     model: EditableModel,
-    site: str,
+    site: Sites,
     layer: int | None,
     sequences: Sequence[Sequences],
     settings: TargetSettings,
 ) -> TargetProblem:
     forward: Forward
+    has_top = settings.is_eased
     if layer is None:
         forward, initial_NO = (
-            plain_forward(model, site, sequences),
+            plain_forward(model, site, sequences, has_top=has_top),
             site_outputs(model, site, sequences),
         )
     else:
-        forward, initial_NO = suffix_forward(model, site, layer, sequences)
+        forward, initial_NO = suffix_forward(model, site, layer, sequences, has_top=has_top)
     return TargetProblem(
         forward=forward,
         initial_NO=initial_NO,
         settings=settings,
+        num_sites=len(modules_of(site)),
         is_stop_check_delayed=model.device.type == "cuda",
     )
 

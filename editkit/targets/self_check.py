@@ -1,6 +1,6 @@
 """The shortcuts of target searches and of keys beside the plain computation, for one request.
 
-Shape letters: N requests, O width of the site's output, V vocabulary.
+Shape letters: N requests, O width of the sites' outputs, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from editkit.model.capture import capture
 from editkit.model.shortcuts import Comparison, attempted, compared, difference, tolerance_of
 from editkit.model.tokens import PLACE, pad
 from editkit.targets.descent import Forward
-from editkit.targets.forwards import plain_forward, site_outputs, suffix_forward, suffix_layer
+from editkit.targets.forwards import (
+    Sites,
+    plain_forward,
+    site_outputs,
+    suffix_forward,
+    suffix_layer,
+)
 from editkit.targets.keys import layerwise, subject_texts
 from editkit.targets.sequences import prepare
 from editkit.types import EditRequest
@@ -27,8 +33,8 @@ CONTEXTS = (PLACE, f"Therefore. {PLACE}")
 SIZE = 0.5  # |delta| / |v|
 
 
-def compare_search(model: EditableModel, request: EditRequest, site: str) -> Comparison | None:
-    """The site's output v, and the loss of a delta with its gradient, by a cached suffix and by
+def compare_search(model: EditableModel, request: EditRequest, site: Sites) -> Comparison | None:
+    """The sites' output v, and the loss of a delta with its gradient, by a cached suffix and by
     the whole network; None if searches run the whole network anyway.
 
     The suffix is that of the request twice, so that it has prefixes to share.
@@ -64,9 +70,11 @@ def _loss_and_gradient(forward: Forward, delta_NO: torch.Tensor) -> dict[str, to
     return {"loss": loss_N.detach(), "gradient": gradient_NO}
 
 
-def compare_keys(model: EditableModel, request: EditRequest, layers: Sequence[int]) -> Comparison:
-    """The keys of these layers and the output of the last one, layer by layer from kept hidden
-    states, and from one pass of the whole network.
+def compare_keys(
+    model: EditableModel, request: EditRequest, layers: Sequence[int], value_at: str | None = None
+) -> Comparison:
+    """The keys of these layers and the output of the last one, or of the module `value_at` in it,
+    layer by layer from kept hidden states, and from one pass of the whole network.
     """
     texts = subject_texts(model, request, CONTEXTS)
     names = [f"key {layer}" for layer in layers]
@@ -74,9 +82,9 @@ def compare_keys(model: EditableModel, request: EditRequest, layers: Sequence[in
     def by_layer() -> dict[str, torch.Tensor]:
         forward = layerwise(model, [texts])
         keys = {name: forward.keys(layer) for name, layer in zip(names, layers, strict=True)}
-        return keys | {"output": forward.outputs(layers[-1])}
+        return keys | {"output": forward.outputs(layers[-1], value_at)}
 
-    modules, block = model.down_projections(layers), model.family.block(layers[-1])
+    modules, block = model.down_projections(layers), value_at or model.family.block(layers[-1])
     batch = pad(texts, device=model.device)
     with torch.no_grad(), capture(model, inputs=modules, outputs=[block]) as captured:
         model.final_hidden(batch)

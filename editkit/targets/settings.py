@@ -31,10 +31,20 @@ class TargetSettings:
     # tokens of a batch of requests, including contexts and padding; bounds memory, and changes
     # results only by rounding
     tokens_at_once: int = 8192
+    # While the target's tokens are the most probable ones in every context: the factor of -log p in
+    # the next loss (1: none), and the value of kl_factor * KL at or below which the search ends
+    # (None: it does not end there).
+    easing: float = 1.0
+    stop_kl: float | None = None
+
+    @property
+    def is_eased(self) -> bool:
+        """Whether the search has to know the most probable tokens."""
+        return self.easing != 1 or self.stop_kl is not None
 
     def __post_init__(self) -> None:
         positive = ("steps", "lr", "clamp", "tokens_at_once")
-        not_negative = ("weight_decay", "kl_factor")
+        not_negative = ("weight_decay", "kl_factor", "easing")
         problems = [
             message(name, "must be positive", got=getattr(self, name))
             for name in positive
@@ -45,6 +55,8 @@ class TargetSettings:
             for name in not_negative
             if not getattr(self, name) >= 0
         ]
+        if self.stop_kl is not None and not self.stop_kl >= 0:
+            problems.append(message("stop_kl", "must not be negative", got=self.stop_kl))
         if problems:
             raise OptionError(problems)
 

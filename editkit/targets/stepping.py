@@ -1,6 +1,6 @@
 """The state of a descent, its Adam updates, and a stop check that does not wait for the device.
 
-Shape letters: N requests, K active requests, C contexts, O width of the site's output, V
+Shape letters: N requests, K active requests, C contexts, S sites, O width of the sites' outputs, V
 vocabulary.
 """
 
@@ -24,8 +24,9 @@ class DescentState:
     """
 
     ids_K: torch.Tensor  # indices among the N requests
-    size_K: torch.Tensor  # |v|
-    lr_K: torch.Tensor
+    size_KS: torch.Tensor  # |v|
+    lr_KS: torch.Tensor
+    nll_weight_K: torch.Tensor  # of -log p in the loss
     delta_KO: torch.Tensor
     first_KO: torch.Tensor  # Adam's moments
     second_KO: torch.Tensor
@@ -69,11 +70,14 @@ class DescentState:
             self.second_KO * DECAYS[1], gradient_KO, gradient_KO, value=1 - DECAYS[1]
         )
         shrunk, root = 1 - DECAYS[0] ** step, (1 - DECAYS[1] ** step) ** 0.5
-        delta_KO = self.delta_KO - (self.lr_K / shrunk)[:, None] * first_KO / (
-            second_KO.sqrt() / root + EPSILON
-        )
-        length_K, limit_K = torch.linalg.vector_norm(delta_KO, dim=1), clamp * self.size_K
-        delta_KO = delta_KO * torch.where(length_K > limit_K, limit_K / length_K, 1.0)[:, None]
+        num_sites = self.size_KS.shape[1]
+        width = self.delta_KO.shape[1] // num_sites
+        delta_KO = self.delta_KO - (self.lr_KS / shrunk).repeat_interleave(
+            width, dim=1
+        ) * first_KO / (second_KO.sqrt() / root + EPSILON)
+        length_KS, limit_KS = by_site(delta_KO, num_sites), clamp * self.size_KS
+        scale_KS = torch.where(length_KS > limit_KS, limit_KS / length_KS, 1.0)
+        delta_KO = delta_KO * scale_KS.repeat_interleave(width, dim=1)
         return replace(
             self,
             delta_KO=torch.where(is_active_K1, delta_KO, self.delta_KO),
@@ -90,6 +94,12 @@ class DescentState:
             name: None if value is None else value[kept_K] for name, value in values.items()
         }
         return DescentState(**kept)
+
+
+def by_site(values_KO: torch.Tensor, num_sites: int) -> torch.Tensor:
+    """The norm of each site's part, (K, S)."""
+    norm_KS: torch.Tensor = torch.linalg.vector_norm(values_KO.unflatten(1, (num_sites, -1)), dim=2)
+    return norm_KS
 
 
 def merged(parts: list[DescentState]) -> DescentState:

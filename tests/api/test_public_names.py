@@ -14,7 +14,18 @@ NAMES = (
     *("AbstractProtocol", "AbstractSolveRestraint", "AbstractTotalRestraint"),
     *("AbstractUpdateRestraint", "AlphaEdit", "ConfigError", "D4S", "Eac", "EditRequest"),
     *("EditResult", "EditableModel", "Emmet", "Ft", "LowRank", "Measurement", "Memit", "Mend"),
-    *("NormCap", "Plan", "Probe", "Prune", "Rect", "Rome", "Session", "Step", "__version__"),
+    *(
+        "NormCap",
+        "Plan",
+        "Pmet",
+        "Probe",
+        "Prune",
+        "Rect",
+        "Rome",
+        "Session",
+        "Step",
+        "__version__",
+    ),
     *("edit", "export", "load", "load_run", "load_runs", "run"),
 )
 

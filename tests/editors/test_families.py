@@ -16,6 +16,7 @@ LAYERS = {
     "rome": [1],
     "memit": [0, 1, 2],
     "emmet": [1],
+    "pmet": [0, 1, 2],
     "ft": [1],
     "alphaedit": [0, 1, 2],
     "mend": [1, 2],

@@ -57,6 +57,7 @@ def test_every_known_family_names_modules_that_exist(kind: str) -> None:
         is_down = name in model.down_projections([0, 1])
         assert (rows if is_down else columns) == WIDTH < (columns if is_down else rows)
     assert model.down_projections([1])[0] == model.mlp_matrices([1])[-1]
+    assert model.weight(model.family.attention(1)).shape[0] == WIDTH
     batch = pad([(3, 4, 5, 6, 300)])
     with torch.no_grad():
         logits = model.hidden_to_logits(model.final_hidden(batch)[0])

@@ -68,7 +68,9 @@ def comparisons(model: EditableModel) -> list[Comparison]:
     found = [
         compare_search(model, request(), model.family.mlp(1)),
         compare_search(model, request(), model.family.block(2)),
+        compare_search(model, request(), (model.family.attention(1), model.family.mlp(1))),
         compare_keys(model, request(), (0, 2, 3)),
+        compare_keys(model, request(), (0, 2), model.family.mlp(2)),
         compare_scoring(model, ids),
         compare_generation(model, ids),
     ]
@@ -83,7 +85,7 @@ def assert_close(found: list[Comparison]) -> None:
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_every_shortcut_of_every_family_equals_the_plain_computation(kind: str) -> None:
     found = comparisons(family_model(kind))
-    expected = ["search", "search", "keys", "scoring", "generation"]
+    expected = ["search", "search", "search", "keys", "keys", "scoring", "generation"]
     if kind in WITHOUT_TREES:
         expected.remove("scoring")
     assert [each.shortcut for each in found] == expected
@@ -95,7 +97,7 @@ def test_the_shortcuts_are_right_with_every_style_of_tokenizer(style: Style) -> 
     model = family_model("llama", tokenizer=styled_tokenizer(style))
     assert len(model.tokenizer) <= model.network.config.vocab_size
     found = comparisons(model)
-    assert len(found) == 5
+    assert len(found) == 7
     assert_close(found)
 
 

@@ -26,7 +26,8 @@ def test_trials_cover_every_allowed_pair_and_every_signal() -> None:
     chosen = cases()
     names = {case.name for case in chosen}
     assert {
-        f"{editor}-none" for editor in ("alphaedit", "d4s", "emmet", "ft", "memit", "mend", "rome")
+        f"{editor}-none"
+        for editor in ("alphaedit", "d4s", "emmet", "ft", "memit", "mend", "pmet", "rome")
     } < names
     for place in ("eac", "d4s", "rect", "prune"):
         assert any(name.endswith(f"-{place}") for name in names), place

@@ -42,7 +42,7 @@ INSIDE = {
 }
 SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 QUICK = {
-    **dict.fromkeys(("rome", "memit", "emmet", "d4s", "alphaedit"), SEARCH),
+    **dict.fromkeys(("rome", "memit", "emmet", "pmet", "d4s", "alphaedit"), SEARCH),
     "ft": ("editor.steps=3",),
     "mend": ("editor.hypernetwork=asset:mend/tiny-gpt2",),
     "eac": ("restraint.eac.steps_search=1", "restraint.eac.steps_retrain=2"),
