@@ -27,6 +27,7 @@ def load(
     *,
     name: str | None = None,
     family: Family | str | None = None,
+    expert: int | None = None,
     device: str | None = None,
     chat_template: str | None = None,
     allow_pickle: bool = False,
@@ -44,6 +45,7 @@ def load(
             model with the same hub id, else the last part of the id or folder.
         family: for an unknown architecture, the name of a known one with the same module names, or
             the module names themselves.
+        expert: of a mixture of experts, the one whose matrices are edited.
         device: where the model is moved to. Default: a model of transformers stays where it is, a
             model that is loaded by its name is on the CPU.
         chat_template: how prompts are put to the model: as they are (None), by the chat template of
@@ -57,7 +59,7 @@ def load(
     """
     if isinstance(model, str | Path):
         given: dict[str, Any] = {"name": name, "family": family, "chat_template": chat_template}
-        given["allow_pickle"] = allow_pickle
+        given |= {"allow_pickle": allow_pickle, "expert": expert}
         return _by_name(os.fspath(model), tokenizer, given).load(device or "cpu")
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type") or not hasattr(model, "get_submodule"):
@@ -72,7 +74,7 @@ def load(
     if device is not None:
         require_device(device)
         model.to(device)  # type: ignore[arg-type] # transformers wraps the method without its types
-    settings = ModelConfig(id=source, family=family)
+    settings = ModelConfig(id=source, family=family, expert=expert)
     return EditableModel(
         model,
         tokenizer,

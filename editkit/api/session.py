@@ -23,6 +23,7 @@ from editkit.resources.stopwatch import Stopwatch
 from editkit.runner.checkpoint import generator_states, restore_generators
 from editkit.runner.context_length import require_room
 from editkit.runner.measure import corrections
+from editkit.runner.routed import require_routed
 from editkit.runner.self_check import check_editing, check_reading
 from editkit.runner.step import (
     apply_batch,
@@ -169,8 +170,8 @@ class Session:
             target: bare text without a leading blank.
 
         Raises:
-            ConfigError: a request is invalid, longer than the model's context length, or one of
-                too many.
+            ConfigError: a request is invalid, longer than the model's context length, one of too
+                many, or does not reach the edited expert.
         """
         model, state = self.model, self._current()
         if requests is None:
@@ -180,6 +181,7 @@ class Session:
             raise ConfigError(message("requests", problem, fix="leave one of the two out"))
         batch = batch_of(requests, self.editor)
         require_room(model, batch, self._contexts, [()] * len(batch))
+        require_routed(model, self.editor, batch)
         if not self._is_checked:
             _warn(check_editing(model, self.editor, batch[0]))
             self._is_checked = True

@@ -23,6 +23,7 @@ UNHASHED = (
 # its folder.
 LATER: dict[str, Any] = {
     "model.weights": "pretrained",
+    "model.expert": None,
     "model.tokenizer": None,
     "model.chat_template": None,
     "evaluation.specificity": False,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
 from editkit.errors import ConfigError, message
-from editkit.model.tokens import PLACE
+from editkit.model.tokens import PLACE, encode_with_targets
 from editkit.resources.workload import REQUEST, EditorMemory, Workload
 from editkit.restraints.base import Place
 from editkit.stats.least_squares import LeastSquares, least_squares
@@ -137,6 +137,13 @@ class AbstractEditor(abc.ABC, Generic[PlanT]):
         They are sampled once a run on the unedited model and kept in the run's state.
         """
         return (PLACE,)
+
+    def edited_tokens(
+        self, model: EditableModel, request: EditRequest
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """The tokens of a request, and the positions at which the edit acts."""
+        [sequence] = encode_with_targets(model.tokenizer, [request.probe()], chat=model.chat)
+        return sequence.ids[:-1], range(len(sequence.ids) - 1)
 
     def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
         """The shortcuts that the editor takes, each beside the plain computation."""

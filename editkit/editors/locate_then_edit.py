@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 from editkit.editors.base import AbstractEditor, PlanT, Step
 from editkit.errors import OptionError, message
 from editkit.model.contexts import sample_contexts
+from editkit.model.tokens import PLACE
 from editkit.resources.workload import EditorMemory, Workload
 from editkit.targets.forwards import Sites
+from editkit.targets.keys import subject_texts
 from editkit.targets.search import Target, search_targets
 from editkit.targets.self_check import compare_search
 from editkit.targets.settings import TargetSettings
@@ -79,6 +81,12 @@ class AbstractLocateThenEdit(AbstractEditor[PlanT]):
 
     def contexts(self, model: EditableModel, generator: torch.Generator) -> tuple[str, ...]:
         return sample_contexts(model, lengths=self.context_lengths, generator=generator)
+
+    def edited_tokens(
+        self, model: EditableModel, request: EditRequest
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        [text] = subject_texts(model, request, (PLACE,))
+        return text, (len(text) - 1,)
 
     @abc.abstractmethod
     def site(self, model: EditableModel) -> Sites:

@@ -19,12 +19,14 @@ from editkit.errors import ConfigError
 from editkit.model.gguf import read_header
 from editkit.model.source import ASSET, GGUF, PACKAGE, find_source
 
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 NAMES = {  # the keys of a size in config.json
     "width": ("hidden_size", "n_embd", "d_model"),
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "num_positions": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
     "inner": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "num_experts": NUM_EXPERTS,
 }
 # Where config.json does not say, as with Bloom, which has no positions and was trained on as many.
 NUM_POSITIONS = 2048
@@ -33,8 +35,9 @@ TIED = {
     *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2"),
     *("gpt_bigcode", "gpt_neo", "mpt", "opt", "smollm3", "starcoder2"),
 }
-# Families with eager attention only: transformers implements no other attention for them.
-EAGER = {"bloom", "codegen", "gpt_neo", "gptj", "mpt"}
+# Families with eager attention only: transformers implements no other for them, for Gemma 2 because
+# of its soft cap and for gpt-oss because of its sinks.
+EAGER = {"bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt"}
 # Families whose MLP has one matrix into its inner width.
 NOT_GATED = {
     *("bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt"),
@@ -63,6 +66,7 @@ class Architecture:
     vocabulary: int
     num_positions: int
     is_tied: bool
+    num_experts: int = 1  # of a mixture, each with matrices of its own
 
     @property
     def num_parameters(self) -> int:
@@ -89,12 +93,11 @@ class Architecture:
         norms += 2 * self.head_width if self.kind in ("qwen3", "gemma3_text") else 0
         biases = 2 * inner + width if self.facts.get("mlp_bias") else 0
         head = 0 if self.is_tied else vocabulary * width
-        return (
-            vocabulary * width
-            + layers * (attention + norms + (3 if self.is_gated else 2) * width * inner + biases)
-            + width
-            + head
-        )
+        mlp = (3 if self.is_gated else 2) * width * inner
+        if self.num_experts > 1:
+            shared = int(self.facts.get("shared_expert_intermediate_size") or 0)
+            mlp = self.num_experts * (mlp + width) + 3 * width * shared
+        return vocabulary * width + layers * (attention + norms + mlp + biases) + width + head
 
     @property
     def is_gated(self) -> bool:
@@ -128,7 +131,7 @@ def architecture_of(facts: Mapping[str, Any]) -> Architecture:
         facts=facts,
         kind=kind,
         width=width,
-        inner=size("inner") or 4 * width,
+        inner=int(facts.get("moe_intermediate_size") or size("inner") or 4 * width),
         num_layers=layers,
         num_heads=heads,
         num_key_value_heads=int(facts.get("num_key_value_heads") or heads),
@@ -136,6 +139,7 @@ def architecture_of(facts: Mapping[str, Any]) -> Architecture:
         vocabulary=int(facts["vocab_size"]),
         num_positions=positions or NUM_POSITIONS,
         is_tied=bool(facts.get("tie_word_embeddings", kind in TIED)),
+        num_experts=size("num_experts") or 1,
     )
 
 

@@ -106,6 +106,25 @@ def capture(
 
 
 @contextlib.contextmanager
+def capture_arguments(
+    model: EditableModel, modules: Sequence[str]
+) -> Iterator[dict[str, tuple[Any, ...]]]:
+    """All positional arguments of the modules, as they get them."""
+    captured: dict[str, tuple[Any, ...]] = {}
+
+    def reading(name: str) -> Any:
+        def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            captured[name] = args
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for name in modules:
+            hooks.callback(model.module(name).register_forward_pre_hook(reading(name)).remove)
+        yield captured
+
+
+@contextlib.contextmanager
 def add_to_output(
     model: EditableModel, module: str, positions_B: torch.Tensor, delta_BO: torch.Tensor
 ) -> Iterator[None]:

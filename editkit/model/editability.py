@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError, message
+from editkit.model.experts import parameter_of_expert
 from editkit.model.matrices import find_parameter
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ def require_editable(network: PreTrainedModel, module: str, weight_OI: torch.Ten
     if find_parameter(network, module) is not None:
         return  # a parameter that is named as such is changed wherever it is used
     storage = weight_OI.untyped_storage().data_ptr()
+    own = (f"{module}.weight", parameter_of_expert(module))
     sharing = [
         name
         for name, parameter in network.named_parameters(remove_duplicate=False)
-        if parameter.untyped_storage().data_ptr() == storage and name != f"{module}.weight"
+        if parameter.untyped_storage().data_ptr() == storage and name not in own
     ]
     if sharing:
         raise ConfigError(

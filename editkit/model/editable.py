@@ -24,6 +24,7 @@ from editkit.linalg.total import Total
 from editkit.model.architecture import context_length
 from editkit.model.chat import ChatTemplate
 from editkit.model.editability import require_editable
+from editkit.model.experts import expose_expert
 from editkit.model.families import Family, Outline, check_family
 from editkit.model.fingerprint import fingerprint
 from editkit.model.head import is_matrix, own_logits
@@ -68,6 +69,7 @@ class EditableModel:
         network.
         """
         require_offsets(tokenizer)
+        expose_expert(network, family)
         self.num_layers = check_family(family, network)
         self.name, self.family = name, family
         self.network = network.eval().requires_grad_(False)
@@ -352,6 +354,7 @@ class EditableModel:
     def to(self, device: torch.device | str) -> None:
         """Moves the network and the stored data of the declared matrices."""
         self.network.to(device)
+        expose_expert(self.network, self.family)
         for edited in self._edited.values():
             edited.base_OI = edited.base_OI.to(device)
             edited.total = _moved(edited.total, device)

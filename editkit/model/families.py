@@ -30,6 +30,9 @@ class Family:
     follows_position_ids: bool = True
     # all matrices of the MLP, from input to output
     mlp_matrices_in_block: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    # of a mixture: the module that holds its experts, and the one that is edited
+    experts_in_block: str | None = None
+    expert: int | None = None
 
     def block(self, layer: int) -> str:
         return f"{self.blocks}.{layer}"
@@ -45,6 +48,23 @@ class Family:
 
     def mlp_matrices(self, layer: int) -> tuple[str, ...]:
         return tuple(f"{self.blocks}.{layer}.{name}" for name in self.mlp_matrices_in_block)
+
+    def experts(self, layer: int) -> str:
+        return f"{self.blocks}.{layer}.{self.experts_in_block}"
+
+    def of_expert(self, expert: int) -> Family:
+        """The names of one expert's matrices, which `editkit.model.experts` adds to a network. The
+        router multiplies the expert's output.
+        """
+        within = f"{self.experts_in_block}.{expert}"
+        return replace(
+            self,
+            expert=expert,
+            mlp_in_block=f"{within}.down_proj",
+            down_projection_in_block=f"{within}.down_proj",
+            adds_mlp_output=False,
+            mlp_matrices_in_block=(f"{within}.gate_up_proj", f"{within}.down_proj"),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +208,22 @@ def known_families() -> dict[str, Family]:
             down_projection_in_block="mlp.c_proj",
             mlp_matrices_in_block=("mlp.c_fc", "mlp.c_proj"),
         ),
+    }
+
+
+def known_mixtures() -> dict[str, Family]:
+    """The mixtures of experts by `config.model_type`: families once an expert is chosen."""
+    mixture = Family(
+        base="model",
+        blocks="model.layers",
+        final_norm="model.norm",
+        experts_in_block="mlp.experts",
+    )
+    return {
+        **dict.fromkeys(
+            ("gpt_oss", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"), mixture
+        ),
+        "granitemoe": replace(mixture, experts_in_block="block_sparse_moe.experts"),
     }
 
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from editkit.errors import ConfigError, message
-from editkit.model.families import Family, family_of, known_families
+from editkit.model.architecture import NUM_EXPERTS
+from editkit.model.experts import require_expert
+from editkit.model.families import Family, family_of, known_families, known_mixtures
 
 DECODER = "a decoder with one matrix from each MLP's inner width to the residual stream"
-NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def family_of_config(config: Any) -> Family:
@@ -25,21 +26,51 @@ def family_of_config(config: Any) -> Family:
     return family if text is config else _inside(family)
 
 
+def family_of_expert(config: Any, expert: int, given: Family | str | None = None) -> Family:
+    """The family of a mixture of experts of which one is edited.
+
+    Args:
+        given: module names, or the name of a mixture with the same ones; None: by the
+            configuration.
+
+    Raises:
+        ConfigError: no known mixture, or one without this expert.
+    """
+    text, mixtures = config.get_text_config(), known_mixtures()
+    kind = given or str(text.model_type)
+    family = kind if isinstance(kind, Family) else mixtures.get(kind)
+    if family is None or family.experts_in_block is None:
+        problem = "only a mixture of experts has experts to choose from"
+        expected = f"null, or one of the models {', '.join(sorted(mixtures))}"
+        raise ConfigError(message("model.expert", problem, got=expert, expected=expected))
+    if number := num_experts(text):  # else the network tells
+        require_expert(expert, number)
+    family = family.of_expert(expert)
+    return family if text is config or isinstance(given, Family) else _inside(family)
+
+
+def num_experts(config: Any) -> int:
+    """The experts that a block's router chooses from; 0 without a router."""
+    return next((number for name in NUM_EXPERTS if (number := getattr(config, name, None))), 0)
+
+
 def require_decoder(config: Any) -> None:
-    """Raises ConfigError, with the reason, for an architecture that module names do not help."""
+    """Raises ConfigError, with the reason, where a block has no single matrix to edit."""
     kind = str(config.model_type)
     if getattr(config, "is_encoder_decoder", False):
         problem = "an encoder-decoder cannot be edited, only a decoder"
         raise ConfigError(message("model.id", problem, got=kind, expected=DECODER))
     text = config.get_text_config()
-    if text.model_type not in known_families() and any(
-        (getattr(text, name, None) or 0) > 1 for name in NUM_EXPERTS
-    ):
+    kind = str(text.model_type)
+    if kind not in known_families() and num_experts(text) > 1:
         problem = (
-            "a mixture of experts without a shared expert cannot be edited: each token is sent to "
-            "other experts, so that no single matrix maps a subject's key to its value"
+            "a mixture of experts without a shared expert has no single matrix that maps a "
+            "subject's key to its value: each token is sent to other experts"
         )
-        fix = "choose a dense model, or qwen2_moe, whose shared expert is edited"
+        mixtures = known_mixtures()
+        fix = f"choose a dense model, or one of the mixtures {', '.join(sorted(mixtures))}"
+        if kind in mixtures:
+            fix = "set model.expert to the expert that is edited"
         raise ConfigError(message("model.id", problem, got=kind, expected=DECODER, fix=fix))
 
 

@@ -16,7 +16,7 @@ from editkit.model.architecture import NAMES, facts_without_download, known_fact
 from editkit.model.chat import ChatTemplate, chat_template, file_problem
 from editkit.model.complete import require_complete, require_tokens_of
 from editkit.model.discover import family_suggestion
-from editkit.model.families import Family, family_of, known_families
+from editkit.model.families import Family, family_of, known_families, known_mixtures
 from editkit.model.files import files_digest
 from editkit.model.folder import (
     ALLOW,
@@ -28,7 +28,7 @@ from editkit.model.folder import (
 )
 from editkit.model.gguf import file_problems
 from editkit.model.hub import is_unreachable, quietly, without_reports
-from editkit.model.kinds import auto_class, family_of_config, require_decoder
+from editkit.model.kinds import auto_class, family_of_config, family_of_expert, require_decoder
 from editkit.model.network import random_network
 from editkit.model.placement import placement
 from editkit.model.source import KEY, TOKENIZER, Source, find_source, find_tokenizer
@@ -53,6 +53,8 @@ class ModelConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     # None: from the checkpoint's model_type; else a known family, or the module names themselves
     family: Family | str | None = None
+    # of a mixture of experts, the one that is edited; None: the one that all tokens share
+    expert: int | None = None
     # random: seeded random weights of the real shapes, without the hub
     weights: Literal["pretrained", "random"] = "pretrained"
     # whether pickled weights (pytorch_model.bin) are loaded, of which only tensors are read
@@ -208,6 +210,8 @@ class ModelConfig:
         Raises:
             ConfigError: an unknown architecture. The message suggests module names if possible.
         """
+        if self.expert is not None:
+            return family_of_expert(config, self.expert, self.family)
         if isinstance(self.family, Family):
             return self.family
         if self.family is None:
@@ -250,8 +254,8 @@ class ModelConfig:
         that cannot be read.
         """
         problems = [problem for problem in (file_problem(self.chat_template),) if problem]
-        if isinstance(self.family, str) and self.family not in known_families():
-            expected = f"one of {', '.join(sorted(known_families()))}, or module names"
+        if isinstance(self.family, str) and self.family not in self._families():
+            expected = f"one of {', '.join(sorted(self._families()))}, or module names"
             problem = "the architecture is not known"
             problems.append(message("model.family", problem, got=self.family, expected=expected))
         try:
@@ -261,6 +265,9 @@ class ModelConfig:
         except ConfigError as error:
             problems += error.problems
         return problems
+
+    def _families(self) -> dict[str, Family]:
+        return known_families() if self.expert is None else known_mixtures()
 
     def _missing(self, source: Source) -> list[str]:
         """The messages for what a folder lacks."""

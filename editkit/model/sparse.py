@@ -63,10 +63,13 @@ def tokenwise_modules(model: EditableModel, layer: int) -> tuple[str, tuple[str,
     from transformers.pytorch_utils import Conv1D
 
     block, mlp = model.family.block(layer), model.family.mlp(layer)
+    whole = mlp  # of a mixture, its router and its experts
+    if model.family.experts_in_block is not None:
+        whole = model.family.experts(layer).rpartition(".")[0]
     inside = {
         name: module
         for name, module in model.module(block).named_modules(prefix=block)
-        if not f"{name}.".startswith(f"{mlp}.")
+        if not f"{name}.".startswith(f"{whole}.")
     }
     return mlp, tuple(
         name for name, module in inside.items() if isinstance(module, torch.nn.Linear | Conv1D)

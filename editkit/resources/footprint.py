@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from editkit.model.architecture import Architecture
-from editkit.model.families import Outline, known_families
+from editkit.model.families import Family, Outline, known_families, known_mixtures
 from editkit.resources.runtime import Runtime
 from editkit.resources.workload import EditorMemory, SolveMemory, TrainingMemory, Workload
 
@@ -116,6 +116,9 @@ def outline_of(model: ModelConfig, architecture: Architecture) -> Outline:
     families, given = known_families(), model.family
     usual = families.get(architecture.kind, families["llama" if architecture.is_gated else "gpt2"])
     family = families.get(given, usual) if isinstance(given, str) else given or usual
+    if model.expert is not None:  # the names of all mixtures are as good
+        mixture = given if isinstance(given, Family) else known_mixtures()["mixtral"]
+        family = mixture.of_expert(model.expert)
     return Outline(name=model.label, family=family, num_layers=architecture.num_layers)
 
 

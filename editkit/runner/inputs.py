@@ -14,6 +14,7 @@ from editkit.errors import ConfigError, message
 
 # names of inputs; that of second moments is `second_moment(module)`
 MODEL, DATASET, CHAT, KNOWN = "model", "dataset", "model.chat_template", "known facts"
+ROUTED = "requests of the expert"
 DIGITS = 12
 ANEW = "start anew with resume=never, which removes the earlier results"
 

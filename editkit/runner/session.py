@@ -21,16 +21,17 @@ from editkit.runner.base import AbstractSession, AbstractWork, load_model
 from editkit.runner.checkpoint import Checkpoint, RunState
 from editkit.runner.context_length import require_room
 from editkit.runner.folder import Collapsed
-from editkit.runner.inputs import require_same, second_moment
+from editkit.runner.inputs import ROUTED, require_same, second_moment
 from editkit.runner.loop import Event, run_edits
 from editkit.runner.measure import views
-from editkit.runner.plan import DIGITS, Collapse, Trajectory
+from editkit.runner.plan import DIGITS, Collapse, Trajectory, digest_of
 from editkit.runner.provenance import (
     describe,
     earlier_sessions,
     peak_memory_bytes,
     read_provenance,
 )
+from editkit.runner.routed import ELSEWHERE, edits_expert, select_routed
 from editkit.runner.self_check import check_editing, check_reading
 from editkit.runner.signals import Stopped
 from editkit.stats.build import build as build_moments
@@ -86,6 +87,7 @@ class RunWork(AbstractWork[RunState]):
         model = trajectory.model  # without comparisons in a resumed run, which said all this before
         family = str(model.network.config.model_type)
         self.plain_paths = model.shortcuts.warnings(model.name, family)
+        self.skipped = {} if trajectory.data is None else trajectory.data.skipped
         self.unmatchable: list[str] = []
         if trajectory.contexts is not None:
             self.unmatchable = unmatchable_warnings(
@@ -106,6 +108,8 @@ class RunWork(AbstractWork[RunState]):
     def warnings(self) -> Sequence[str]:
         recipe, warnings = self.experiment.config.get("recipe") or {}, list(self.plain_paths)
         warnings += self.unmatchable
+        if elsewhere := self.skipped.get(ELSEWHERE):
+            warnings.append(f"{elsewhere} requests were left out: {ELSEWHERE} than model.expert")
         if recipe.get("provenance") == "untuned":
             source = recipe["source"]
             warnings.append(f"the numbers of this editor are not tuned for this model: {source}")
@@ -190,9 +194,22 @@ def prepare(
             saved.
     """
     runtime, editor, restraints = experiment.runtime, experiment.editor, experiment.restraints
-    loaded = load_model(experiment, began_with, should_stop=should_stop, edits=experiment.edits)
+    loaded = load_model(
+        experiment,
+        began_with,
+        should_stop=should_stop,
+        edits=experiment.edits if experiment.model.expert is None else None,
+    )
     model, data, peaks = loaded.model, loaded.data, loaded.peaks
-    if data.known_only:  # what is checked without the model where all requests are known before
+    inputs = dict(loaded.inputs)
+    is_selected = data.known_only
+    if edits_expert(model, editor):
+        edits, is_selected = experiment.edits, True
+        data = select_routed(model, editor, data, edits=edits, should_stop=should_stop)
+        routed = {ROUTED: digest_of(data.requests[:edits])}
+        require_same(began_with, routed, source="what the router chooses")
+        inputs |= routed
+    if is_selected:  # what is checked without the model where all requests are known before
         if problems := editor.check_requests(data, data.requests[: experiment.edits]):
             raise ConfigError([f"editor.{problem}" for problem in problems])
         if experiment.rollback:
@@ -261,7 +278,7 @@ def prepare(
         dataset=data.digest[:DIGITS],
         data=data,
         contexts=contexts,
-        inputs={**loaded.inputs, **statistics, **measuring},
+        inputs={**inputs, **statistics, **measuring},
         should_stop=should_stop,
         peaks=peaks,
     )

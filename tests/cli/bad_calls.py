@@ -124,7 +124,7 @@ COMPOSED: dict[str, str] = {
     "validate SMALL model=hf model.id=models/text.gguf": "model.id: text.gguf is not a GGUF file (got b'no G'; expected b'GGUF' as its first bytes).",
     "run SMALL model=hf model.id=models/list": "model.id: models/list/config.json: it holds no object but a list (expected a JSON object).",
     "validate SMALL model=hf model.id=models/pickled": "model.id: the weights are Python pickles, which can hold a program (got 'models/pickled'; expected model.safetensors,",
-    "validate SMALL model.nme=x": "model.nme: unknown option of ModelConfig (expected one of allow_pickle, chat_template, device_map, dtype, family, id,",
+    "validate SMALL model.nme=x": "model.nme: unknown option of ModelConfig (expected one of allow_pickle, chat_template, device_map, dtype, expert, family, id,",
     "validate SMALL editor.layers=[99]": "editor.layers: tiny-gpt2 does not have these layers (got [99]; expected layers 0 to 5).",
     "validate SMALL editor.target.lr=0": "editor.target.lr: must be positive (got 0.0).",
     "validate SMALL editor.cov_wieght=1": "editor.cov_wieght: unknown option of Rome (expected one of context_lengths, covariance, keys, layers, name, target).",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from editkit.errors import ConfigError
+from editkit.model.architecture import EAGER
 from editkit.model.editable import EditableModel
 from editkit.model.families import check_family, family_of, known_families
 from editkit.model.load import ModelConfig
@@ -19,7 +20,15 @@ from editkit.model.tokens import pad
 from editkit.runner.self_check import check_reading
 from editkit.stats.estimate import estimate
 from editkit.targets.self_check import compare_search
-from tests.support.families import CONFIGS, INNER, POSITIONS, WIDTH, family_config, family_model
+from tests.support.families import (
+    CONFIGS,
+    INNER,
+    MIXTURES,
+    POSITIONS,
+    WIDTH,
+    family_config,
+    family_model,
+)
 from tests.support.helpers import KINDS, request, tiny_model, tiny_tokenizer
 
 SIZES = {
@@ -62,6 +71,14 @@ def test_every_known_family_names_modules_that_exist(kind: str) -> None:
     with torch.no_grad():
         logits = model.hidden_to_logits(model.final_hidden(batch)[0])
         torch.testing.assert_close(logits, model.network(batch.ids_BT).logits[0])
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS | MIXTURES))
+def test_the_families_without_fused_attention_are_those_that_transformers_says(kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    class_of = AutoModelForCausalLM._model_mapping[type(family_config(kind))]
+    assert (not class_of._supports_sdpa) == (kind in EAGER)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +146,9 @@ def test_a_checkpoint_in_several_files_is_the_same_model(tmp_path: Path) -> None
     [
         ("t5", "an encoder-decoder cannot be edited, only a decoder .got 't5'"),
         ("bart", "an encoder-decoder cannot be edited"),
-        ("mixtral", "a mixture of experts without a shared expert cannot be edited: each token"),
-        ("qwen3_moe", "a mixture of experts .*Fix: choose a dense model, or qwen2_moe"),
-        ("gpt_oss", "a mixture of experts"),
+        ("mixtral", "a mixture of experts without a shared expert has no single matrix"),
+        ("qwen3_moe", "a mixture of experts .*Fix: set model.expert to the expert that is edited"),
+        ("deepseek_v3", "a mixture .*Fix: choose a dense model, or one of the mixtures gpt_oss"),
     ],
 )
 def test_an_architecture_without_one_matrix_a_block_is_refused_with_the_reason(

@@ -20,7 +20,7 @@ from editkit.model.editable import EditableModel
 from editkit.model.generate import generate
 from editkit.model.load import ModelConfig
 from editkit.model.tokens import encode_prompts, target_ids
-from editkit.runner import known
+from editkit.runner import known, selecting
 from editkit.runner.base import load_model
 from editkit.runner.checkpoint import load_state
 from editkit.runner.known import ASKED, KNOWN, NO_ANSWER, UNKNOWN, select_known
@@ -121,7 +121,7 @@ def test_a_group_stays_or_goes_as_a_whole(model: EditableModel) -> None:
 def test_more_edits_begin_with_the_same_facts_and_ask_for_no_more_than_needed(
     model: EditableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known, "ASKED_TOGETHER", 5)
+    monkeypatch.setattr(selecting, "ASKED_TOGETHER", 5)
     ids = {
         edits: [edit.id for edit in select_known(model, dataset(mixed()), edits=edits).requests]
         for edits in (1, 3, 4, 6)

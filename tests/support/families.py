@@ -105,6 +105,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": LLAMA,
     "starcoder2": LLAMA,
 }
+MOE = LLAMA | {"num_experts_per_tok": 2}
+# Likewise of mixtures of experts, of which one is edited.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "gpt_oss": MOE
+    | {
+        "num_local_experts": 4,
+        "sliding_window": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "granitemoe": MOE | {"num_local_experts": 4, "residual_multiplier": 0.5},
+    "mixtral": MOE | {"num_local_experts": 4},
+    "olmoe": MOE | {"num_experts": 4},
+    "phimoe": MOE | {"num_local_experts": 4},
+    "qwen2_moe": CONFIGS["qwen2_moe"],
+    "qwen3_moe": MOE | {"num_experts": 4, "moe_intermediate_size": INNER},
+}
 DEPTH_KEYS = {"gpt2", "gptj", "gpt_bigcode", "codegen", "bloom", "mpt"}  # that say n_layer(s)
 
 
@@ -127,7 +143,7 @@ def family_config(kind: str, *, num_layers: int = 4, **changes: Any) -> Any:
         "pad_token_id": None,
         "tie_word_embeddings": True,
     }
-    return AutoConfig.for_model(kind, **common | CONFIGS[kind] | depths | changes)
+    return AutoConfig.for_model(kind, **common | (CONFIGS | MIXTURES)[kind] | depths | changes)
 
 
 def family_model(
@@ -136,6 +152,7 @@ def family_model(
     seed: int = 0,
     dtype: str = "float32",
     family: Family | str | None = None,
+    expert: int | None = None,
     num_layers: int = 4,
     tokenizer: Any = None,
     **changes: Any,
@@ -159,7 +176,7 @@ def family_model(
             for parameter in network.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.3 * torch.randn_like(parameter))
-    settings = ModelConfig(id=kind, family=family)
+    settings = ModelConfig(id=kind, family=family, expert=expert)
     return EditableModel(
         network.to(getattr(torch, dtype)),
         tiny_tokenizer("llama") if tokenizer is None else tokenizer,
