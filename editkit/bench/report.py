@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editkit.bench import editing, memit, moments, rome, telemetry
+from editkit.bench import editing, memit, moments, rome, search, telemetry
 from editkit.bench.base import Comparison, Options, machine
 from editkit.bench.shapes import model_shapes
 from editkit.errors import ConfigError, message
@@ -31,6 +31,8 @@ def measurements() -> dict[str, Callable[[Options], Comparison]]:
     return {
         "telemetry": telemetry.measure,
         "rome": rome.measure,
+        "attention": search.measure_attention,
+        "products": search.measure_products,
         "memit": memit.measure,
         "d4s": memit.measure_d4s,
         "alphaedit": memit.measure_alphaedit,

@@ -32,6 +32,7 @@ LATER: dict[str, Any] = {
     "dataset.separator": "auto",
     "dataset.subject": "required",
     "dataset.occurrence": "first",
+    "editor.target.products": "float32",
 }
 # Former paths of configured classes, and where each class is now. The first former path of a class
 # is its stable name. A class that moves again gets one more line.

@@ -95,8 +95,8 @@ class AbstractLocateThenEdit(AbstractEditor[PlanT]):
     def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
         if self.target.exact:
             return []
-        comparison = compare_search(model, request, self.site(model))
-        return [] if comparison is None else [comparison]
+        site, products = self.site(model), self.target.products
+        return compare_search(model, request, site, products=products)
 
     def memory(self, work: Workload) -> EditorMemory:
         return EditorMemory(

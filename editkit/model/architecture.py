@@ -100,6 +100,11 @@ class Architecture:
         return vocabulary * width + layers * (attention + norms + mlp + biases) + width + head
 
     @property
+    def block_parameters(self) -> int:
+        """The number of parameters of a block, as `num_parameters` counts them."""
+        return self.num_parameters - self.of_depth(self.num_layers - 1).num_parameters
+
+    @property
     def is_gated(self) -> bool:
         """Whether the MLP has a gate matrix, that is two matrices into its inner width."""
         return self.kind not in NOT_GATED

@@ -12,13 +12,15 @@ Shape letters: B sequences, T all tokens, P tokens before the start, S tokens fr
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from editkit.lazy import torch
 from editkit.model.architecture import sliding_window
 from editkit.model.capture import capture, replaced_input
+from editkit.model.grouped_attention import grouped_attention
+from editkit.model.products import rounded_products, rounded_weights
 from editkit.model.shared_prefixes import SharedPrefixes, share_prefixes
 from editkit.model.sparse import at_tokens, sparse_modules
 
@@ -47,6 +49,8 @@ class CachedSuffix:
     # Both masks are on the CPU, so that reading them does not wait for a GPU.
     is_token_BS: torch.Tensor
     is_read_BS: torch.Tensor  # true where the final hidden states are read
+    # the linear layers whose products are computed in bfloat16
+    rounded: Mapping[Any, torch.Tensor] = field(default_factory=dict)
 
     def run(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """Hidden states after the final norm, (B, S, D), for these outputs of block `layer`.
@@ -59,8 +63,9 @@ class CachedSuffix:
             "past_key_values": _cache(self.prefix),
             "use_cache": True,
         }
-        with at_tokens(self.sparse):
-            above = range(self.layer + 1, self.model.num_layers)
+        above = range(self.layer + 1, self.model.num_layers)
+        products = rounded_products(self.rounded)
+        with products, at_tokens(self.sparse), grouped_attention(self.model):
             output = run_blocks(self.model, above, hidden_BSD, arguments)
         result: torch.Tensor = output.last_hidden_state.to(self.model.device)
         return result
@@ -73,6 +78,11 @@ class CachedSuffix:
         return sparse_modules(
             self.model, above, self.is_token_BS, read_layer=last, is_read_BT=self.is_read_BS
         )
+
+    def with_rounded_products(self) -> CachedSuffix:
+        """The same with the products of linear layers in bfloat16, if the network is float32."""
+        above = range(self.layer + 1, self.model.num_layers)
+        return replace(self, rounded=rounded_weights(self.model, above))
 
     def only(self, rows: Sequence[int]) -> CachedSuffix:
         """The same for some of the sequences."""

@@ -17,9 +17,10 @@ from editkit.errors import ConfigError
 from editkit.lazy import torch
 
 Results = TypeVar("Results")
-Shortcut = Literal["search", "keys", "scoring", "generation"]
+Shortcut = Literal["search", "products", "keys", "scoring", "generation"]
 PLAIN = {  # what takes the place of a shortcut
     "search": "target searches run the whole network in every step",
+    "products": "target searches compute their products in float32",
     "keys": "the keys of every layer are computed from the first layer on",
     "scoring": "every text is scored in a row of its own",
     "generation": "every generated token runs the whole text again",

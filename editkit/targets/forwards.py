@@ -24,6 +24,7 @@ from editkit.lazy import torch
 from editkit.model import cached_suffix
 from editkit.model.capture import add_to_output, capture
 from editkit.model.logits import Readings, read, read_sliced
+from editkit.model.products import Products
 from editkit.model.tokens import PromptBatch, pad
 from editkit.targets.descent import ForwardResult
 from editkit.targets.sequences import Readout, Sequences, readout_of
@@ -174,12 +175,14 @@ def suffix_forward(
     *,
     least_shared: int | None = None,
     has_top: bool = False,
+    products: Products = "float32",
 ) -> tuple[SuffixForward, torch.Tensor]:
     """The function of delta, and the sites' outputs for the clean prompts, (N, O), at least
     float32.
 
     The lower blocks run here once. See `cached_suffix.prepare` for `least_shared`, and
-    `plain_forward` for `has_top`.
+    `plain_forward` for `has_top`. `products` is the dtype of the products of a float32 network's
+    linear layers in the suffix.
     """
     above, sites = layer + 1, modules_of(site)
     is_inside = above < model.num_layers and _layer_of(model, sites[0]) == above
@@ -195,6 +198,8 @@ def suffix_forward(
         groups=[row for sequences in requests for row in range(len(sequences.ids))],
         least_shared=least_shared,
     )
+    if products == "bfloat16":
+        prepared = prepared.with_rounded_products()
     clean_N = torch.tensor(
         [0, *accumulate(len(sequences.ids) for sequences in requests)][:-1], device=model.device
     )

@@ -182,7 +182,15 @@ def _problem(
             site_outputs(model, site, sequences),
         )
     else:
-        forward, initial_NO = suffix_forward(model, site, layer, sequences, has_top=has_top)
+        allowed = model.shortcuts.allows("products")
+        forward, initial_NO = suffix_forward(
+            model,
+            site,
+            layer,
+            sequences,
+            has_top=has_top,
+            products=settings.products if allowed else "float32",
+        )
     return TargetProblem(
         forward=forward,
         initial_NO=initial_NO,

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.capture import capture
+from editkit.model.products import Products
 from editkit.model.shortcuts import Comparison, attempted, compared, difference, tolerance_of
 from editkit.model.tokens import PLACE, pad
 from editkit.targets.descent import Forward
@@ -33,29 +35,38 @@ CONTEXTS = (PLACE, f"Therefore. {PLACE}")
 SIZE = 0.5  # |delta| / |v|
 
 
-def compare_search(model: EditableModel, request: EditRequest, site: Sites) -> Comparison | None:
+def compare_search(
+    model: EditableModel, request: EditRequest, site: Sites, *, products: Products = "float32"
+) -> list[Comparison]:
     """The sites' output v, and the loss of a delta with its gradient, by a cached suffix and by
-    the whole network; None if searches run the whole network anyway.
+    the whole network; the same for a suffix with rounded products, where these are asked for.
+    Nothing if searches run the whole network anyway.
 
     The suffix is that of the request twice, so that it has prefixes to share.
     """
     sequences = prepare(model, request, CONTEXTS, kl_position="prompt_end")
     layer = suffix_layer(model, site, sequences)
     if layer is None:
-        return None
+        return []
     value_NO = site_outputs(model, site, [sequences])
     generator = torch.Generator().manual_seed(0)
     delta_O = torch.randn(value_NO.shape[1], generator=generator).to(value_NO)
     delta_O *= SIZE * torch.linalg.vector_norm(value_NO) / torch.linalg.vector_norm(delta_O)
 
-    def by_suffix() -> dict[str, torch.Tensor]:
-        suffix, clean_NO = suffix_forward(model, site, layer, [sequences] * 2, least_shared=1)
+    def by_suffix(products: Products) -> dict[str, torch.Tensor]:
+        suffix, clean_NO = suffix_forward(
+            model, site, layer, [sequences] * 2, least_shared=1, products=products
+        )
         return {"value": clean_NO} | _loss_and_gradient(suffix, delta_O.expand(2, -1))
 
     whole = plain_forward(model, site, [sequences])
     plain = {"value": value_NO} | _loss_and_gradient(whole, delta_O[None])
     twice = {name: torch.cat([values, values]) for name, values in plain.items()}
-    return compared("search", attempted(by_suffix), twice, dtype=model.dtype)
+    exact = compared("search", attempted(partial(by_suffix, "float32")), twice, dtype=model.dtype)
+    if products == "float32" or not exact.agrees:
+        return [exact]
+    ours = attempted(partial(by_suffix, products))
+    return [exact, compared("products", ours, twice, dtype=getattr(torch, products))]
 
 
 def _loss_and_gradient(forward: Forward, delta_NO: torch.Tensor) -> dict[str, torch.Tensor]:

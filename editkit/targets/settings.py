@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from editkit.errors import OptionError, message
+from editkit.model.products import Products
 from editkit.resources.workload import PROMPT, REQUEST, Workload
 
 
@@ -31,6 +32,8 @@ class TargetSettings:
     # tokens of a batch of requests, including contexts and padding; bounds memory, and changes
     # results only by rounding
     tokens_at_once: int = 8192
+    # the dtype of the products of a float32 network's linear layers above delta
+    products: Products = "float32"
     # While the target's tokens are the most probable ones in every context: the factor of -log p in
     # the next loss (1: none), and the value of kl_factor * KL at or below which the search ends
     # (None: it does not end there).
@@ -75,8 +78,10 @@ class TargetSettings:
         tokens = num_rows * (longest if self.exact else PROMPT[1])
         keys_and_values = 2 * size.num_key_value_heads * size.head_width * above
         prefix = num_rows * longest * keys_and_values * work.weight_bytes
+        copies = 2 * above * size.block_parameters if self.products == "bfloat16" else 0
         return (
-            work.kept(tokens, size.num_layers if self.exact else above)
+            copies
+            + work.kept(tokens, size.num_layers if self.exact else above)
             + prefix
             + work.logits(num_rows)
             + work.forward(num_rows * longest, longest)

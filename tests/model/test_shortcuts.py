@@ -66,9 +66,9 @@ def comparisons(model: EditableModel) -> list[Comparison]:
     require_own_logits(model, ids)
     require_outputs(model, request(), model.family.mlp(1), model.family.down_projection(1))
     found = [
-        compare_search(model, request(), model.family.mlp(1)),
-        compare_search(model, request(), model.family.block(2)),
-        compare_search(model, request(), (model.family.attention(1), model.family.mlp(1))),
+        *compare_search(model, request(), model.family.mlp(1)),
+        *compare_search(model, request(), model.family.block(2)),
+        *compare_search(model, request(), (model.family.attention(1), model.family.mlp(1))),
         compare_keys(model, request(), (0, 2, 3)),
         compare_keys(model, request(), (0, 2), model.family.mlp(2)),
         compare_scoring(model, ids),
@@ -114,9 +114,8 @@ def test_variants_of_a_family_take_their_shortcuts_rightly(name: str) -> None:
     model = family_model(kind, **changes)
     found = comparisons(model)
     last = compare_search(model, request(), model.family.block(3))
-    assert (last is None) == (model.family.final_norm is None)
-    found += [] if last is None else [last]
-    assert_close(found)
+    assert bool(last) == (model.family.final_norm is not None)
+    assert_close([*found, *last])
 
 
 @pytest.mark.slow
