@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from editkit.editors.base import Step as Step
     from editkit.editors.emmet import Emmet as Emmet
     from editkit.editors.ft import Ft as Ft
+    from editkit.editors.kn import Kn as Kn
     from editkit.editors.memit import Memit as Memit
     from editkit.editors.mend import Mend as Mend
     from editkit.editors.pmet import Pmet as Pmet
@@ -63,6 +64,7 @@ else:
         "EditableModel": "model.editable",
         "Emmet": "editors.emmet",
         "Ft": "editors.ft",
+        "Kn": "editors.kn",
         "LowRank": "linalg.lowrank",
         "Measurement": "types",
         "Memit": "editors.memit",

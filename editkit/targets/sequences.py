@@ -32,19 +32,20 @@ ESSENCE = "{} is a"  # the KL prompt of the published code
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sequences:
     """The tokenised sequences of one request: each context with the target except its last token,
-    then the KL prompt.
+    then the KL prompt, if there is one.
     """
 
     ids: tuple[tuple[int, ...], ...]  # by row
     sites: tuple[int, ...]  # by row: position of the subject's last token
     predicting: tuple[range, ...]  # by context: the positions whose logits predict the target
     targets: tuple[tuple[int, ...], ...]  # by context: the target's ids
-    kl_position: int  # in the last row
+    kl_position: int | None  # in the last row; None: there is no KL prompt
 
     @property
     def reads(self) -> tuple[Sequence[int], ...]:
         """By row, the positions whose logits the loss needs."""
-        return (*self.predicting, (self.kl_position,))
+        kl_position = self.kl_position
+        return self.predicting if kl_position is None else (*self.predicting, (kl_position,))
 
 
 def prepare(
@@ -139,7 +140,8 @@ def readout_of(requests: Sequence[Sequences], *, device: torch.device) -> Readou
             ]
         )
         first_row += len(sequences.ids)
-        kl_pairs.append((first_row - 1, sequences.kl_position))
+        if sequences.kl_position is not None:
+            kl_pairs.append((first_row - 1, sequences.kl_position))
     rows_M, positions_M = torch.tensor([*pairs, *kl_pairs], device=device).T
     return Readout(
         rows_M=rows_M,

@@ -13,19 +13,9 @@ NAMES = (
     *("AbstractDataset", "AbstractEditor", "AbstractEvaluator", "AbstractObjectiveRestraint"),
     *("AbstractProtocol", "AbstractSolveRestraint", "AbstractTotalRestraint"),
     *("AbstractUpdateRestraint", "AlphaEdit", "ConfigError", "D4S", "Eac", "EditRequest"),
-    *("EditResult", "EditableModel", "Emmet", "Ft", "LowRank", "Measurement", "Memit", "Mend"),
-    *(
-        "NormCap",
-        "Plan",
-        "Pmet",
-        "Probe",
-        "Prune",
-        "Rect",
-        "Rome",
-        "Session",
-        "Step",
-        "__version__",
-    ),
+    *("EditResult", "EditableModel", "Emmet", "Ft", "Kn", "LowRank", "Measurement", "Memit"),
+    *("Mend", "NormCap", "Plan", "Pmet", "Probe", "Prune", "Rect", "Rome", "Session", "Step"),
+    "__version__",
     *("edit", "export", "load", "load_run", "load_runs", "run"),
 )
 

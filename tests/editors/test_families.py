@@ -17,6 +17,7 @@ LAYERS = {
     "memit": [0, 1, 2],
     "emmet": [1],
     "pmet": [0, 1, 2],
+    "kn": [0, 1, 2],
     "ft": [1],
     "alphaedit": [0, 1, 2],
     "mend": [1, 2],

@@ -53,6 +53,8 @@ QUICK = {
     "editor.target.stop_loss": 0.0,  # of five requests two are asked twice
     "editor.stop_loss": 0.0,
     "editor.context_lengths": [[4, 1]],
+    "editor.answer": "predicted",  # these requests have no old answer
+    "editor.threshold": 0.0,  # every layer has neurons
     "restraint.eac.steps_search": 1,
     "restraint.eac.steps_retrain": 2,
     "restraint.prune.function": "linear",
@@ -140,7 +142,8 @@ def run(editor: str, restraints: tuple[str, ...], kind: Kind, folder: Path) -> N
     experiment = build(config(editor, restraints, model=f"tiny-{kind}"))
     # A layer above the edited ones: what is added at the subject reaches the prompt's end through
     # attention alone.
-    model = tiny_model(kind, num_layers=2 + max(experiment.editor.layers))  # type: ignore[attr-defined]
+    layers = experiment.editor.layers or (0,)  # type: ignore[attr-defined]
+    model = tiny_model(kind, num_layers=2 + max(layers))
     edit_five(experiment, model, restraints, folder)
 
 

@@ -44,6 +44,7 @@ SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 QUICK = {
     **dict.fromkeys(("rome", "memit", "emmet", "pmet", "d4s", "alphaedit"), SEARCH),
     "ft": ("editor.steps=3",),
+    "kn": ("editor.steps=2", "editor.refine=none", "editor.answer=predicted"),
     "mend": ("editor.hypernetwork=asset:mend/tiny-gpt2",),
     "eac": ("restraint.eac.steps_search=1", "restraint.eac.steps_retrain=2"),
     "prune": ("restraint.prune.function=linear",),
@@ -81,7 +82,7 @@ class Case:
         """What its sessions do at least once."""
         if self.is_training:
             return ("writing", "training")
-        needs_statistics = not self.name.startswith(("ft", "mend", "none"))
+        needs_statistics = not self.name.startswith(("ft", "kn", "mend", "none"))
         return ("evaluation", "writing", *(("statistics",) if needs_statistics else ()))
 
 
