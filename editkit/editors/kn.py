@@ -162,8 +162,7 @@ class Kn(AbstractEditor[KnPlan]):
         layers = self._layers(model)
         site = model.family.mlp(layers[len(layers) // 2])
         require_outputs(model, request, site, self.modules(model)[len(layers) // 2])
-        comparison = compare_search(model, request, site)
-        return [] if comparison is None else [comparison]
+        return compare_search(model, request, site)
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
         """No state. Raises ConfigError for embeddings that are no vectors of the residual width."""

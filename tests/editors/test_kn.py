@@ -289,6 +289,11 @@ def test_embeddings_of_another_width_are_refused() -> None:
         kn().init(model, Moments())
 
 
+def test_the_check_of_a_run_compares_the_shortcut_that_scores_take() -> None:
+    found = kn().self_check(tiny_model("llama"), request())
+    assert [each.shortcut for each in found] == ["search"] and found[0].agrees
+
+
 def test_options_out_of_range_are_named() -> None:
     with pytest.raises(ConfigError, match=r"steps:(.|\n)*add:(.|\n)*threshold:(.|\n)*layers:"):
         kn(steps=0, add=-1.0, threshold=1.2, layers=(2, 1))
