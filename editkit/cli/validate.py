@@ -139,6 +139,8 @@ def print_sweep(
             for place, text in enumerate(different):
                 parts.add_row(name if place == 0 else "", text)
     if texts:
+        first = values_by_cell[min(rows_by_cell)]
+        parts.add_row("tokens", f"shown of a single run: editkit validate ... {first}")
         output.print(parts, highlight=False, markup=False)
     folders = Table("cell", "values", "folder", box=None, pad_edge=False)
     for number, values in values_by_cell.items():
@@ -210,4 +212,6 @@ def summary(experiment: Experiment, chosen: Composed) -> Iterator[tuple[str, str
         "edits",
         f"{schedule.edits} in batches of {schedule.batch_size}, measured after {milestones}",
     )
+    if not experiment.evaluation.protocols:
+        yield "  warning", "no edit is judged: evaluation.protocols is empty"
     yield "folder", str(experiment.folder)

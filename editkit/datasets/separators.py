@@ -84,6 +84,12 @@ def joined(probe: Probe) -> str:
     return "".join((*between(probe.prompt, probe.separator), probe.answer))
 
 
+def separator_of(probe: Probe) -> str:
+    """What stands between prompt and answer; a blank of the prompt's own counts."""
+    lead, gap = between(probe.prompt, probe.separator)
+    return lead[len(probe.prompt.rstrip(BLANK)) :] + gap
+
+
 def kind_of(probe: Probe) -> str:
     """What stands between prompt and answer, and why."""
     if probe.separator is None or probe.separator == AUTO:

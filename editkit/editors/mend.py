@@ -120,6 +120,11 @@ class Mend(AbstractEditor[MendPlan]):
         except OptionError as error:
             return list(error.problems)
         header = read_header(self.hypernetwork)
+        return [*self._leak(header, data, requests), *self._other_separators(header, requests)]
+
+    def _leak(
+        self, header: Header, data: LoadedDataset, requests: Sequence[EditRequest]
+    ) -> list[str]:
         leaks = header.leaks(requests, data.digest)
         if not leaks:
             return []
@@ -134,6 +139,20 @@ class Mend(AbstractEditor[MendPlan]):
                 got=shown,
                 fix=f"{kept}edit other requests (edits, dataset.order, dataset.limit), or train "
                 "one with editor.train.held_apart",
+            )
+        ]
+
+    def _other_separators(self, header: Header, requests: Sequence[EditRequest]) -> list[str]:
+        others = header.other_separators(requests)
+        if not others:
+            return []
+        return [
+            message(
+                "hypernetwork",
+                f"{self.hypernetwork} was trained with other text between prompt and target",
+                got=sorted(others),
+                expected=" or ".join(map(repr, sorted(header.separators))),
+                fix="set dataset.separator as in the training, or train one with this text",
             )
         ]
 

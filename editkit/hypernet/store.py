@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from editkit.datasets.separators import BLANK, separator_of
 from editkit.errors import OptionError, message
 from editkit.files import written_atomically
 from editkit.hypernet.network import Hypernetwork, NetworkOptions
@@ -42,6 +43,7 @@ class Header:
     dataset: str  # digest of the training dataset
     trained: tuple[str, ...]  # ids of the requests used for training or validation
     prompts: frozenset[str]  # digests of their prompts
+    separators: frozenset[str]  # between their prompts and targets
     facts: Mapping[str, Any]  # description of the training and its results
 
     def leaks(self, requests: Sequence[EditRequest], digest: str) -> list[str]:
@@ -54,6 +56,14 @@ class Header:
             for request in requests
             if request.id in ids or prompt_digest(request) in self.prompts
         ]
+
+    def other_separators(self, requests: Sequence[EditRequest]) -> set[str]:
+        """What stands between prompt and target in some of those requests and was not trained. A
+        chat template takes the place of all separators.
+        """
+        if self.facts.get("chat_template"):
+            return set()
+        return {separator_of(request.probe()) for request in requests} - self.separators
 
 
 def prompt_digest(request: EditRequest) -> str:
@@ -96,6 +106,7 @@ def save_hypernetwork(
         "dataset": dataset,
         "trained": [request.id for request in requests],
         "prompts": sorted({prompt_digest(request) for request in requests}),
+        "separators": sorted({separator_of(request.probe()) for request in requests}),
         "facts": dict(facts),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.tensors.items()}
@@ -139,6 +150,8 @@ def read_header(path: str) -> Header:
             dataset=header["dataset"],
             trained=tuple(header["trained"]),
             prompts=frozenset(header["prompts"]),
+            # Earlier versions did not record it, and put a blank.
+            separators=frozenset(header.get("separators") or [BLANK]),
             facts=header["facts"],
         )
     except (ValueError, KeyError, TypeError, MemoryError) as error:

@@ -38,6 +38,13 @@ def test_a_grid_is_valid_where_the_default_editor_is_not_part_of_it() -> None:
     for editor in ("ft", "memit", "d4s", "alphaedit"):
         assert f"editor={editor}" in result.output
     assert result.output.count("2080 requests") == 1, "what all cells share is shown once"
+    assert "tokens      shown of a single run: editkit validate ... editor=ft" in result.output
+
+
+def test_a_run_without_protocols_says_that_no_edit_is_judged() -> None:
+    result = validate("evaluation.protocols=[]", "model=tiny-gpt2")
+    assert result.exit_code == 0 and "ok" in result.output
+    assert "no edit is judged: evaluation.protocols is empty" in result.output
 
 
 def test_every_problem_of_every_cell_is_reported_once_with_its_cells() -> None:

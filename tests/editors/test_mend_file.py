@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,26 @@ def test_it_is_noticed_before_a_model_is_loaded(file: Path) -> None:
     assert f"{file} is damaged: it does not match its checksum. Fix: restore the file" in problem
 
 
+def test_other_text_between_prompt_and_target_than_in_the_training_is_refused(
+    file: Path, tmp_path: Path
+) -> None:
+    class Data:
+        digest = "d"
+
+    edits = facts(12)[4:]
+    for other in ([replace(edits[0], separator="\n"), *edits[1:]], facts(12, separator="\n")[4:]):
+        (problem,) = mend(file).check_requests(Data(), other)  # type: ignore[arg-type]
+        assert (
+            "other text between prompt and target (got ['\\n']; expected ' '). Fix: set dataset.s"
+            in (problem)
+        )
+    trained = tuple(facts(3, separator="\n"))
+    own = saved(tiny_model("gpt2"), tmp_path, layers=(1,), trained=trained)
+    assert mend(own).check_requests(Data(), other) == []  # type: ignore[arg-type]
+    (problem,) = mend(own).check_requests(Data(), edits)  # type: ignore[arg-type]
+    assert "(got [' ']; expected '\\n')" in problem
+
+
 def test_a_file_of_an_earlier_version_has_no_checksum_and_loads(file: Path) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     network, header = load_hypernetwork(str(file))
@@ -53,6 +74,7 @@ def test_a_file_of_an_earlier_version_has_no_checksum_and_loads(file: Path) -> N
     described = json.loads(file.read_bytes()[8 : 8 + length])["__metadata__"]["editkit"]
     former = {**json.loads(described), "format": 1}
     assert len(former.pop("sha256")) == 64
+    assert former.pop("separators") == [" "]
     save_file(tensors, file, metadata={"editkit": json.dumps(former)})
     again, same = load_hypernetwork(str(file))
     assert same == header
