@@ -5,7 +5,6 @@ Shape letters: N requests, O width of the sites' outputs, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from editkit.model.tokens import PLACE, pad
 from editkit.targets.descent import Forward
 from editkit.targets.forwards import (
     Sites,
+    at_least_float32,
     plain_forward,
     site_outputs,
     suffix_forward,
@@ -53,14 +53,19 @@ def compare_search(
     delta_O = torch.randn(value_NO.shape[1], generator=generator).to(value_NO)
     delta_O *= SIZE * torch.linalg.vector_norm(value_NO) / torch.linalg.vector_norm(delta_O)
 
+    with torch.no_grad():  # one token, for the size of the vocabulary
+        hidden_1D = model.final_hidden(pad([sequences.ids[0][:1]], device=model.device))[0]
+        logits_1V = at_least_float32(model.hidden_to_logits(hidden_1D))
+        uniform_1V = torch.zeros_like(logits_1V).log_softmax(dim=-1)
+
     def by_suffix(products: Products) -> dict[str, torch.Tensor]:
         suffix, clean_NO = suffix_forward(
             model, site, layer, [sequences] * 2, least_shared=1, products=products
         )
-        return {"value": clean_NO} | _loss_and_gradient(suffix, delta_O.expand(2, -1))
+        return {"value": clean_NO} | _loss_and_gradient(suffix, delta_O.expand(2, -1), uniform_1V)
 
     whole = plain_forward(model, site, [sequences])
-    plain = {"value": value_NO} | _loss_and_gradient(whole, delta_O[None])
+    plain = {"value": value_NO} | _loss_and_gradient(whole, delta_O[None], uniform_1V)
     twice = {name: torch.cat([values, values]) for name, values in plain.items()}
     exact = compared("search", attempted(partial(by_suffix, "float32")), twice, dtype=model.dtype)
     if products == "float32" or not exact.agrees:
@@ -69,13 +74,13 @@ def compare_search(
     return [exact, compared("products", ours, twice, dtype=getattr(torch, products))]
 
 
-def _loss_and_gradient(forward: Forward, delta_NO: torch.Tensor) -> dict[str, torch.Tensor]:
-    """(N,) and (N, O): -log p of the target plus the divergence from the uniform distribution."""
+def _loss_and_gradient(
+    forward: Forward, delta_NO: torch.Tensor, before_1V: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """(N,) and (N, O): -log p of the target plus the divergence from a distribution."""
     with torch.enable_grad():
         delta_NO = delta_NO.detach().clone().requires_grad_()
-        with torch.no_grad():
-            words = forward(delta_NO.detach(), None).log_p_NV
-        result = forward(delta_NO, torch.full_like(words, -math.log(words.shape[1])))
+        result = forward(delta_NO, before_1V.expand(len(delta_NO), -1))
         loss_N = -result.log_p_NC.mean(dim=1) + result.kl_N
         (gradient_NO,) = torch.autograd.grad(loss_N.sum(), delta_NO)
     return {"loss": loss_N.detach(), "gradient": gradient_NO}
