@@ -9,8 +9,10 @@ import torch
 
 from editkit.config.build import build
 from editkit.model.shortcuts import PLAIN, Comparison, Shortcuts, difference
+from editkit.runner.routed import experts_of
 from tests.editors.test_pairs import config, edit_five
 from tests.support.families import CONFIGS, family_model
+from tests.support.helpers import requests
 
 LAYERS = {
     "rome": [1],
@@ -49,3 +51,23 @@ def test_every_editor_edits_every_family_with_and_without_shortcuts(
     for one, other in zip(ours, plain, strict=True):
         # Of a chain of five edits, each with its own search.
         assert difference(one, other) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editor", ["rome", "memit", "emmet", "pmet", "ft", "alphaedit"])
+@pytest.mark.parametrize(("kind", "expert"), [("mixtral", 1), ("gpt_oss", 3)])
+def test_every_editor_edits_one_expert_with_and_without_shortcuts(
+    kind: str, expert: int, editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(editor, ())
+    given["editor"]["layers"] = [1]
+    experiment, totals = build(given), []
+    for shortcuts in (Shortcuts(), NONE):
+        model = family_model(kind, expert=expert)
+        model.shortcuts = shortcuts
+        found = zip(requests(40), experts_of(model, experiment.editor, requests(40)), strict=True)
+        routed = [request for request, experts in found if expert in experts]
+        monkeypatch.setattr("tests.editors.test_pairs.requests", lambda count: routed[:count])  # noqa: B023
+        edit_five(experiment, model, (), tmp_path)
+        totals.append(model.total(model.down_projections([1])[0]).dense())
+    assert difference(*totals) < 1e-2
