@@ -272,12 +272,14 @@ class Kn(AbstractEditor[KnPlan]):
         removed_O: torch.Tensor,
     ) -> LowRank:
         """The same vector in the columns of the chosen neurons; `relative`: in the length of each
-        column, of unit embeddings, as in the authors' code.
+        column of W_0, of unit embeddings. The authors' code takes each edit back, so that its
+        columns are those of W_0; the length of the present ones would grow with each edit of a
+        sequence.
         """
         columns_I = is_chosen_I.float()
         if self.unit == "relative":
-            weight_OI = model.weight(module).float()
-            columns_I = columns_I * torch.linalg.vector_norm(weight_OI, dim=0)
+            length_I = torch.linalg.vector_norm(model.base(module).float(), dim=0)
+            columns_I = columns_I * length_I.to(columns_I.device)
             added_O, removed_O = (
                 each_O / torch.linalg.vector_norm(each_O) for each_O in (added_O, removed_O)
             )

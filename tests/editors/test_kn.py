@@ -189,6 +189,20 @@ def test_the_columns_of_the_chosen_neurons_get_the_new_embedding_for_the_old(
     assert num_chosen == plan.summary["neurons"] > 0
 
 
+def test_a_second_edit_has_the_length_of_the_unedited_columns_and_does_not_grow() -> None:
+    model, editor = tiny_model("llama"), kn(refine="none")
+    here, modules = step(model, [request()]), editor.modules(model)
+    weights = {name: model.weight(name).clone() for name in modules}
+    model.edit(modules)
+    for _ in range(2):
+        plan = editor.plan(here)
+        for module in modules:
+            update = plan.updates[module]
+            lengths_I, chosen_I = weights[module].norm(dim=0), update.right_IR.sum(dim=1)
+            assert torch.equal(chosen_I[chosen_I > 0], lengths_I[chosen_I > 0])
+            model.apply(module, update)
+
+
 def test_neurons_are_those_of_the_old_answer_in_most_of_the_prompts() -> None:
     model, asked = tiny_model("llama"), request()
     editor = kn(steps=3)
