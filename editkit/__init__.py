@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from editkit.api.editing import edit as edit
+    from editkit.api.exported import load_edited as load_edited
     from editkit.api.loading import load as load
     from editkit.api.result import EditResult as EditResult
     from editkit.api.runs import export as export
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from editkit.api.session import Session as Session
     from editkit.datasets.base import AbstractDataset as AbstractDataset
     from editkit.editors.base import AbstractEditor as AbstractEditor
+    from editkit.editors.base import AbstractSideEditor as AbstractSideEditor
     from editkit.editors.base import Plan as Plan
     from editkit.editors.base import Step as Step
     from editkit.editors.emmet import Emmet as Emmet
     from editkit.editors.ft import Ft as Ft
+    from editkit.editors.grace import Grace as Grace
     from editkit.editors.kn import Kn as Kn
     from editkit.editors.memit import Memit as Memit
     from editkit.editors.mend import Mend as Mend
@@ -52,6 +55,7 @@ else:
         "AbstractEvaluator": "evaluation.base",
         "AbstractObjectiveRestraint": "restraints.base",
         "AbstractProtocol": "evaluation.protocols.base",
+        "AbstractSideEditor": "editors.base",
         "AbstractSolveRestraint": "restraints.base",
         "AbstractTotalRestraint": "restraints.base",
         "AbstractUpdateRestraint": "restraints.base",
@@ -64,6 +68,7 @@ else:
         "EditableModel": "model.editable",
         "Emmet": "editors.emmet",
         "Ft": "editors.ft",
+        "Grace": "editors.grace",
         "Kn": "editors.kn",
         "LowRank": "linalg.lowrank",
         "Measurement": "types",
@@ -81,6 +86,7 @@ else:
         "edit": "api.editing",
         "export": "api.runs",
         "load": "api.loading",
+        "load_edited": "api.exported",
         "load_run": "api.runs",
         "load_runs": "api.runs",
         "run": "api.runs",

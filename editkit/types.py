@@ -94,6 +94,9 @@ class StepRecord:
     # "imported": the edits rest on second moments that somebody else computed; None: on none, or
     # on editkit's own.
     statistics: str | None = None
+    # What stands beside the weights: `entries`, `parameters`, `bytes`, `norm` (the Frobenius norm
+    # of its parameters); None: nothing.
+    side: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +106,9 @@ class Measurement:
     The order of the fields is the order of the keys in `evals.jsonl`.
     """
 
-    # "editing", "downstream", "language", "comparison" (of a task with the unedited model), or
-    # "weights" (of a restrained view; the task is the matrix).
+    # "editing", "downstream", "language", "comparison" (of a task with the unedited model),
+    # "weights" (of a restrained view; the task is the matrix), or "routing" (the share of prompts
+    # that are sent to what stands beside the weights; the task is the kind of prompts).
     kind: str
     metric: str  # "efficacy", "accuracy", ...
     value: float | None  # None: not finite

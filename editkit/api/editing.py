@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from editkit.api.method import RestraintChoice
 from editkit.api.result import EditResult
 from editkit.api.session import Session
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError, message
 from editkit.types import EditRequest
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class SessionOptions(TypedDict, total=False):
     """The keyword arguments of `Session`."""
 
-    editor: str | AbstractEditor[Any]
+    editor: str | AbstractAnyEditor[Any]
     recipe: str | None
     restraint: RestraintChoice | None
     options: Mapping[str, object] | None

@@ -17,7 +17,7 @@ from editkit.api.composing import composed_apart
 from editkit.api.loading import bundled_models
 from editkit.config.compose import options as conf_options
 from editkit.config.schema import Problems, construct
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError, message
 from editkit.linalg.recursive import SolveDtype
 from editkit.restraints.base import AbstractRestraint, Restraints, conflicts, unsupported
@@ -32,7 +32,7 @@ SOURCES = ("world", "hub")  # of second moments; other strings are paths
 class Method:
     """An editor with its restraints."""
 
-    editor: AbstractEditor[Any]
+    editor: AbstractAnyEditor[Any]
     restraints: Restraints
     stats: StatsConfig | None  # None: no source of second moments
     solve_dtype: SolveDtype
@@ -41,7 +41,7 @@ class Method:
 def choose_method(
     model: str,
     *,
-    editor: str | AbstractEditor[Any],
+    editor: str | AbstractAnyEditor[Any],
     recipe: str | None,
     restraint: RestraintChoice | None,
     options: Mapping[str, object] | None,
@@ -71,7 +71,7 @@ def choose_method(
     _set_options(config, options or {}, editor)
     problems = Problems()
     if isinstance(editor, str):
-        built = construct(config["editor"], "editor", AbstractEditor, problems)
+        built = construct(config["editor"], "editor", AbstractAnyEditor, problems)
     else:
         built = editor
     named: dict[str, AbstractRestraint] = {}
@@ -104,7 +104,7 @@ def _as_tuple(restraint: RestraintChoice | None) -> tuple[str | AbstractRestrain
 
 
 def _editor_overrides(
-    editor: str | AbstractEditor[Any],
+    editor: str | AbstractAnyEditor[Any],
     recipe: str | None,
     model: str,
     names: Mapping[str, list[str]],
@@ -163,7 +163,7 @@ def _source(
 
 
 def _set_options(
-    config: dict[str, Any], options: Mapping[str, object], editor: str | AbstractEditor[Any]
+    config: dict[str, Any], options: Mapping[str, object], editor: str | AbstractAnyEditor[Any]
 ) -> None:
     """Writes dotted options into the composed configuration."""
     problems = []
@@ -203,7 +203,7 @@ def _free_name(name: str, taken: Mapping[str, object]) -> str:
 
 def _finish(
     problems: Problems,
-    editor: str | AbstractEditor[Any],
+    editor: str | AbstractAnyEditor[Any],
     model: str,
     names: Mapping[str, list[str]],
 ) -> None:
@@ -225,7 +225,7 @@ def _finish(
 
 
 def _by_place(
-    restraints: Mapping[str, AbstractRestraint], editor: AbstractEditor[Any]
+    restraints: Mapping[str, AbstractRestraint], editor: AbstractAnyEditor[Any]
 ) -> Restraints:
     """Sorts the restraints by the place that they act at.
 

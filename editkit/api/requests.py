@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from editkit.datasets.separators import AUTO, problem_of, separated
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError, message
 from editkit.types import EditRequest
 
@@ -30,7 +30,7 @@ def request_of(*, prompt: str | None, subject: str | None, target: str | None) -
 
 
 def batch_of(
-    requests: EditRequest | Sequence[EditRequest], editor: AbstractEditor[Any]
+    requests: EditRequest | Sequence[EditRequest], editor: AbstractAnyEditor[Any]
 ) -> tuple[EditRequest, ...]:
     """The requests, checked.
 

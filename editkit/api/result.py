@@ -26,6 +26,8 @@ class EditResult:
     updates: Mapping[str, Update] = field(default_factory=dict)  # by module, (d_out, d_in)
     # By module, the figures of `modules` in steps.jsonl: condition_number, l1_norm, ...
     telemetry: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # The figures of `side` in steps.jsonl: entries, bytes, ...; None: the weights were edited.
+    side: Mapping[str, float] | None = None
     probability_before: tuple[float, ...]
     probability_after: tuple[float, ...]
     seconds: Mapping[str, float]  # by phase: target, solve, apply, restrain, telemetry
@@ -48,6 +50,11 @@ class EditResult:
             lines.append(
                 f"  {module}: {kind} update of norm {figures['update_frobenius']:.4g}, "
                 f"condition number {figures['condition_number']:.4g}"
+            )
+        if self.side is not None:
+            lines.append(
+                f"  beside the weights: {self.side['entries']:.0f} entries, "
+                f"{self.side['bytes'] / 1e6:.3g} MB"
             )
         hidden = max(number, len(self.updates)) - SHOWN
         return "\n".join([*lines, *(["  ..."] if hidden > 0 else [])])

@@ -13,7 +13,7 @@ from editkit.api.composing import kept_generators
 from editkit.api.method import RestraintChoice, choose_method
 from editkit.api.requests import batch_of, request_of
 from editkit.api.result import EditResult
-from editkit.editors.base import AbstractEditor, Step
+from editkit.editors.base import AbstractAnyEditor, AbstractEditor, Step
 from editkit.errors import ConfigError, OptionError, keys_under, message
 from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.lazy import torch
@@ -31,12 +31,14 @@ from editkit.runner.step import (
     first_states,
     next_states,
     restrain_totals,
+    side_figures,
 )
 from editkit.stats.build import build as build_moments
 from editkit.stats.store import Moments
 from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
+    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
     from editkit.model.history import Mark
     from editkit.stats.corpus import StatsConfig
@@ -56,6 +58,7 @@ class _State:
     solve: TensorState
     spectra: Mapping[str, Spectrum]
     generators: TensorState
+    sides: tuple[AbstractSide, ...] = ()  # that the session put beside the weights
 
 
 class Session:
@@ -85,7 +88,7 @@ class Session:
     def __init__(
         self,
         model: EditableModel,
-        editor: str | AbstractEditor[Any] = "rome",
+        editor: str | AbstractAnyEditor[Any] = "rome",
         *,
         recipe: str | None = None,
         restraint: RestraintChoice | None = None,
@@ -102,6 +105,8 @@ class Session:
             second_moments=second_moments,
         )
         self.model, self.editor, self.restraints = model, method.editor, method.restraints
+        if isinstance(self.editor, AbstractEditor):
+            _require_none_beside(model)
         if lacking := self.editor.lacks():
             raise ConfigError([f"editor.{problem}" for problem in lacking])
         if self.editor.needs_moments and method.stats is None:
@@ -121,7 +126,8 @@ class Session:
             with keys_under("editor"):
                 self.modules = self.editor.modules(model)
                 self._contexts = self.editor.contexts(model, torch.Generator().manual_seed(seed))
-            model.edit(self.modules)
+            if isinstance(self.editor, AbstractEditor):
+                model.edit(self.modules)
             spectra = {
                 module: extreme_singular_values(model.weight(module)) for module in self.modules
             }
@@ -205,6 +211,7 @@ class Session:
                     base_sigma_max=self._base_sigma_max,
                     solve_state=state.solve,
                     clock=clock,
+                    others=tuple(side for side in model.sides if side not in state.sides),
                 )
                 nonfinite = applied.nonfinite
                 if nonfinite is None and (module := model.nonfinite_module()):
@@ -229,10 +236,12 @@ class Session:
                 nonfinite=nonfinite,
             )
         with clock.phase("telemetry"):
-            spectra = {
-                module: extreme_singular_values(model.weight(module), spectrum)
-                for module, spectrum in state.spectra.items()
-            }
+            spectra = state.spectra
+            if applied.side is None:
+                spectra = {
+                    module: extreme_singular_values(model.weight(module), spectrum)
+                    for module, spectrum in state.spectra.items()
+                }
             telemetry = describe(model, spectra, applied.updates)
         self._history.append(
             _State(
@@ -241,12 +250,14 @@ class Session:
                 solve=solve_state,
                 spectra=spectra,
                 generators=generators,
+                sides=applied.sides,
             )
         )
         return EditResult(
             requests=batch,
             updates={module: update for module, (update, _) in applied.updates.items()},
             telemetry=telemetry,
+            side=side_figures(applied.sides),
             probability_before=before,
             probability_after=_probabilities(model, batch),
             seconds=clock.seconds,
@@ -295,16 +306,29 @@ class Session:
 
 @contextlib.contextmanager
 def _unedited(model: EditableModel) -> Iterator[None]:
-    """Inside, all weights are W_0; afterwards the edits are back."""
-    totals = model.totals()
-    if all(total.is_zero for total in totals.values()):
+    """Inside, all weights are W_0 and nothing stands beside them; afterwards the edits are back."""
+    totals, sides = model.totals(), model.sides
+    if not sides and all(total.is_zero for total in totals.values()):
         yield
         return
     model.restore({name: Total(total.shape) for name, total in totals.items()})
+    model.attach()
     try:
         yield
     finally:
         model.restore(totals)
+        model.attach(*sides)
+
+
+def _require_none_beside(model: EditableModel) -> None:
+    """Raises ConfigError if something stands beside the weights: it would change what an editor of
+    weights reads.
+    """
+    if model.sides:
+        problem = "another editor has put something beside the weights"
+        got = ", ".join(side.module for side in model.sides)
+        fix = "edit the weights first, or take it away with model.undo() or model.reset()"
+        raise ConfigError(message("editor", problem, got=got, expected="a plain model", fix=fix))
 
 
 def _warn(warnings: Sequence[str]) -> None:

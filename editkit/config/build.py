@@ -24,7 +24,7 @@ from editkit.config.identity import config_hash
 from editkit.config.loads import Loads
 from editkit.config.parts import PARTS, Parts
 from editkit.datasets.base import AbstractDataset
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
@@ -48,7 +48,7 @@ def build(
     """
     parts = Parts(config, choices, loads)
     settings = parts.settings()
-    model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
+    model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractAnyEditor)
     stats, restraints = parts.one("stats", StatsConfig), parts.restraints()
     dataset, suite = parts.one("dataset", AbstractDataset), parts.one("suite", AbstractEvaluator)
     (editing, measuring), tracker = parts.evaluation(), parts.one("tracker", AbstractTracker)
@@ -109,7 +109,7 @@ def locate(config: Any, *, choices: Mapping[str, Any] | None = None) -> Place:
     """
     parts = Parts(config, choices)
     settings = parts.settings()
-    model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
+    model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractAnyEditor)
     restraints = parts.restraints()
     for key, expected in PARTS.items():
         if key not in ("model", "editor", "restraint", "stats"):
@@ -146,10 +146,10 @@ def place_of(
 
 def model_and_stats(
     config: Any, *, choices: Mapping[str, Any] | None = None
-) -> tuple[ModelConfig, AbstractEditor[Any], StatsConfig, Runtime]:
+) -> tuple[ModelConfig, AbstractAnyEditor[Any], StatsConfig, Runtime]:
     """The parts of a configuration that second moments depend on, checked like those of `build`."""
     parts = Parts(config, choices)
-    model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
+    model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractAnyEditor)
     stats, runtime = parts.one("stats", StatsConfig), parts.one("runtime", Runtime)
     parts.finish()
     assert model and editor and stats and runtime
@@ -164,7 +164,7 @@ def memory_demand(config: Any, *, choices: Mapping[str, Any] | None = None) -> D
     """
     parts = Parts(config, choices)
     settings, runtime = parts.settings(), parts.one("runtime", Runtime)
-    model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractEditor)
+    model, editor = parts.one("model", ModelConfig), parts.one("editor", AbstractAnyEditor)
     restraints, stats = parts.restraints(), parts.one("stats", StatsConfig)
     evaluation, _ = parts.evaluation()
     parts.finish()

@@ -9,7 +9,7 @@ from typing import Any
 from editkit.config.experiment import Settings
 from editkit.config.parts import Parts
 from editkit.datasets.base import LoadedDataset
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError, message
 from editkit.evaluation.base import AbstractEvaluator, AbstractSuite
 from editkit.model.load import ModelConfig
@@ -21,7 +21,7 @@ from editkit.stats.imported import lacking
 def check_combination(
     parts: Parts,
     settings: Settings | None,
-    editor: AbstractEditor[Any] | None,
+    editor: AbstractAnyEditor[Any] | None,
     stats: StatsConfig | None,
 ) -> None:
     """The editor with statistics, devices and batch size, and the folder of the outputs."""
@@ -78,7 +78,7 @@ def check_model(parts: Parts, model: ModelConfig | None) -> None:
 
 def check_imported(
     parts: Parts,
-    editor: AbstractEditor[Any] | None,
+    editor: AbstractAnyEditor[Any] | None,
     stats: StatsConfig | None,
     model: ModelConfig | None,
 ) -> None:
@@ -107,7 +107,7 @@ def check_rollback(parts: Parts, settings: Settings | None, restraints: Restrain
 
 def check_requests(
     parts: Parts,
-    editor: AbstractEditor[Any] | None,
+    editor: AbstractAnyEditor[Any] | None,
     data: LoadedDataset | None,
     settings: Settings | None,
 ) -> None:

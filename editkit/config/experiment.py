@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.config.schedule import Schedule
 from editkit.datasets.base import LoadedDataset
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import OptionError, message
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.evaluation.editing import EditingEvaluator
@@ -138,7 +138,7 @@ class Experiment:
 
     name: str
     model: ModelConfig
-    editor: AbstractEditor[Any]
+    editor: AbstractAnyEditor[Any]
     restraints: Restraints
     data: LoadedDataset
     evaluation: EditingEvaluator
@@ -182,7 +182,7 @@ class Experiment:
 def demand_of(
     *,
     model: ModelConfig,
-    editor: AbstractEditor[Any],
+    editor: AbstractAnyEditor[Any],
     restraints: Restraints,
     stats: StatsConfig,
     solve: Solve,

@@ -18,7 +18,7 @@ from editkit.config.loads import Loads
 from editkit.config.schema import Problems, construct, resolve, unknown_option
 from editkit.datasets.base import AbstractDataset, LoadedDataset, loaded
 from editkit.datasets.groups import without_split_groups
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError, OptionError, message
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.evaluation.editing import EditingEvaluator
@@ -35,7 +35,7 @@ T = TypeVar("T")
 # source of the numbers and is not constructed.
 PARTS: dict[str, type] = {
     "model": ModelConfig,
-    "editor": AbstractEditor,
+    "editor": AbstractAnyEditor,
     "restraint": AbstractRestraint,
     "dataset": AbstractDataset,
     "suite": AbstractEvaluator,
@@ -128,12 +128,12 @@ class Parts:
                 self.problems.add_all(error.under(EVALUATION).problems)
         return evaluator, construct(plan, EVALUATION, Measuring, self.problems)
 
-    def editor_class(self) -> type[AbstractEditor[Any]] | None:
+    def editor_class(self) -> type[AbstractAnyEditor[Any]] | None:
         """The class of the editor, which states its limits even if an option is invalid."""
         node = self.config.get("editor")
         if not (isinstance(node, Mapping) and TARGET in node):
             return None
-        editor = resolve(node[TARGET], "editor", AbstractEditor, self.problems)
+        editor = resolve(node[TARGET], "editor", AbstractAnyEditor, self.problems)
         return None if editor is None or inspect.isabstract(editor) else editor
 
     def restraints(self) -> Restraints | None:

@@ -1,9 +1,15 @@
-"""The editor's interface: from edit requests to updates. An editor reads the model and never
-writes it.
+"""The editors' interface: from edit requests to updates of weight matrices, or to what stands
+beside the weights. An editor reads the model and never writes it.
 
-The runner owns the order: `contexts` and `init` once a run; `plan` once a batch; `propose` once a
-module, each module after the updates of the modules before it were applied; `observe` after the
-whole batch was applied.
+There are two kinds, because they propose different things. `AbstractEditor` proposes one update for
+each matrix, on the weights as the updates before it left them. `AbstractSideEditor` proposes one
+state for all the modules beside which it acts: named tensors (a text is a tensor of bytes). They
+share everything else.
+
+The runner owns the order: `contexts` and `init` once a run; `plan` once a batch. Then, for weights:
+`propose` once a module, each module after the updates of the modules before it were applied;
+`observe` after the whole batch was applied. Beside the weights: `propose` once, and the model
+attaches what `attach` makes of the new state.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
     from editkit.datasets.base import LoadedDataset
     from editkit.lazy import torch
     from editkit.linalg.lowrank import Update
+    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
     from editkit.model.shortcuts import Comparison
     from editkit.targets.objective import Objective
@@ -73,15 +80,14 @@ class Plan:
 PlanT = TypeVar("PlanT", bound=Plan)
 
 
-class AbstractEditor(abc.ABC, Generic[PlanT]):
-    """A method that turns edit requests into updates of weight matrices.
+class AbstractAnyEditor(abc.ABC, Generic[PlanT]):
+    """What both kinds of editors have in common.
 
-    Concrete editors are frozen dataclasses: their fields are the options. Only `modules` and
-    `propose` have to be written.
+    Concrete editors are frozen dataclasses of one of the two kinds: their fields are the options.
     """
 
     # Where restraints may act on this editor.
-    places: ClassVar[frozenset[Place]] = frozenset({"update", "total"})
+    places: ClassVar[frozenset[Place]]
     max_batch_size: ClassVar[int | None] = None  # requests of one batch; None: any number
     spans_devices: ClassVar[bool] = False  # whether it works with model.device_map
 
@@ -121,7 +127,7 @@ class AbstractEditor(abc.ABC, Generic[PlanT]):
 
     @abc.abstractmethod
     def modules(self, model: EditableModel) -> tuple[str, ...]:
-        """Dotted names of the edited matrices, in the order in which they are written.
+        """Dotted names of the matrices that are written, in that order, or beside which it acts.
 
         Raises:
             ConfigError: a layer is out of range.
@@ -157,6 +163,15 @@ class AbstractEditor(abc.ABC, Generic[PlanT]):
         """Target vectors and whatever else is computed once a batch; the weights are only read."""
         return cast(PlanT, Plan())
 
+
+class AbstractEditor(AbstractAnyEditor[PlanT]):
+    """A method that turns edit requests into updates of weight matrices.
+
+    Only `modules` and `propose` have to be written.
+    """
+
+    places: ClassVar[frozenset[Place]] = frozenset({"update", "total"})
+
     @abc.abstractmethod
     def propose(self, step: Step, module: str, plan: PlanT) -> Update:
         """The update of one matrix, (O, I), on the weights as they are now."""
@@ -164,3 +179,23 @@ class AbstractEditor(abc.ABC, Generic[PlanT]):
     def observe(self, step: Step) -> TensorState:
         """The state after the batch was applied."""
         return step.state
+
+
+class AbstractSideEditor(AbstractAnyEditor[PlanT]):
+    """A method that puts something beside the weights, which stay as they are.
+
+    Its state is what stands there: `init` returns that of no edits. `modules`, `propose` and
+    `attach` have to be written.
+    """
+
+    places: ClassVar[frozenset[Place]] = frozenset()
+
+    @abc.abstractmethod
+    def propose(self, step: Step, plan: PlanT) -> TensorState:
+        """The state with the edits of the batch. The one before is not modified."""
+
+    @abc.abstractmethod
+    def attach(self, model: EditableModel, state: TensorState) -> tuple[AbstractSide, ...]:
+        """What this state is beside the model, on its device: where it hooks, and what it does
+        there.
+        """

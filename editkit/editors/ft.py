@@ -174,7 +174,8 @@ def log_probabilities(
     else:
         rows = [sequence.ids[: sequence.start] for sequence in encoded]
         positions = [(sequence.start - 1,) * len(sequence.target_ids) for sequence in encoded]
-    batch = pad(rows, device=model.device)
+    prompts = [sequence.start for sequence in encoded]
+    batch = pad(rows, device=model.device, prompts=prompts)
     lengths = [len(sequence.target_ids) for sequence in encoded]
     rows_M = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)).to(
         model.device

@@ -150,7 +150,9 @@ class Perplexity(AbstractEvaluator):
         token. The logits take bounded memory.
         """
         with torch.no_grad():
-            hidden_BTD = model.final_hidden(pad(windows, device=model.device))
+            # What stands before the first scored token is the prompt that a side would see.
+            prompts = [first] * len(windows)
+            hidden_BTD = model.final_hidden(pad(windows, device=model.device, prompts=prompts))
             size = max(1, LOGITS_AT_ONCE // len(model.tokenizer))
             losses = []
             for row, ids in enumerate(windows):

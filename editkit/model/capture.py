@@ -1,5 +1,5 @@
 """Hooks on modules: reading their inputs and outputs, and changing their outputs. No other file
-registers hooks.
+registers hooks, but `editkit.model.beside`, whose hooks stay.
 
     with torch.no_grad(), capture(model, inputs=[down_projection], outputs=[mlp]) as captured:
         model.final_hidden(batch)  # stops once both tensors are captured

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from editkit.lazy import torch
+from editkit.model.beside import routing_of
 from editkit.model.tokens import PADDING_ID, pad
 
 if TYPE_CHECKING:
@@ -29,14 +30,18 @@ class CachedContinuation:
     """Rows with padding on the left. Each step runs only the newest tokens."""
 
     def __init__(self, model: EditableModel, rows: Sequence[Sequence[int]]) -> None:
-        batch = pad(rows, device=model.device, side="left")
+        lengths = [len(row) for row in rows]
+        batch = pad(rows, device=model.device, side="left", prompts=lengths)
+        self._routing = routing_of(batch)
         self._model, self._mask_BT, self._cache = model, batch.mask_BT, None
         self._arguments: dict[str, Any] = batch.arguments
         self._length_B = batch.mask_BT.sum(-1)
 
     def last_hidden(self) -> torch.Tensor:
         base = self._model.module(self._model.family.base)
-        output = base(**self._arguments, past_key_values=self._cache, use_cache=True)
+        with self._model.routed(self._routing):
+            output = base(**self._arguments, past_key_values=self._cache, use_cache=True)
+        self._routing = self._routing and self._routing.after()
         self._cache = output.past_key_values
         last_BD: torch.Tensor = output.last_hidden_state[:, -1]
         return last_BD
@@ -57,9 +62,11 @@ class PlainContinuation:
 
     def __init__(self, model: EditableModel, rows: Sequence[Sequence[int]]) -> None:
         self._model, self._rows = model, [list(row) for row in rows]
+        self._prompts = [len(row) for row in rows]
 
     def last_hidden(self) -> torch.Tensor:
-        hidden_BTD = self._model.final_hidden(pad(self._rows, device=self._model.device))
+        batch = pad(self._rows, device=self._model.device, prompts=self._prompts)
+        hidden_BTD = self._model.final_hidden(batch)
         last_B = torch.tensor([len(row) - 1 for row in self._rows], device=hidden_BTD.device)
         return hidden_BTD[torch.arange(len(self._rows), device=hidden_BTD.device), last_B]
 

@@ -11,7 +11,6 @@ stream, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from editkit.lazy import torch
 from editkit.linalg.lowrank import Update, dense, frobenius
 from editkit.linalg.total import Total
 from editkit.model.architecture import context_length
+from editkit.model.beside import AbstractSide, Attached, Routing, routing_of
 from editkit.model.chat import ChatTemplate
 from editkit.model.editability import require_editable
 from editkit.model.experts import expose_expert
@@ -29,7 +29,7 @@ from editkit.model.families import Family, Outline, check_family
 from editkit.model.fingerprint import fingerprint
 from editkit.model.head import is_matrix, own_logits
 from editkit.model.history import Mark
-from editkit.model.matrices import find_parameter, matrix_of, rows_of
+from editkit.model.matrices import find_module, find_parameter, matrix_of, rows_of
 from editkit.model.shortcuts import Shortcuts
 from editkit.model.tokens import PromptBatch, require_offsets
 
@@ -80,6 +80,7 @@ class EditableModel:
         self._is_corrected = False
         self._at_base: set[str] = set()  # matrices that are W_0 for a while, without their total
         self._marks: list[Mark] = []
+        self._attached = Attached(network, family.base)
 
     # Properties of the model
 
@@ -103,20 +104,7 @@ class EditableModel:
         """The module of that dotted name. Raises ConfigError, with the nearest names, for an
         unknown one.
         """
-        try:
-            module: torch.nn.Module = self.network.get_submodule(name)
-            return module
-        except AttributeError:
-            near = difflib.get_close_matches(
-                name, [known for known, _ in self.network.named_modules()], n=3
-            )
-            raise ConfigError(
-                message(
-                    name,
-                    f"{self.name} ({self.num_layers} layers) has no such module",
-                    fix=f"use one of the nearest names: {', '.join(near)}" if near else None,
-                )
-            ) from None
+        return find_module(self.network, name, of=f"{self.name} ({self.num_layers} layers)")
 
     def down_projections(self, layers: Sequence[int]) -> tuple[str, ...]:
         """The MLP down projections of the given layers, in the given order. Raises ConfigError for
@@ -143,10 +131,15 @@ class EditableModel:
         """(B, T, D): the hidden states after the final norm, before the head. The caller decides
         whether gradients are recorded.
         """
-        hidden_BTD: torch.Tensor = self.module(self.family.base)(
-            **batch.arguments, use_cache=False
-        ).last_hidden_state.to(self.device)
+        with self.routed(routing_of(batch)):
+            hidden_BTD: torch.Tensor = self.module(self.family.base)(
+                **batch.arguments, use_cache=False
+            ).last_hidden_state.to(self.device)
         return hidden_BTD
+
+    def routed(self, routing: Routing | None) -> contextlib.AbstractContextManager[None]:
+        """Passes inside take this routing of their prompts (`Attached.routed`)."""
+        return self._attached.routed(routing)
 
     def hidden_to_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) logits in the model's dtype.
@@ -273,7 +266,7 @@ class EditableModel:
                         expected=f"shape {tuple(edited.base_OI.shape)}",
                     )
                 )
-            edited.total = _moved(total, edited.sum_OI.device)
+            edited.total = total.to(device=edited.sum_OI.device)
             sum_OI = edited.total.dense() if edited.total.matrix is None else edited.total.matrix
             # An empty total does not know its device.
             edited.sum_OI = sum_OI.to(self.weight(name).device)
@@ -318,9 +311,19 @@ class EditableModel:
             for name in tuple(self._at_base):
                 self._store(name, self._edited[name].sum_OI)
 
+    @property
+    def sides(self) -> tuple[AbstractSide, ...]:
+        """What stands beside the weights."""
+        return self._attached.sides
+
+    def attach(self, *sides: AbstractSide) -> None:
+        """Puts sides beside the weights, in place of all earlier ones; none: the weights alone."""
+        self._attached.detach()
+        self._attached = Attached(self.network, self.family.base, sides)
+
     def mark(self) -> Mark:
-        """Remembers the present totals: the next `undo` returns to them."""
-        self._marks.append(Mark.of(self.totals()))
+        """Remembers the present totals and sides: the next `undo` returns to them."""
+        self._marks.append(Mark.of(self.totals(), self.sides))
         return self._marks[-1]
 
     @property
@@ -340,7 +343,7 @@ class EditableModel:
         self._marks.pop()
 
     def reset(self) -> None:
-        """Takes all edits back: every matrix is W_0."""
+        """Takes all edits back: every matrix is W_0, and nothing stands beside them."""
         self._return_to(Mark({}))
         self._marks.clear()
 
@@ -357,14 +360,16 @@ class EditableModel:
         expose_expert(self.network, self.family)
         for edited in self._edited.values():
             edited.base_OI = edited.base_OI.to(device)
-            edited.total = _moved(edited.total, device)
+            edited.total = edited.total.to(device=device)
             edited.sum_OI = (
                 edited.sum_OI.to(device) if edited.total.matrix is None else edited.total.matrix
             )
+        self.attach(*(side.to(device) for side in self.sides))
 
     def _return_to(self, mark: Mark) -> None:
         zero = {name: Total(total.shape) for name, total in self.totals().items()}
         self.restore(zero | dict(mark.totals))
+        self.attach(*mark.sides)
 
     def _declared(self, module: str) -> _Edited:
         if module not in self._edited:
@@ -392,8 +397,3 @@ class EditableModel:
         self._at_base.discard(module)
         norm: float = float(squares) ** 0.5
         return norm
-
-
-def _moved(total: Total, device: torch.device | str) -> Total:
-    matrix = None if total.matrix is None else total.matrix.to(device)
-    return Total(total.shape, tuple(block.to(device=device) for block in total.blocks), matrix)

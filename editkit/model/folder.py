@@ -10,6 +10,7 @@ from typing import Any
 
 from editkit.errors import message
 from editkit.files import not_an_object
+from editkit.model.beside import SIDE_TENSORS
 from editkit.model.source import KEY, Source
 
 CONFIGS = (
@@ -29,7 +30,13 @@ ALLOW = "set model.allow_pickle=true, with which torch reads tensors from them a
 
 
 def config_problems(folder: Path) -> list[str]:
-    """The small files of a folder with a config.json that cannot be read."""
+    """The small files of a folder with a config.json that cannot be read; and a model that is more
+    than its weights.
+    """
+    if (folder / SIDE_TENSORS).exists():
+        fix = "load it with editkit.load_edited, or measure the run that made it"
+        what = "something stands beside the weights, which a run would not see"
+        return [message(f"{KEY}: {folder}", what, got=SIDE_TENSORS, fix=fix)]
     problems = [
         message(f"{KEY}: {folder / name}", problem, expected="a JSON object")
         for name in CONFIGS

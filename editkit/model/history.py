@@ -6,23 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from editkit.linalg.total import Total
+from editkit.model.beside import AbstractSide
 
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """The totals of the edited matrices before an edit. Two marks are equal only if they are the
-    same object.
+    """The totals of the edited matrices and the sides beside the weights, before an edit. Two marks
+    are equal only if they are the same object.
 
     A low-rank total is kept as its factors, which all marks share. A dense total is a float32
     matrix for each mark.
     """
 
     totals: Mapping[str, Total]
+    sides: tuple[AbstractSide, ...] = ()
 
     @classmethod
-    def of(cls, totals: Mapping[str, Total]) -> Mark:
-        """The mark at these totals."""
-        return cls({name: _without_sum(total) for name, total in totals.items()})
+    def of(cls, totals: Mapping[str, Total], sides: tuple[AbstractSide, ...] = ()) -> Mark:
+        """The mark at these totals and sides."""
+        return cls({name: _without_sum(total) for name, total in totals.items()}, sides)
 
 
 def _without_sum(total: Total) -> Total:

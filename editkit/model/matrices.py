@@ -7,9 +7,25 @@ Shape letters: O d_out, I d_in.
 
 from __future__ import annotations
 
-from editkit.errors import ConfigError
+import difflib
+
+from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.families import not_a_matrix
+
+
+def find_module(network: torch.nn.Module, name: str, *, of: str) -> torch.nn.Module:
+    """The module of that dotted name. Raises ConfigError, with the nearest names, for an unknown
+    one; `of` is what has no such module.
+    """
+    try:
+        module: torch.nn.Module = network.get_submodule(name)
+        return module
+    except AttributeError:
+        known = [known for known, _ in network.named_modules()]
+        near = ", ".join(difflib.get_close_matches(name, known, n=3))
+        fix = f"use one of the nearest names: {near}" if near else None
+        raise ConfigError(message(name, f"{of} has no such module", fix=fix)) from None
 
 
 def find_parameter(network: torch.nn.Module, name: str) -> torch.nn.Parameter | None:

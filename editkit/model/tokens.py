@@ -11,7 +11,7 @@ Shape letters: B rows, T tokens (padded).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.datasets.separators import between
@@ -330,6 +330,9 @@ class PromptBatch:
     mask_BT: torch.Tensor
     position_ids_BT: torch.Tensor
     first_B: torch.Tensor  # the column of each row's first token
+    # (B, T): the column of the last token of each token's prompt, -1 for padding; None: not stated.
+    # Sides beside the weights route each prompt by that token (`editkit.model.beside`).
+    ends_BT: torch.Tensor | None = field(default=None, kw_only=True)
 
     def columns(self, positions: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """(B,): the column of one position per row, given in the unpadded sequences."""
@@ -350,8 +353,13 @@ def pad(
     *,
     device: torch.device | str = "cpu",
     side: Literal["left", "right"] = "right",
+    prompts: Sequence[int] | None = None,
 ) -> PromptBatch:
-    """Sequences of ids, none of them empty, as one batch."""
+    """Sequences of ids, none of them empty, as one batch.
+
+    Args:
+        prompts: the number of tokens of each row that are its prompt.
+    """
     width = max(len(ids) for ids in sequences)
     padding = [width - len(ids) for ids in sequences]
     first = padding if side == "left" else [0] * len(padding)
@@ -362,9 +370,16 @@ def pad(
         mask_BT[row, start : start + len(ids)] = 1
     # Needed by GPT-2, which does not derive them from the mask.
     position_ids_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    ends_BT = None
+    if prompts is not None:
+        last_B1 = torch.tensor(
+            [start + size - 1 for start, size in zip(first, prompts, strict=True)]
+        )[:, None]
+        ends_BT = torch.where(mask_BT > 0, last_B1, -1).to(device)
     return PromptBatch(
         ids_BT.to(device),
         mask_BT.to(device),
         position_ids_BT.to(device),
         torch.tensor(first, device=device),
+        ends_BT=ends_BT,
     )

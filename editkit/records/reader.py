@@ -137,6 +137,8 @@ def _step(fields: dict[str, Any]) -> StepRecord:
     known["modules"] = {
         module: _numbers(f"modules.{module}", figures) for module, figures in modules.items()
     }
+    if known.get("side") is not None:
+        known["side"] = _numbers("side", known["side"])
     return StepRecord(**known)
 
 

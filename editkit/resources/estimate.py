@@ -37,6 +37,7 @@ class Parts:
     masters: float = 0.0
     statistics: float = 0.0
     hypernetwork: float = 0.0
+    beside: float = 0.0
     working: float = 0.0
 
     def by_name(self) -> dict[str, float]:
@@ -177,6 +178,7 @@ def _estimate(
         masters=counted.totals + (counted.base if keeps_base else 0),
         statistics=moments + counted.history.kept,
         hypernetwork=counted.editor + (0 if is_gpu else counted.waiting),
+        beside=counted.beside,
         working=max(*counted.phases.values(), counted.history.working),
     )
     on_host = Parts(

@@ -8,6 +8,7 @@ sizes in config.json, without torch.
     statistics    second moments in float64, their factors in `solve.dtype`, and what a restraint on
                   the solve keeps
     editor        what the editor keeps: a hypernetwork, in training with its optimiser
+    beside        what stands beside the weights after the last edit; then there are no masters
     working       the largest of: collecting second moments, planning a batch, solving and
                   telemetry, measuring; the phases of a training
 
@@ -105,6 +106,7 @@ class Footprint:
     stored: float = 0.0  # second moments as files
     history: SolveMemory = field(default_factory=SolveMemory)
     editor: float = 0.0  # on the device
+    beside: float = 0.0
     waiting: float = 0.0  # of a training, on the host
     copied: float = 0.0  # of a training: for a checkpoint
     phases: Mapping[str, float] = field(default_factory=dict)
@@ -155,10 +157,12 @@ def run_footprint(demand: Demand, architecture: Architecture) -> Footprint:
     history = SolveMemory() if demand.solve is None else demand.solve.memory(work)
     columns = demand.edits * editor.columns_per_edit
     rank = min(columns, work.matrix / work.both)  # factors are kept while they are the smaller form
-    totals = n * 4 * (2 * work.matrix + rank * work.both)
+    is_written = editor.beside is None
+    totals = n * 4 * (2 * work.matrix + rank * work.both) if is_written else 0.0
     moments = n * work.second_moment * (8 + work.solve_bytes) if needs_moments else 0.0
     copies = 2 if runtime.statistics_at == "disk" else 1
-    update = 2 * 4 * work.matrix  # an update in dense form, and the new total
+    # an update in dense form, and the new total
+    update = 2 * 4 * work.matrix if is_written else 0
     factor = work.second_moment * 8 if needs_moments else 0  # while it is made
     phases = {
         "weights read": READING,
@@ -170,12 +174,14 @@ def run_footprint(demand: Demand, architecture: Architecture) -> Footprint:
         phases["statistics"] = _collecting(demand, work, totals)
     return Footprint(
         weights=architecture.num_parameters * work.weight_bytes,
-        base=n * work.matrix * work.weight_bytes,
+        base=n * work.matrix * work.weight_bytes if is_written else 0.0,
         totals=totals,
         moments=moments,
         stored=n * work.second_moment * 8 * copies if needs_moments else 0.0,
         history=history,
         editor=editor.kept,
+        # once more while an entry is added
+        beside=2 * (editor.beside or 0.0),
         phases=phases,
         savings={"target": editor.saving},
     )

@@ -85,6 +85,8 @@ class EditorMemory:
     working: float  # while it plans a batch: the search for targets, or a gradient
     columns_per_edit: int = 1  # of an update's factors; 0: updates are dense
     kept: float = 0.0  # during the whole run: a hypernetwork
+    # What stands beside the weights after the run's edits; None: the weights are written instead.
+    beside: float | None = None
     saving: str = "a lower batch_size"  # how a user makes `working` smaller
 
 

@@ -171,6 +171,8 @@ class RunState:
             "inputs": dict(self.inputs),
             "before_end": list(self.before_end),
         } | ({"shortcuts": dict(self.shortcuts)} if self.shortcuts else {})
+        if set(self.spectra) != set(self.totals):  # of matrices beside which something stands
+            facts["spectra"] = list(self.spectra)
         return Checkpoint(step=self.step, groups=groups, facts=facts, record_bytes=record_bytes)
 
     @classmethod
@@ -193,7 +195,8 @@ class RunState:
             baselines=baselines,
             notes=notes,
             spectra={
-                module: Spectrum.from_state(groups[f"spectrum/{module}"]) for module in modules
+                module: Spectrum.from_state(groups[f"spectrum/{module}"])
+                for module in facts.get("spectra", modules)
             },
             base_sigma_max=facts["base_sigma_max"],
             rng=groups["rng"],

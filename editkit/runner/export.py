@@ -1,4 +1,6 @@
-"""A run's edited model as a Hugging Face folder, for use without editkit."""
+"""A run's edited model as a Hugging Face folder, for use without editkit. What stands beside the
+weights is written beside them, and `editkit.load_edited` puts it back.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.config.schema import Problems, construct
+from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError, message
 from editkit.model.load import ModelConfig
 from editkit.records.reader import RunRecords, load_run
@@ -17,7 +20,8 @@ from editkit.records.views import trajectory_view
 from editkit.restraints.base import AbstractRestraint, AbstractTotalRestraint
 from editkit.runner.checkpoint import RunState, load_state
 from editkit.runner.inputs import MODEL
-from editkit.runner.step import restrain_totals
+from editkit.runner.side_files import write_sides
+from editkit.runner.step import attach, restrain_totals
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -83,6 +87,11 @@ def export(run: Path, to: Path, *, view: str | None = None) -> None:
         )
     model.edit(tuple(state.totals))
     model.restore(state.totals if view is None else state.before_end or state.totals)
+    if state.editor and not state.totals:  # of an editor beside the weights, or of a user's own
+        editor = construct(records.config.get("editor"), "editor", AbstractAnyEditor, problems)
+        if editor is None:
+            raise ConfigError([f"{run}: {problem}" for problem in problems.messages])
+        attach(model, editor, state.editor)
     for restraint in added:
         restrain_totals(model, restraint, model.totals(), state.base_sigma_max)
     _save(model, to, about=_about(records, state, view))
@@ -137,6 +146,7 @@ def _save(model: EditableModel, to: Path, *, about: Mapping[str, Any]) -> None:
         temporary.mkdir()
         model.network.save_pretrained(temporary)
         model.tokenizer.save_pretrained(temporary)
+        write_sides(model, temporary)
         (temporary / "editkit.json").write_text(json.dumps(about, indent=1))
         # An empty folder gives way; one that was filled in the meantime does not.
         os.replace(temporary, to)

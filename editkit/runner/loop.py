@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from editkit.editors.base import AbstractEditor
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.model.shortcuts import Shortcuts
 from editkit.runner.checkpoint import RunState, generator_states, restore_generators
 from editkit.runner.measure import evaluate, measure, measure_batch, measure_weights, note
 from editkit.runner.plan import Collapse, Trajectory
-from editkit.runner.step import describe, first_states, restrain_totals, take_step
+from editkit.runner.step import attach, describe, first_states, restrain_totals, take_step
 from editkit.types import EvalRecord, SampleRecord, StepRecord
 
 Event = StepRecord | EvalRecord | SampleRecord | RunState
@@ -29,7 +30,8 @@ def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]
     Raises:
         Collapse: a number is not finite and the run stops there. The state was yielded before.
     """
-    run.model.edit(run.editor.modules(run.model))
+    if isinstance(run.editor, AbstractEditor):
+        run.model.edit(run.editor.modules(run.model))
     if state is None:
         state = origin = begin(run)
         yield StepRecord(step=0, modules=describe(run.model, state.spectra, {}))
@@ -40,11 +42,13 @@ def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]
         run.model.shortcuts = Shortcuts.from_report(state.shortcuts)
         origin = unedited(run, state) if run.rollback else state
         run.model.restore(state.totals)
+        attach(run.model, run.editor, state.editor)
         restore_generators(state.rng)
     for step in range(state.step + 1, run.schedule.last_step + 1):
         before = state
         if run.rollback:
             run.model.restore(origin.totals)
+            attach(run.model, run.editor, origin.editor)
             before = replace(state, totals=origin.totals, editor=origin.editor, solve=origin.solve)
         record, state_after = take_step(run, step, before)
         if record.nonfinite and run.on_collapse == "stop":

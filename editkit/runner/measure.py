@@ -19,6 +19,7 @@ from editkit.linalg.telemetry import module_record
 from editkit.restraints.base import AbstractTotalRestraint
 from editkit.runner.checkpoint import RunState
 from editkit.runner.plan import Trajectory, digest_of, label
+from editkit.runner.side_routing import measure_routing
 from editkit.types import EvalRecord, Measurement, SampleRecord
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def evaluate(run: Trajectory, state: RunState) -> Iterator[EvalRecord | SampleRe
         for name in _due(run, state)
     }
     yield from itertools.chain.from_iterable(own.values())
+    if state.step:
+        yield from measure_routing(run, state, ROLLBACK if run.rollback else "milestone")
     noting = _noting(run)
     for view, correction in restrained_views(run, state):
         with run.model.temporarily(correction):

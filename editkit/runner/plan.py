@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.config.schedule import Schedule
 from editkit.datasets.base import LoadedDataset
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.resources.peak_memory import Peaks
 from editkit.restraints.base import Restraints
@@ -39,7 +39,7 @@ class Trajectory:
     """Everything that a run is made of, except how far it has come."""
 
     model: EditableModel
-    editor: AbstractEditor[Any]
+    editor: AbstractAnyEditor[Any]
     restraints: Restraints
     requests: tuple[EditRequest, ...]
     evaluators: Mapping[str, AbstractEvaluator]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from editkit.datasets.base import LoadedDataset
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError, message
 from editkit.model.experts import KEY
 from editkit.model.routing import routed_experts
@@ -25,13 +25,13 @@ ELSEWHERE = "the router sends the edited token, or another one of its group, to 
 MOST = 3  # experts that a message names
 
 
-def edits_expert(model: EditableModel, editor: AbstractEditor[Any]) -> bool:
+def edits_expert(model: EditableModel, editor: AbstractAnyEditor[Any]) -> bool:
     """Whether the edited matrices are those of one expert."""
     return model.family.expert is not None and bool(editor.modules(model))
 
 
 def experts_of(
-    model: EditableModel, editor: AbstractEditor[Any], requests: Sequence[EditRequest]
+    model: EditableModel, editor: AbstractAnyEditor[Any], requests: Sequence[EditRequest]
 ) -> list[set[int]]:
     """By request: the experts that the router chooses at the edited tokens in any edited layer."""
     modules, family = editor.modules(model), model.family
@@ -46,7 +46,7 @@ def experts_of(
 
 def select_routed(
     model: EditableModel,
-    editor: AbstractEditor[Any],
+    editor: AbstractAnyEditor[Any],
     data: LoadedDataset,
     *,
     edits: int,
@@ -91,7 +91,7 @@ def select_routed(
 
 
 def require_routed(
-    model: EditableModel, editor: AbstractEditor[Any], requests: Sequence[EditRequest]
+    model: EditableModel, editor: AbstractAnyEditor[Any], requests: Sequence[EditRequest]
 ) -> None:
     """Raises ConfigError if the router sends a request to other experts than the edited one."""
     expert = model.family.expert

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.model.self_check import compare_generation, compare_scoring, require_own_logits
 from editkit.model.shortcuts import Comparison
 from editkit.model.tokens import encode
@@ -33,7 +33,7 @@ def check_reading(model: EditableModel, text: str) -> list[str]:
 
 
 def check_editing(
-    model: EditableModel, editor: AbstractEditor[Any], request: EditRequest
+    model: EditableModel, editor: AbstractAnyEditor[Any], request: EditRequest
 ) -> list[str]:
     """Compares the shortcuts of the editor on a request. Returns a warning for each shortcut that
     is not taken.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from editkit.config.experiment import Experiment
 from editkit.datasets.groups import without_split_groups
 from editkit.datasets.separators import joined
+from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError
 from editkit.evaluation.unmatchable import warnings as unmatchable_warnings
 from editkit.lazy import torch
@@ -223,7 +224,8 @@ def prepare(
         require_room(model, requests, contexts, experiment.evaluation.probes(requests))
         check_editing(model, editor, requests[0])
     modules = editor.modules(model)
-    model.edit(modules, base_device=None if runtime.base == "device" else runtime.base)
+    if isinstance(editor, AbstractEditor):
+        model.edit(modules, base_device=None if runtime.base == "device" else runtime.base)
     if restraints.totals:  # before second moments, which may take hours; needs only the weights
         base_sigma_max = {
             module: extreme_singular_values(model.weight(module), None).sigma_max

@@ -1,19 +1,22 @@
-"""One step: a batch of edits is planned, solved module by module, restrained and applied.
+"""One step: a batch of edits is planned, solved module by module, restrained and applied; or what
+it puts beside the weights is attached.
 
-`apply_batch` is the only place of the package that asks an editor for updates and writes them.
+`apply_batch` is the only place of the package that asks an editor for proposals and writes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from editkit.editors.base import AbstractEditor, Plan, Step
+from editkit.editors.base import AbstractAnyEditor, AbstractEditor, AbstractSideEditor, Plan, Step
 from editkit.errors import keys_under
 from editkit.linalg.lowrank import is_finite
 from editkit.linalg.spectral import Spectrum, extreme_singular_values
 from editkit.linalg.telemetry import module_record
+from editkit.linalg.total import Total
 from editkit.resources.stopwatch import Stopwatch
 from editkit.restraints.base import AbstractTotalRestraint, Norms, Restraints
 from editkit.runner.checkpoint import RunState, generator_states
@@ -24,7 +27,7 @@ from editkit.types import StepRecord
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
-    from editkit.linalg.total import Total
+    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
     from editkit.types import TensorState
@@ -35,13 +38,16 @@ class AppliedBatch:
     """A batch after its updates were written."""
 
     plan: Plan
-    updates: Mapping[str, tuple[Update, float]]  # by module, each with its rounding error
-    problems: tuple[LeastSquares, ...]  # the least squares that were solved, in order
     nonfinite: str | None  # the first number that was not finite; nothing was written from there on
+    # by module, each with its rounding error
+    updates: Mapping[str, tuple[Update, float]] = field(default_factory=dict)
+    problems: tuple[LeastSquares, ...] = ()  # the least squares that were solved, in order
+    side: TensorState | None = None  # what stands beside the weights; None: the editor writes them
+    sides: tuple[AbstractSide, ...] = ()  # as it is attached
 
 
 def first_states(
-    model: EditableModel, editor: AbstractEditor[Any], restraints: Restraints, moments: Moments
+    model: EditableModel, editor: AbstractAnyEditor[Any], restraints: Restraints, moments: Moments
 ) -> tuple[TensorState, TensorState]:
     """The states of the editor and of the restraint on the solve, before the first edit."""
     with keys_under("editor"):
@@ -54,14 +60,16 @@ def first_states(
 
 def apply_batch(
     step: Step,
-    editor: AbstractEditor[Any],
+    editor: AbstractAnyEditor[Any],
     restraints: Restraints,
     *,
     base_sigma_max: Mapping[str, float],
     solve_state: TensorState,
     clock: Stopwatch,
+    others: tuple[AbstractSide, ...] = (),
 ) -> AppliedBatch:
-    """Plans a batch and writes its updates into the model, module by module.
+    """Plans a batch and writes its updates into the model, module by module, or attaches what the
+    editor puts beside the weights.
 
     With a restraint of base `unedited`, targets, keys and residuals are those of the unedited
     model: each matrix is W_0 until its own update is written.
@@ -70,7 +78,11 @@ def apply_batch(
         step: without a solver; the restraint on the solve is added here.
         base_sigma_max: sigma_max(W_0) by module.
         solve_state: the state of the restraint on the solve, from before this batch.
+        others: what other editors put beside the weights, which stays there.
     """
+    if isinstance(editor, AbstractSideEditor):
+        return _attach_batch(step, editor, clock, others)
+    assert isinstance(editor, AbstractEditor)  # there are two kinds
     model, problems, solver = step.model, list[LeastSquares](), restraints.solve
     modules = editor.modules(model)
     at_base = modules if solver is not None and solver.base == "unedited" else ()
@@ -104,6 +116,35 @@ def apply_batch(
     return AppliedBatch(plan=plan, updates=updates, problems=tuple(problems), nonfinite=nonfinite)
 
 
+def _attach_batch(
+    step: Step,
+    editor: AbstractSideEditor[Any],
+    clock: Stopwatch,
+    others: tuple[AbstractSide, ...],
+) -> AppliedBatch:
+    """Plans a batch and puts what the editor proposes beside the weights."""
+    with clock.phase("target"), keys_under("editor"):
+        plan = editor.plan(step)
+    if plan.nonfinite is not None:
+        return AppliedBatch(plan=plan, nonfinite=plan.nonfinite)
+    with clock.phase("solve"):
+        state = editor.propose(step, plan)
+        numbers = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        bad = [name for name, tensor in numbers.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        return AppliedBatch(plan=plan, nonfinite=f"side {bad[0]}")
+    with clock.phase("apply"):
+        sides = editor.attach(step.model, state)
+        step.model.attach(*others, *sides)
+    return AppliedBatch(plan=plan, nonfinite=None, side=state, sides=sides)
+
+
+def attach(model: EditableModel, editor: AbstractAnyEditor[Any], state: TensorState) -> None:
+    """Puts the state of an editor beside the weights. Nothing happens for an editor of weights."""
+    if isinstance(editor, AbstractSideEditor):
+        model.attach(*editor.attach(model, state))
+
+
 def _restrained(
     update: Update,
     module: str,
@@ -121,13 +162,17 @@ def _restrained(
 
 def next_states(
     step: Step,
-    editor: AbstractEditor[Any],
+    editor: AbstractAnyEditor[Any],
     restraints: Restraints,
     batch: AppliedBatch,
     solve_state: TensorState,
 ) -> tuple[TensorState, TensorState]:
     """The states of the editor and of the restraint on the solve, after an applied batch."""
-    editor_state = editor.observe(step)
+    if isinstance(editor, AbstractEditor):
+        editor_state = editor.observe(step)
+    else:
+        assert batch.side is not None  # it was applied
+        editor_state = batch.side
     if restraints.solve is not None:
         for problem in batch.problems:
             solve_state = restraints.solve.observe(problem, solve_state, step.moments)
@@ -167,10 +212,11 @@ def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord
         spectra: Mapping[str, Spectrum] = state.spectra
         modules: Mapping[str, Mapping[str, float]] = {}
         if run.schedule.has_telemetry(number):
-            spectra = {
-                module: extreme_singular_values(model.weight(module), start)
-                for module, start in state.spectra.items()
-            }
+            if not model.sides:  # else the weights are what they were
+                spectra = {
+                    module: extreme_singular_values(model.weight(module), start)
+                    for module, start in state.spectra.items()
+                }
             modules = describe(model, spectra, batch.updates)
     record = StepRecord(
         step=number,
@@ -179,6 +225,7 @@ def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord
         target=batch.plan.summary,
         modules=modules,
         nonfinite=batch.nonfinite or model.nonfinite_module(),
+        side=side_figures(model.sides),
     )
     state = replace(
         state,
@@ -210,13 +257,24 @@ def describe(
 ) -> dict[str, Mapping[str, float]]:
     """The telemetry of every edited matrix."""
     records: dict[str, Mapping[str, float]] = {}
+    totals = model.totals()  # none for matrices beside which something stands
     for module, spectrum in spectra.items():
         update, rounding_error = updates.get(module, (None, 0.0))
+        rows, columns = model.weight(module).shape
         records[module] = module_record(
             model.weight(module),
             spectrum,
             update=update,
-            total=model.total(module),
+            total=totals.get(module, Total((rows, columns))),
             rounding_error=rounding_error,
         )
     return records
+
+
+def side_figures(sides: Sequence[AbstractSide]) -> dict[str, float] | None:
+    """The telemetry of what stands beside the weights, summed over its parts; None without any."""
+    if not sides:
+        return None
+    parts = [side.figures() for side in sides]
+    sums = {name: math.fsum(part[name] for part in parts) for name in parts[0]}
+    return sums | {"norm": math.hypot(*(part["norm"] for part in parts))}

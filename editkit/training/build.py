@@ -13,7 +13,7 @@ from editkit.config.experiment import Settings
 from editkit.config.identity import config_hash
 from editkit.config.parts import Parts
 from editkit.datasets.base import AbstractDataset, LoadedDataset
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.editors.mend import Mend
 from editkit.errors import message
 from editkit.hypernet.examples import Split, split
@@ -78,7 +78,7 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
     settings, model, editor = (
         parts.settings(),
         parts.one("model", ModelConfig),
-        parts.one("editor", AbstractEditor),
+        parts.one("editor", AbstractAnyEditor),
     )
     dataset, tracker, runtime = (
         parts.one("dataset", AbstractDataset),

@@ -11,12 +11,12 @@ import editkit
 
 NAMES = (
     *("AbstractDataset", "AbstractEditor", "AbstractEvaluator", "AbstractObjectiveRestraint"),
-    *("AbstractProtocol", "AbstractSolveRestraint", "AbstractTotalRestraint"),
+    *("AbstractProtocol", "AbstractSideEditor", "AbstractSolveRestraint", "AbstractTotalRestraint"),
     *("AbstractUpdateRestraint", "AlphaEdit", "ConfigError", "D4S", "Eac", "EditRequest"),
-    *("EditResult", "EditableModel", "Emmet", "Ft", "Kn", "LowRank", "Measurement", "Memit"),
-    *("Mend", "NormCap", "Plan", "Pmet", "Probe", "Prune", "Rect", "Rome", "Session", "Step"),
-    "__version__",
-    *("edit", "export", "load", "load_run", "load_runs", "run"),
+    *("EditResult", "EditableModel", "Emmet", "Ft", "Grace", "Kn", "LowRank", "Measurement"),
+    *("Memit", "Mend", "NormCap", "Plan", "Pmet", "Probe", "Prune", "Rect", "Rome", "Session"),
+    *("Step", "__version__"),
+    *("edit", "export", "load", "load_edited", "load_run", "load_runs", "run"),
 )
 
 

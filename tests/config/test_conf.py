@@ -16,7 +16,7 @@ from editkit.config.build import build
 from editkit.config.compose import Option, compose, conf_folder, first_comment, options
 from editkit.config.parts import PARTS
 from editkit.config.schema import Problems, construct
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from tests.support.helpers import real_model_id
 
 OPTIONS = list(options())
@@ -91,9 +91,9 @@ def test_every_recipe_completes_its_pair_and_is_chosen_automatically_for_its_mod
     assert composed.config["recipe"].keys() == {"provenance", "source"}
     assert composed.config["recipe"]["provenance"] in ("published", "copied", "untuned", "tuned")
     problems = Problems()
-    assert construct(composed.config["editor"], "editor", AbstractEditor, problems) is not None, (
-        problems
-    )
+    assert (
+        construct(composed.config["editor"], "editor", AbstractAnyEditor, problems) is not None
+    ), problems
 
 
 @pytest.mark.parametrize("option", of("restraint_recipe"), ids=label)

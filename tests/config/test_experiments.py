@@ -18,7 +18,7 @@ from editkit.config.build import build, locate
 from editkit.config.compose import compose, conf_folder
 from editkit.config.parts import Parts
 from editkit.datasets.base import AbstractDataset
-from editkit.editors.base import AbstractEditor
+from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.model.load import ModelConfig
@@ -66,7 +66,7 @@ def checked(overrides: list[str]) -> dict[str, Any]:
     parts = Parts(composed.config, composed.choices)
     parts.settings()
     parts.one("model", ModelConfig)
-    parts.one("editor", AbstractEditor)
+    parts.one("editor", AbstractAnyEditor)
     parts.restraints()
     parts.one("dataset", AbstractDataset)
     parts.one("suite", AbstractEvaluator)

@@ -23,6 +23,7 @@ from editkit.config.build import build
 from editkit.config.compose import compose, conf_folder
 from editkit.config.experiment import Experiment
 from editkit.config.schema import Problems, construct
+from editkit.editors.base import AbstractSideEditor
 from editkit.editors.mend import Mend
 from editkit.errors import ConfigError
 from editkit.model.editable import EditableModel
@@ -60,6 +61,7 @@ QUICK = {
     "restraint.prune.function": "linear",
     "restraint.alphaedit.threshold": 2.0,  # times the mean eigenvalue
     "restraint.alphaedit.threshold_unit": "relative",
+    "editor.radius": 1e-3,  # random matrices are small
     # exists; `run` puts one of the model at hand in its place
     "editor.hypernetwork": "asset:mend/tiny-gpt2",
 }
@@ -170,6 +172,7 @@ def edit_five(
         moments=model_moments(model, edited_by.moment_modules(model)),
         evaluators={"fake": SumOfWeights(module=modules[-1])},
     )
+    is_beside = isinstance(edited_by, AbstractSideEditor)
     events = list(run_edits(job))
     steps = [event for event in events if isinstance(event, StepRecord)]
     assert [step.step for step in steps] == list(range(EDITS + 1))
@@ -177,10 +180,16 @@ def edit_five(
     for module in modules:
         figures = [step.modules[module] for step in steps]
         assert all(math.isfinite(value) for figure in figures for value in figure.values())
+        if is_beside:
+            assert figures == [figures[0]] * len(figures), "the weights stay as they are"
+            continue
         assert min(figure["update_frobenius"] for figure in figures[1:]) > 0, (
             "every edit writes every matrix"
         )
         assert not torch.equal(model.weight(module), model.base(module))
+    if is_beside:
+        sides = [step.side for step in steps[1:] if step.side is not None]
+        assert [side["entries"] for side in sides] == [1, 2, 3, 3, 3], "of five two are repeated"
     seen = {event.view for event in events if isinstance(event, EvalRecord) and event.step == EDITS}
     totals = {
         name
@@ -209,9 +218,10 @@ def assert_refused(editor: str, restraints: tuple[str, ...]) -> None:
     for restraint in restraints:
         if place_of(restraint) not in places:
             allowed = ", ".join(place for place in PLACES if place in places)
+            expected = f"one of {allowed}" if allowed else "no restraint"
             assert (
                 f"restraint.{restraint}: editor={name} cannot be restrained at this place "
-                f"(got '{place_of(restraint)}'; expected one of {allowed})." in text
+                f"(got '{place_of(restraint)}'; expected {expected})." in text
             )
     for place in ONE_SEAT:
         named = [each for each in (*inherent(editor), *restraints) if place_of(each) == place]

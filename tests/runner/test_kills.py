@@ -27,7 +27,10 @@ def test_trials_cover_every_allowed_pair_and_every_signal() -> None:
     names = {case.name for case in chosen}
     assert {
         f"{editor}-none"
-        for editor in ("alphaedit", "d4s", "emmet", "ft", "kn", "memit", "mend", "pmet", "rome")
+        for editor in (
+            *("alphaedit", "d4s", "emmet", "ft", "grace"),
+            *("kn", "memit", "mend", "pmet", "rome"),
+        )
     } < names
     for place in ("eac", "d4s", "rect", "prune"):
         assert any(name.endswith(f"-{place}") for name in names), place

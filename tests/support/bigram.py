@@ -27,6 +27,7 @@ class Bigram:
         family = SimpleNamespace(base="base", follows_position_ids=True)
         self.name, self.family = "bigram", family
         self.chat = None
+        self.sides = ()
         text = SimpleNamespace(_attn_implementation="sdpa")
         config = SimpleNamespace(get_text_config=lambda: text)
         self.network = SimpleNamespace(config=config, generation_config=None)

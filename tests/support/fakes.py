@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from editkit.config.schedule import Schedule
-from editkit.editors.base import AbstractEditor, Plan, Step
+from editkit.editors.base import AbstractAnyEditor, AbstractEditor, Plan, Step
 from editkit.evaluation.base import AbstractEvaluator
 from editkit.linalg.lowrank import LowRank
 from editkit.restraints.base import Restraints
@@ -90,7 +90,7 @@ def trajectory(
     model: Any,
     requests: Sequence[EditRequest],
     *,
-    editor: AbstractEditor[Any] | None = None,
+    editor: AbstractAnyEditor[Any] | None = None,
     restraints: Restraints | None = None,
     milestones: tuple[int, ...] = (0, 2, 6),
     batch_size: int = 1,

@@ -44,6 +44,7 @@ SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 QUICK = {
     **dict.fromkeys(("rome", "memit", "emmet", "pmet", "d4s", "alphaedit"), SEARCH),
     "ft": ("editor.steps=3",),
+    "grace": ("editor.steps=3",),
     "kn": ("editor.steps=2", "editor.refine=none", "editor.answer=predicted"),
     "mend": ("editor.hypernetwork=asset:mend/tiny-gpt2",),
     "eac": ("restraint.eac.steps_search=1", "restraint.eac.steps_retrain=2"),
@@ -82,7 +83,7 @@ class Case:
         """What its sessions do at least once."""
         if self.is_training:
             return ("writing", "training")
-        needs_statistics = not self.name.startswith(("ft", "kn", "mend", "none"))
+        needs_statistics = not self.name.startswith(("ft", "grace", "kn", "mend", "none"))
         return ("evaluation", "writing", *(("statistics",) if needs_statistics else ()))
 
 
@@ -290,6 +291,7 @@ def results_of(case: Case, place: Path) -> dict[str, Any]:
     """What must not depend on interruptions: records without what a clock measured, the bytes of
     samples, and the exported weights or the hypernetwork.
     """
+    from editkit.model.beside import SIDE_TENSORS
     from editkit.runner.export import export
 
     folder = run_folder(place)
@@ -300,6 +302,8 @@ def results_of(case: Case, place: Path) -> dict[str, Any]:
     else:
         export(folder, place / "exported")
         found["weights"] = (place / "exported" / "model.safetensors").read_bytes()
+        side = place / "exported" / SIDE_TENSORS
+        found["side"] = side.read_bytes() if side.exists() else None
     found["left behind"] = sorted(path.name for path in folder.rglob(".*.tmp"))
     found["failed"] = (folder / "FAILED.json").exists()
     found["figures"] = sorted(path.name for path in folder.glob("figures/*"))

@@ -36,6 +36,9 @@ TOKENS_ON_CPU = 512
 TOKENS_OF_A_TREE = 64
 TOKENS_OF_A_LARGE_TREE = 512
 LARGE_TREES_PAY = 0.8  # below this share of the tokens of small trees
+# The tokens before an answer's last one, and how many of them are the prompt, by whose last token
+# sides beside the weights route it; 0: it does not matter.
+Context = tuple[Ids, int]
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,8 @@ def score_sequences(
         )
     if model.device.type == "cpu":
         tokens_per_batch = min(tokens_per_batch, TOKENS_ON_CPU)
-    answers = _contexts(sequences, max_length=model.max_length)
-    is_branched = supports_trees(model, longest=max(map(len, answers), default=0))
+    answers = _contexts(sequences, max_length=model.max_length, is_routed=bool(model.sides))
+    is_branched = supports_trees(model, longest=max((len(ids) for ids, _ in answers), default=0))
     largest = min(TOKENS_OF_A_LARGE_TREE, model.max_length) if is_branched else 1
     trees = _trees(list(answers), largest=min(largest, tokens_per_batch))
     scores: dict[int, Score] = {}
@@ -171,7 +174,7 @@ def score_sequences(
             if not is_out_of_memory(error) or (len(batch) == 1 and len(batch[0].branches) == 1):
                 raise
             tokens_per_batch = max(1, tokens_per_batch // 2)
-            left = [ids for tree in trees[done:] for ids in tree.sequences]
+            left = [context for tree in trees[done:] for context in _contexts_of(tree)]
             trees, done = _trees(left, largest=min(largest, tokens_per_batch)), 0
             continue
         scores.update(batch_scores)
@@ -179,17 +182,24 @@ def score_sequences(
     return [scores[index] for index in range(len(sequences))]
 
 
-def _trees(contexts: Sequence[Ids], *, largest: int) -> list[Tree]:
+def _trees(contexts: Sequence[Context], *, largest: int) -> list[Tree]:
     """Small trees, or trees of up to `largest` tokens if these save a good part of the tokens."""
-    small = build_trees(contexts, limit=min(TOKENS_OF_A_TREE, largest))
-    large = build_trees(contexts, limit=largest)
+    texts, prompts = [ids for ids, _ in contexts], [prompt for _, prompt in contexts]
+    small = build_trees(texts, limit=min(TOKENS_OF_A_TREE, largest), prompts=prompts)
+    large = build_trees(texts, limit=largest, prompts=prompts)
     tokens, fewer = (sum(len(tree.ids) for tree in trees) for trees in (small, large))
     return large if fewer < LARGE_TREES_PAY * tokens else small
 
 
-def _contexts(sequences: Sequence[TargetSequence], *, max_length: int) -> dict[Ids, list[_Answer]]:
+def _contexts_of(tree: Tree) -> list[Context]:
+    return list(zip(tree.sequences, tree.prompts, strict=True))
+
+
+def _contexts(
+    sequences: Sequence[TargetSequence], *, max_length: int, is_routed: bool
+) -> dict[Context, list[_Answer]]:
     """The answers by the context that they are read from."""
-    contexts: dict[Ids, list[_Answer]] = {}
+    contexts: dict[Context, list[_Answer]] = {}
     for index, sequence in enumerate(sequences):
         cut = max(0, len(sequence.ids) - 1 - max_length)
         if cut > sequence.predicting.start:
@@ -197,14 +207,15 @@ def _contexts(sequences: Sequence[TargetSequence], *, max_length: int) -> dict[I
             problem = "exceeds the model's context length"
             raise ConfigError(message("answer", problem, got=got, expected=expected))
         answer = _Answer(index, sequence.target_ids, sequence.predicting.start - cut)
-        contexts.setdefault(sequence.ids[cut:-1], []).append(answer)
+        prompt = answer.first + 1 if is_routed else 0
+        contexts.setdefault((sequence.ids[cut:-1], prompt), []).append(answer)
     return contexts
 
 
 def _run(
     model: EditableModel,
     trees: Sequence[Tree],
-    answers: Mapping[Ids, Sequence[_Answer]],
+    answers: Mapping[Context, Sequence[_Answer]],
     wanted: Mapping[int, torch.Tensor | None],
     top: int,
 ) -> list[tuple[int, Score]]:
@@ -212,8 +223,8 @@ def _run(
     tokens: list[tuple[int, int]] = []  # (which of the P, token), M of them
     read: list[_Answer] = []
     for row, tree in enumerate(trees):
-        for ids, path in zip(tree.sequences, tree.paths, strict=True):
-            for answer in answers[ids]:
+        for context, path in zip(_contexts_of(tree), tree.paths, strict=True):
+            for answer in answers[context]:
                 read.append(answer)
                 for offset, token in enumerate(answer.tokens):
                     tokens.append(

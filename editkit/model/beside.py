@@ -1,0 +1,223 @@
+"""What stands beside the weights: a side reads the input of one module and changes its output.
+
+A side chooses once for each prompt, from the module's input at the prompt's last token. The choice
+holds for the tokens of this prompt and for all that follow. So each sequence is routed by itself:
+its batch, padding and a cache of keys and values change no choice.
+
+Hooks of sides stay until the sides are detached. All other hooks are those of
+`editkit.model.capture`.
+
+Shape letters: B rows, T tokens (padded), P prompts, I and O input and output width of a module.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from editkit.lazy import torch
+from editkit.types import TensorState
+
+if TYPE_CHECKING:
+    from editkit.model.tokens import PromptBatch
+
+# The files of an exported folder that hold it, beside those of the model itself.
+SIDE_TENSORS, SIDE_CONFIG = "editkit_side.safetensors", "editkit_side.json"
+NONE = -1  # the choice of a prompt that a side leaves alone; the end of a token of padding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Place:
+    """Where the tokens of a pass stand."""
+
+    ends_BT: torch.Tensor  # the column of the last token of a token's prompt; NONE: not in the pass
+    columns_T: torch.Tensor
+
+    @property
+    def is_end_BT(self) -> torch.Tensor:
+        """Whether a token is the last one of its prompt."""
+        return self.ends_BT == self.columns_T
+
+    @property
+    def is_prompt_BT(self) -> torch.Tensor:
+        """Whether a token belongs to its prompt."""
+        return self.columns_T <= self.ends_BT
+
+
+class AbstractSide(abc.ABC):
+    """A value that stands beside the weights. Concrete sides are frozen dataclasses."""
+
+    module: str  # whose input it reads and whose output it changes
+
+    @abc.abstractmethod
+    def choose(self, queries_PI: torch.Tensor) -> torch.Tensor:
+        """(P,) int64: what each prompt is sent to, NONE if it is left alone.
+
+        Args:
+            queries_PI: the module's inputs at the last tokens of the prompts.
+        """
+
+    @abc.abstractmethod
+    def change(
+        self,
+        inputs_BTI: torch.Tensor,
+        outputs_BTO: torch.Tensor,
+        chosen_BT: torch.Tensor,
+        place: Place,
+    ) -> torch.Tensor:
+        """(B, T, O): the module's outputs. `outputs_BTO` itself, where nothing changes.
+
+        Args:
+            chosen_BT: the choice of each token's prompt.
+        """
+
+    @abc.abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Its settings as plain JSON values."""
+
+    @abc.abstractmethod
+    def state(self) -> TensorState:
+        """Its tensors by name."""
+
+    @classmethod
+    @abc.abstractmethod
+    def restored(cls, options: Mapping[str, Any], state: TensorState) -> Self:
+        """The inverse of `options` and `state`."""
+
+    @abc.abstractmethod
+    def problems(self, shape: tuple[int, int]) -> list[str]:
+        """Why it does not fit beside a matrix of this shape, (d_out, d_in)."""
+
+    @abc.abstractmethod
+    def figures(self) -> dict[str, float]:
+        """Telemetry: `entries`, `parameters`, `bytes`, `norm`."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same side on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.state().items()}
+        return self.restored(self.options(), moved)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """Where the prompts of a batch of texts end, and what was chosen for them."""
+
+    # As in `Place`; None: the pass continues texts whose prompts ran before.
+    ends_BT: torch.Tensor | None
+    # By place of a side, the choice of each row, which the rest of the row's text follows.
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def after(self) -> Routing:
+        """The routing of further passes over the same texts, one text a row."""
+        return Routing(None, self.chosen)
+
+
+class Attached:
+    """Sides on a network: their hooks, and the routing of the pass that runs."""
+
+    def __init__(
+        self, network: torch.nn.Module, base: str, sides: Sequence[AbstractSide] = ()
+    ) -> None:
+        """Registers a hook for each side; none without sides.
+
+        Args:
+            base: the name of the network without its head, which is called with the tokens.
+        """
+        self.sides = tuple(sides)
+        self._given: Routing | None = None
+        self._routing = Routing(None)
+        self._shape = torch.Size()
+        self._handles: list[Any] = []
+        if sides:
+            hook = network.get_submodule(base).register_forward_pre_hook
+            self._handles.append(hook(self._begin, with_kwargs=True))
+        for number, side in enumerate(self.sides):
+            module = network.get_submodule(side.module)
+            self._handles.append(module.register_forward_hook(self._changing(number, side)))
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextlib.contextmanager
+    def routed(self, routing: Routing | None) -> Iterator[None]:
+        """Passes inside take this routing. With None, a row without cached tokens is a prompt up to
+        its last token, and a row with cached tokens continues the text before.
+        """
+        before, self._given = self._given, routing
+        try:
+            yield
+        finally:
+            self._given = before
+
+    def _begin(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        self._shape = batch.shape[:2]
+        if self._given is not None:
+            self._routing = self._given
+            return
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            self._routing = self._routing.after()
+            return
+        mask_BT = kwargs.get("attention_mask")
+        if mask_BT is None or mask_BT.dim() != 2:
+            mask_BT = torch.ones(self._shape, dtype=torch.long, device=batch.device)
+        self._routing = Routing(ends_of_rows(mask_BT))
+
+    def _changing(self, number: int, side: AbstractSide) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], output: Any) -> Any:
+            values = output if torch.is_tensor(output) else output[0]
+            inputs_BTI, outputs_BTO = self._by_row(args[0]), self._by_row(values)
+            found = self._chosen(number, side, inputs_BTI)
+            if found is None:
+                return None
+            changed_BTO = side.change(inputs_BTI, outputs_BTO, *found)
+            if changed_BTO is outputs_BTO:
+                return None
+            changed = changed_BTO.view(values.shape)
+            return changed if torch.is_tensor(output) else (changed, *output[1:])
+
+        return hook
+
+    def _by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """Some networks call their MLPs with rows of tokens, (B x T, X): here (B, T, X)."""
+        return values if values.dim() == 3 else values.unflatten(0, self._shape)
+
+    def _chosen(
+        self, number: int, side: AbstractSide, inputs_BTI: torch.Tensor
+    ) -> tuple[torch.Tensor, Place] | None:
+        """The choice of each token's prompt, and where the tokens stand."""
+        shape, device = inputs_BTI.shape[:2], inputs_BTI.device
+        columns_T, ends_BT = torch.arange(shape[1], device=device), self._routing.ends_BT
+        if ends_BT is None:
+            chosen_B = self._routing.chosen.get(number)
+            if chosen_B is None or len(chosen_B) != shape[0]:
+                return None
+            ends_BT = torch.full(shape, NONE, device=device)
+            return chosen_B[:, None].expand(shape), Place(ends_BT=ends_BT, columns_T=columns_T)
+        place = Place(ends_BT=ends_BT.to(device), columns_T=columns_T)
+        at_end_BT = torch.full(shape, NONE, device=device)
+        is_end_BT = place.is_end_BT
+        with torch.no_grad():
+            at_end_BT[is_end_BT] = side.choose(inputs_BTI[is_end_BT])
+        chosen_BT = at_end_BT.gather(1, place.ends_BT.clamp(min=0))
+        chosen_BT = chosen_BT.masked_fill(place.ends_BT < 0, NONE)
+        self._routing.chosen[number] = chosen_BT.amax(1)
+        return chosen_BT, place
+
+
+def ends_of_rows(mask_BT: torch.Tensor) -> torch.Tensor:
+    """(B, T): the column of the last token of each row, whose text is a prompt as a whole."""
+    last_B1 = mask_BT.shape[1] - 1 - mask_BT.flip(1).argmax(1, keepdim=True)
+    return torch.where(mask_BT > 0, last_B1, NONE)
+
+
+def routing_of(batch: PromptBatch) -> Routing | None:
+    """The routing that a batch states; None if it does not say where its prompts end."""
+    return None if batch.ends_BT is None else Routing(batch.ends_BT)

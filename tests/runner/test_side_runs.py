@@ -1,0 +1,196 @@
+"""Runs whose editor puts something beside the weights: resumed, rolled back, exported, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from editkit.api.exported import load_edited
+from editkit.config.build import build
+from editkit.config.compose import compose
+from editkit.errors import ConfigError
+from editkit.model.beside import SIDE_CONFIG, SIDE_TENSORS
+from editkit.model.load import ModelConfig
+from editkit.records.writer import EVALS, STEPS
+from editkit.runner.checkpoint import RunState, load_state
+from editkit.runner.export import export
+from editkit.runner.loop import run_edits
+from editkit.runner.session import run as run_experiment
+from editkit.types import EvalRecord, StepRecord
+from tests.editors.test_grace import GRACE
+from tests.support.fakes import trajectory
+from tests.support.helpers import requests, tiny_model
+from tests.support.sessions import finish, records, run_folder, start, wait_for_lines
+
+RUN = (
+    *("model=tiny-gpt2", "editor=grace", "suite=none", "tracker=none", "editor.steps=5"),
+    *("edits=6", "milestones=[0,3,6]", "checkpoint.every=2"),
+    "evaluation.timings=[milestone,immediate,final]",
+)
+
+
+def job(**changes: Any) -> Any:
+    asked = [replace(each, id=f"side/{index}") for index, each in enumerate(requests(6))]
+    asked = [replace(each, target=f"{each.target} {index}") for index, each in enumerate(asked)]
+    made = trajectory(tiny_model("llama"), asked, editor=GRACE, milestones=(0, 3, 6))
+    return replace(made, **changes)
+
+
+def without_seconds(events: Sequence[Any]) -> list[Any]:
+    return [
+        replace(event, seconds={}) if isinstance(event, StepRecord) else event
+        for event in events
+        if not isinstance(event, RunState)
+    ]
+
+
+def test_a_run_resumed_from_any_checkpoint_has_the_records_and_the_bits_of_a_whole_one(
+    tmp_path: Path,
+) -> None:
+    whole = list(run_edits(job()))
+    states = [event for event in whole if isinstance(event, RunState)]
+    assert [state.step for state in states] == [0, 2, 4, 6]
+    for state in states[:-1]:
+        read = RunState.from_checkpoint(state.checkpoint({}))
+        rest = list(run_edits(job(), read))
+        assert without_seconds(rest) == without_seconds(whole[whole.index(state) + 1 :])
+        last = next(event for event in reversed(rest) if isinstance(event, RunState))
+        for name, tensor in states[-1].editor.items():
+            assert torch.equal(last.editor[name], tensor)
+
+
+def test_with_rollback_every_batch_has_a_codebook_of_its_own() -> None:
+    events = list(run_edits(job(rollback=True)))
+    entries = [
+        event.side["entries"] for event in events if isinstance(event, StepRecord) and event.side
+    ]
+    assert entries == [1] * 6
+
+
+def test_routing_is_measured_at_milestones() -> None:
+    events = [
+        event.measurement
+        for event in run_edits(job())
+        if isinstance(event, EvalRecord) and event.measurement.kind == "routing"
+    ]
+    found = {(each.metric, each.task): [] for each in events}  # type: ignore[var-annotated]
+    for each in events:
+        found[each.metric, each.task].append((each.value, each.n))
+    assert found["recall", "prompt"] == [(1.0, 3), (1.0, 6)]
+    assert found.keys() == {
+        ("recall", "prompt"),
+        ("recall", "paraphrase"),
+        ("false_alarms", "neighbour"),
+    }
+
+
+def test_a_search_that_is_not_finite_attaches_nothing() -> None:
+    broken = job(on_collapse="continue")
+    broken.model.network.get_output_embeddings().weight.data[0] = torch.nan
+    events = list(run_edits(broken))
+    steps = [event for event in events if isinstance(event, StepRecord)]
+    assert all(step.nonfinite == "loss" and step.side is None for step in steps[1:])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run."""
+    outputs = tmp_path_factory.mktemp("undisturbed")
+    experiment = build(compose([*RUN, f"paths.outputs={outputs}"]).config)
+    assert run_experiment(experiment) == 0
+    return run_folder(outputs)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_completed_with_the_same_records_and_codebook(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    process = start(tmp_path, RUN)
+    wait_for_lines(process, tmp_path, 4)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed = finish(tmp_path, RUN)
+    whole = finish(tmp_path / "whole", RUN)
+    for name in (STEPS, EVALS):
+        assert records(killed, name) == records(whole, name)
+    ours, theirs = (load_state(folder / "state").editor for folder in (killed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_an_exported_folder_gives_the_same_logits_in_a_fresh_process(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    export(undisturbed, folder := tmp_path / "exported")
+    facts = json.loads((undisturbed / "provenance.json").read_text())
+    assert facts["requests"]
+    script = tmp_path / "fresh.py"
+    script.write_text(
+        "import sys, torch, transformers, editkit\n"
+        "network = editkit.load_edited(sys.argv[1])\n"
+        "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "texts = [tokenizer(text, return_tensors='pt') for text in sys.argv[3:]]\n"
+        "torch.save([network(**text).logits for text in texts], sys.argv[2])\n"
+    )
+    experiment = build(compose([*RUN]).config)
+    texts = [each.full_prompt for each in experiment.data.requests[:6]]
+    out = tmp_path / "logits.pt"
+    subprocess.run(
+        [sys.executable, str(script), str(folder), str(out), *texts], check=True, timeout=120
+    )
+    theirs = torch.load(out)
+    model = ModelConfig(id="asset:tiny-gpt2").load("cpu")
+    edited = load_state(undisturbed / "state").editor
+    model.attach(*experiment.editor.attach(model, edited))  # type: ignore[attr-defined]
+    changed = 0
+    for text, logits in zip(texts, theirs, strict=True):
+        encoded = model.tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            assert torch.equal(model.network(**encoded).logits, logits)
+            sides = model.sides
+            model.attach()
+            changed += not torch.equal(model.network(**encoded).logits, logits)
+            model.attach(*sides)
+    assert changed == len(texts)
+
+
+def test_a_side_that_does_not_belong_to_its_folder_is_refused_by_name(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    export(undisturbed, folder := tmp_path / "exported")
+    with pytest.raises(ConfigError, match="something stands beside the weights"):
+        ModelConfig(id=str(folder)).load("cpu")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    network = load_edited(folder)
+    network.transformer.wpe.weight.data += 1  # type: ignore[union-attr, operator]
+    network.save_pretrained(other)
+    with pytest.raises(ConfigError, match="another model than the one of this folder"):
+        load_edited(other)
+    (folder / SIDE_CONFIG).write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_edited(folder)
+    (folder / SIDE_TENSORS).unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_edited(folder)
+    with pytest.raises(ConfigError, match="no model there"):
+        load_edited(tmp_path)
+
+
+def test_restraints_on_the_weights_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError) as raised:
+        build(compose([*RUN, "restraint=[rect,prune]"]).config)
+    text = str(raised.value)
+    assert "restraint.rect: editor=grace cannot be restrained at this place" in text
+    assert "restraint.prune: editor=grace cannot be restrained at this place" in text
