@@ -175,7 +175,7 @@ def test_a_misspelt_nested_key_is_answered_with_the_nearest_one() -> None:
         (
             "editor._target_=editkit.config.schedule.Schedule",
             "editor._target_: wrong kind of class (got 'editkit.config.schedule.Schedule'; "
-            "expected a subclass of AbstractEditor).",
+            "expected a subclass of AbstractAnyEditor).",
         ),
         (
             "editor._target_=editkit.editors.base.AbstractEditor",

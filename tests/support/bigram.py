@@ -4,6 +4,7 @@ current token alone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -48,6 +49,9 @@ class Bigram:
         assert width <= self.max_length
         self.shapes.append((rows, width))
         return batch.ids_BT[..., None].double()
+
+    def routed(self, routing: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def module(self, name: str) -> Callable[..., SimpleNamespace]:
         """What a generation calls, token by token: it needs no cache."""
