@@ -8,11 +8,10 @@ Shape letters: N rows, D width of the residual stream, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from editkit.lazy import torch
+from editkit.model.replaced import replaced_forwards
 
 
 class _Finished:
@@ -33,7 +32,8 @@ def own_logits(network: Any, base: torch.nn.Module, hidden_ND: torch.Tensor) -> 
     finished = _Finished(hidden_ND[None])
     ids_1N = torch.zeros(1, len(hidden_ND), dtype=torch.long, device=hidden_ND.device)
     # A multimodal network calls its language model through another module.
-    with _returning(base, finished), _returning(network.base_model, finished):
+    bases = {base, network.base_model}
+    with replaced_forwards(dict.fromkeys(bases, lambda *_args, **_kwargs: finished)):
         logits_1NV: torch.Tensor = network(input_ids=ids_1N, use_cache=False).logits
     return logits_1NV[0].to(hidden_ND.device)
 
@@ -49,17 +49,3 @@ def is_matrix(network: Any, base: torch.nn.Module) -> bool:
     with torch.no_grad():
         products_NV = head(states_ND[None])[0].to(states_ND.device)
         return torch.equal(own_logits(network, base, states_ND).to(products_NV), products_NV)
-
-
-@contextlib.contextmanager
-def _returning(module: torch.nn.Module, output: object) -> Iterator[None]:
-    """Lets the module return a given output instead of running."""
-    former = vars(module).get("forward")  # accelerate also sets it on the instance
-    module.forward = lambda *_args, **_kwargs: output
-    try:
-        yield
-    finally:
-        if former is None:
-            vars(module).pop("forward", None)
-        else:
-            module.forward = former

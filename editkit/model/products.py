@@ -10,10 +10,11 @@ Shape letters: I input width, O output width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from editkit.lazy import torch
+from editkit.model.replaced import replaced_forwards
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -39,23 +40,15 @@ def rounded_weights(model: EditableModel, layers: Iterable[int]) -> dict[Any, to
     }
 
 
-@contextlib.contextmanager
-def rounded_products(weights_OI: Mapping[Any, torch.Tensor]) -> Iterator[None]:
+def rounded_products(
+    weights_OI: Mapping[Any, torch.Tensor],
+) -> contextlib.AbstractContextManager[None]:
     """Computes the products of these linear layers in bfloat16 within the context. Gradients of the
     inputs flow, those of the weights do not.
     """
-    # accelerate also sets `forward` on the instance.
-    former = {module: vars(module).get("forward") for module in weights_OI}
-    try:
-        for module, weight_OI in weights_OI.items():
-            module.forward = _rounded(weight_OI, module.bias)
-        yield
-    finally:
-        for module, forward in former.items():
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = forward
+    return replaced_forwards(
+        {module: _rounded(weight_OI, module.bias) for module, weight_OI in weights_OI.items()}
+    )
 
 
 def _rounded(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Any:

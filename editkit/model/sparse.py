@@ -10,10 +10,11 @@ Shape letters: B rows, T tokens (padded), M chosen tokens, X and Y input and out
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from editkit.lazy import torch
+from editkit.model.replaced import replaced_forwards
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -76,8 +77,9 @@ def tokenwise_modules(model: EditableModel, layer: int) -> tuple[str, tuple[str,
     )
 
 
-@contextlib.contextmanager
-def at_tokens(tokens_by_module: Mapping[Any, torch.Tensor]) -> Iterator[None]:
+def at_tokens(
+    tokens_by_module: Mapping[Any, torch.Tensor],
+) -> contextlib.AbstractContextManager[None]:
     """Runs each of these modules only at the chosen tokens of its input; other tokens get zeros.
 
     A module must map (B, T, X) to (B, T, Y) for each token separately. It gets the chosen tokens as
@@ -86,18 +88,9 @@ def at_tokens(tokens_by_module: Mapping[Any, torch.Tensor]) -> Iterator[None]:
     Args:
         tokens_by_module: distinct indices into the flattened B x T tokens.
     """
-    # accelerate also sets `forward` on the instance.
-    former = {module: vars(module).get("forward") for module in tokens_by_module}
-    try:
-        for module, tokens_M in tokens_by_module.items():
-            module.forward = _at(module.forward, tokens_M)
-        yield
-    finally:
-        for module, forward in former.items():
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = forward
+    return replaced_forwards(
+        {module: _at(module.forward, tokens_M) for module, tokens_M in tokens_by_module.items()}
+    )
 
 
 def _at(
