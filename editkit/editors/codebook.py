@@ -186,7 +186,9 @@ class Codebook(AbstractSide):
             keys_NI=torch.cat([self.keys_NI, key_1I]),
             values_NO=torch.cat([self.values_NO, value_1O.expand(1, self.values_NO.shape[1])]),
             radii_N=torch.cat([self.radii_N, radius_1]),
-            labels_NL=torch.cat([self.labels_NL, self.labels_NL.new_full((1, self._width), -1)]),
+            labels_NL=torch.cat(
+                [self.labels_NL, self.labels_NL.new_full((1, self._width), NO_TOKEN)]
+            ),
         )
         return more._relabelled(len(self), answer), len(self)
 
