@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from editkit.editors.grace import Grace as Grace
     from editkit.editors.kn import Kn as Kn
     from editkit.editors.memit import Memit as Memit
+    from editkit.editors.memoe import Memoe as Memoe
     from editkit.editors.mend import Mend as Mend
     from editkit.editors.pmet import Pmet as Pmet
     from editkit.editors.rome import Rome as Rome
@@ -73,6 +74,7 @@ else:
         "LowRank": "linalg.lowrank",
         "Measurement": "types",
         "Memit": "editors.memit",
+        "Memoe": "editors.memoe",
         "Mend": "editors.mend",
         "NormCap": "restraints.norm_cap",
         "Plan": "editors.base",

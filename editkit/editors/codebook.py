@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 from editkit.errors import message
 from editkit.lazy import torch
-from editkit.model.beside import NONE, AbstractSide, Place
+from editkit.model.beside import NONE, AbstractSide, Place, Prompts
 from editkit.types import TensorState
 
 Replaced = Literal["last", "prompt"]
@@ -57,14 +57,8 @@ class Codebook(AbstractSide):
 
     # As a side
 
-    def choose(self, queries_PI: torch.Tensor) -> torch.Tensor:
-        """The nearest entry of each prompt whose radius covers it."""
-        if not len(self) or not len(queries_PI):
-            return torch.full((len(queries_PI),), NONE, device=queries_PI.device)
-        distances_P, entries_P = self.nearest(queries_PI)
-        rounding_P = ROUNDING * queries_PI.float().norm(dim=-1)
-        is_covered_P = distances_P <= self.radii_N[entries_P] + rounding_P
-        return torch.where(is_covered_P, entries_P, NONE)
+    def choose(self, prompts: Prompts) -> torch.Tensor:
+        return self.covering(prompts.last_PI)
 
     def change(
         self,
@@ -120,6 +114,15 @@ class Codebook(AbstractSide):
         }
 
     # Looking up and adding
+
+    def covering(self, queries_PI: torch.Tensor) -> torch.Tensor:
+        """(P,) int64: the nearest entry of each query whose radius covers it; NONE without one."""
+        if not len(self) or not len(queries_PI):
+            return torch.full((len(queries_PI),), NONE, device=queries_PI.device)
+        distances_P, entries_P = self.nearest(queries_PI)
+        rounding_P = ROUNDING * queries_PI.float().norm(dim=-1)
+        is_covered_P = distances_P <= self.radii_N[entries_P] + rounding_P
+        return torch.where(is_covered_P, entries_P, NONE)
 
     def nearest(self, queries_PI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(P,) Euclidean distances, float32, and (P,) entries: the nearest of at least one."""

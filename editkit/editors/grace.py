@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from editkit.editors.base import AbstractSideEditor, Plan, Step
+from editkit.editors.beside import Matrix, layer_problems, matrix_beside
 from editkit.editors.codebook import Codebook, Replaced
 from editkit.editors.ft import log_probabilities
-from editkit.errors import ConfigError, OptionError, message
+from editkit.errors import OptionError, message
 from editkit.lazy import torch
 from editkit.model.capture import capture, change_outputs
 from editkit.model.tokens import encode_with_targets
@@ -70,7 +71,7 @@ class Grace(AbstractSideEditor[GracePlan]):
 
     name: str
     layers: tuple[int, ...]
-    matrix: Literal["down", "up"]
+    matrix: Matrix
     replace: Replaced
     radius: float
     start: Literal["random", "output"]
@@ -84,11 +85,7 @@ class Grace(AbstractSideEditor[GracePlan]):
             for name in ("radius", "steps", "lr")
             if not 0 < getattr(self, name) < math.inf
         ]
-        if len(self.layers) != 1:
-            got = list(self.layers)
-            problems.append(
-                message("layers", "the codebook stands at one layer", got=got, expected="one layer")
-            )
+        problems += layer_problems(self.layers)
         if not 0 <= self.stop_loss < math.inf:
             expected = "0 for none"
             problems.append(
@@ -98,23 +95,8 @@ class Grace(AbstractSideEditor[GracePlan]):
             raise OptionError(problems)
 
     def modules(self, model: EditableModel) -> tuple[str, ...]:
-        """The down projection of the layer, or the matrix before it (of a gated MLP, the second of
-        the two).
-
-        Raises:
-            ConfigError: the layer is out of range, or the model is an expert of a mixture, which
-                sees only some of the tokens.
-        """
-        if model.family.expert is not None:
-            problem = (
-                "a codebook cannot stand at one expert of a mixture, which sees some tokens only"
-            )
-            raise ConfigError(
-                message("editor.layers", problem, got=f"expert {model.family.expert}")
-            )
-        if self.matrix == "down":
-            return model.down_projections(self.layers)
-        return (model.mlp_matrices(self.layers)[-2],)
+        """The matrix beside which the codebook stands (`matrix_beside`)."""
+        return (matrix_beside(model, self.layers, self.matrix),)
 
     def memory(self, work: Workload) -> EditorMemory:
         gradient = work.kept(REQUEST, work.blocks_with_gradient) + work.logits(REQUEST)

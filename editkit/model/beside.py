@@ -1,13 +1,14 @@
 """What stands beside the weights: a side reads the input of one module and changes its output.
 
-A side chooses once for each prompt, from the module's input at the prompt's last token. The choice
-holds for the tokens of this prompt and for all that follow. So each sequence is routed by itself:
-its batch, padding and a cache of keys and values change no choice.
+A side chooses once for each prompt, from the prompt's tokens and the module's input there. The
+choice holds for the tokens of this prompt and for all that follow. So each sequence is routed by
+itself: its batch, padding and a cache of keys and values change no choice.
 
 Hooks of sides stay until the sides are detached. All other hooks are those of
 `editkit.model.capture`.
 
-Shape letters: B rows, T tokens (padded), P prompts, I and O input and output width of a module.
+Shape letters: B rows, T tokens (padded), P prompts, N tokens of all prompts, I and O input and
+output width of a module, C numbers of a choice, X any width.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import abc
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from editkit.lazy import torch
@@ -47,17 +49,68 @@ class Place:
         return self.columns_T <= self.ends_BT
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompts:
+    """The prompts of a pass, in the order of their last tokens, as a side reads them."""
+
+    inputs_BTI: torch.Tensor  # of the module
+    ids_BT: torch.Tensor
+    place: Place
+
+    def __len__(self) -> int:
+        return len(self.last_PI)
+
+    @cached_property
+    def last_PI(self) -> torch.Tensor:
+        """The module's inputs at the last tokens."""
+        return self.inputs_BTI[self.place.is_end_BT]
+
+    @cached_property
+    def of_BT(self) -> torch.Tensor:
+        """(B, T) int64: the prompt that a token belongs to or follows; NONE for padding."""
+        at_end_BT, is_end_BT = torch.full_like(self.place.ends_BT, NONE), self.place.is_end_BT
+        at_end_BT[is_end_BT] = torch.arange(len(self), device=at_end_BT.device)
+        of_BT = at_end_BT.gather(1, self.place.ends_BT.clamp(min=0))
+        return of_BT.masked_fill(self.place.ends_BT < 0, NONE)
+
+    @cached_property
+    def of_N(self) -> torch.Tensor:
+        """(N,) int64: the prompt of each token that `tokens` returns."""
+        return self.tokens(self.of_BT)
+
+    def tokens(self, values_BTX: torch.Tensor) -> torch.Tensor:
+        """(N, X): values of a pass at the tokens of the prompts."""
+        return values_BTX[self.place.is_prompt_BT]
+
+    def means(self, values_NX: torch.Tensor) -> torch.Tensor:
+        """(P, X) float32: the mean over the tokens of each prompt, as one matrix product."""
+        own_NP = torch.nn.functional.one_hot(self.of_N, len(self)).float()
+        return own_NP.T @ values_NX.float() / own_NP.sum(0)[:, None]
+
+    def ids(self) -> list[tuple[int, ...]]:
+        """The tokens of each prompt.
+
+        Raises:
+            RuntimeError: the network was called with embeddings in place of tokens.
+        """
+        if self.ids_BT.dim() != 2:
+            raise RuntimeError("what stands beside the weights reads tokens: pass input_ids.")
+        found: list[list[int]] = [[] for _ in range(len(self))]
+        tokens = self.tokens(self.ids_BT).tolist()
+        for prompt, token in zip(self.of_N.tolist(), tokens, strict=True):
+            found[prompt].append(token)
+        return [tuple(ids) for ids in found]
+
+
 class AbstractSide(abc.ABC):
     """A value that stands beside the weights. Concrete sides are frozen dataclasses."""
 
     module: str  # whose input it reads and whose output it changes
 
     @abc.abstractmethod
-    def choose(self, queries_PI: torch.Tensor) -> torch.Tensor:
-        """(P,) int64: what each prompt is sent to, NONE if it is left alone.
-
-        Args:
-            queries_PI: the module's inputs at the last tokens of the prompts.
+    def choose(self, prompts: Prompts) -> torch.Tensor:
+        """(P,): what each prompt is sent to, NONE if it is left alone. Or (P, C), if more has to be
+        kept of a prompt: the first number is the same.
         """
 
     @abc.abstractmethod
@@ -71,7 +124,7 @@ class AbstractSide(abc.ABC):
         """(B, T, O): the module's outputs. `outputs_BTO` itself, where nothing changes.
 
         Args:
-            chosen_BT: the choice of each token's prompt.
+            chosen_BT: the choice of each token's prompt, (B, T) or (B, T, C); NONE for padding.
         """
 
     @abc.abstractmethod
@@ -129,7 +182,7 @@ class Attached:
         self.sides = tuple(sides)
         self._given: Routing | None = None
         self._routing = Routing(None)
-        self._shape = torch.Size()
+        self._ids = torch.empty(0, 0)  # of the pass that runs
         self._handles: list[Any] = []
         if sides:
             hook = network.get_submodule(base).register_forward_pre_hook
@@ -157,7 +210,7 @@ class Attached:
 
     def _begin(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-        self._shape = batch.shape[:2]
+        self._ids = batch
         if self._given is not None:
             self._routing = self._given
             return
@@ -167,7 +220,7 @@ class Attached:
             return
         mask_BT = kwargs.get("attention_mask")
         if mask_BT is None or mask_BT.dim() != 2:
-            mask_BT = torch.ones(self._shape, dtype=torch.long, device=batch.device)
+            mask_BT = torch.ones(batch.shape[:2], dtype=torch.long, device=batch.device)
         self._routing = Routing(ends_of_rows(mask_BT))
 
     def _changing(self, number: int, side: AbstractSide) -> Any:
@@ -187,7 +240,7 @@ class Attached:
 
     def _by_row(self, values: torch.Tensor) -> torch.Tensor:
         """Some networks call their MLPs with rows of tokens, (B x T, X): here (B, T, X)."""
-        return values if values.dim() == 3 else values.unflatten(0, self._shape)
+        return values if values.dim() == 3 else values.unflatten(0, self._ids.shape[:2])
 
     def _chosen(
         self, number: int, side: AbstractSide, inputs_BTI: torch.Tensor
@@ -200,15 +253,16 @@ class Attached:
             if chosen_B is None or len(chosen_B) != shape[0]:
                 return None
             ends_BT = torch.full(shape, NONE, device=device)
-            return chosen_B[:, None].expand(shape), Place(ends_BT=ends_BT, columns_T=columns_T)
+            chosen_BT = chosen_B[:, None].expand(*shape, *chosen_B.shape[1:])
+            return chosen_BT, Place(ends_BT=ends_BT, columns_T=columns_T)
         place = Place(ends_BT=ends_BT.to(device), columns_T=columns_T)
-        at_end_BT = torch.full(shape, NONE, device=device)
-        is_end_BT = place.is_end_BT
-        with torch.no_grad():
-            at_end_BT[is_end_BT] = side.choose(inputs_BTI[is_end_BT])
-        chosen_BT = at_end_BT.gather(1, place.ends_BT.clamp(min=0))
-        chosen_BT = chosen_BT.masked_fill(place.ends_BT < 0, NONE)
-        self._routing.chosen[number] = chosen_BT.amax(1)
+        prompts = Prompts(inputs_BTI=inputs_BTI, ids_BT=self._ids.to(device), place=place)
+        if not len(prompts):
+            return None
+        chosen_P, of_BT = side.choose(prompts), prompts.of_BT
+        chosen_BT = chosen_P[of_BT.clamp(min=0)]
+        chosen_BT[of_BT < 0] = NONE
+        self._routing.chosen[number] = chosen_P[of_BT.amax(1).clamp(min=0)].detach()
         return chosen_BT, place
 
 

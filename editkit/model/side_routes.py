@@ -1,6 +1,6 @@
 """Which prompts are sent to what stands beside the weights.
 
-Shape letters: B rows, T tokens, I input width of a module.
+Shape letters: B rows, P prompts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
-from editkit.model.beside import NONE
+from editkit.model.beside import NONE, Routing
 from editkit.model.capture import capture
 from editkit.model.tokens import pad
 
@@ -28,14 +28,17 @@ def routed(model: EditableModel, prompts: Sequence[Sequence[int]]) -> list[bool]
         rows = max(1, TOKENS_AT_ONCE // len(prompts[order[-1]]))
         chosen, order = order[-rows:], order[:-rows]
         texts = [prompts[index] for index in chosen]
-        lengths = [len(ids) for ids in texts]
-        batch = pad(texts, device=model.device, prompts=lengths)
-        with torch.no_grad(), capture(model, inputs=modules) as captured:
-            model.final_hidden(batch)
-        rows_B, last_B = torch.arange(len(texts)), torch.tensor(lengths) - 1
-        for side in model.sides:
-            inputs_BTI = captured.inputs[side.module]
-            choices_B = side.choose(inputs_BTI[rows_B.to(inputs_BTI.device), last_B])
-            for index, choice in zip(chosen, choices_B.tolist(), strict=True):
+        batch = pad(texts, device=model.device, prompts=[len(ids) for ids in texts])
+        routing = Routing(batch.ends_BT)
+        with model.routed(routing), torch.no_grad(), capture(model, outputs=modules):
+            model.module(model.family.base)(**batch.arguments, use_cache=False)
+        for choices_B in routing.chosen.values():
+            for index, choice in zip(chosen, sent_to(choices_B), strict=True):
                 found[index] |= choice != NONE
     return found
+
+
+def sent_to(chosen_P: torch.Tensor) -> list[float]:
+    """What each prompt is sent to, of a side's choices."""
+    first_P: list[float] = (chosen_P if chosen_P.dim() == 1 else chosen_P[:, 0]).tolist()
+    return first_P

@@ -58,8 +58,8 @@ def test_a_prompt_is_sent_to_the_nearest_entry_only_within_the_radius_of_that_en
         codebook(torch.tensor([[0.0, 0.0], [10.0, 0.0]])), radii_N=torch.tensor([1.0, 4.0])
     )
     queries = torch.tensor([[0.9, 0.0], [1.1, 0.0], [6.1, 0.0], [5.9, 0.0], [10.0, 0.0]])
-    assert book.choose(queries).tolist() == [0, NONE, 1, NONE, 1]
-    assert codebook(torch.zeros(0, 2)).choose(queries).tolist() == [NONE] * 5
+    assert book.covering(queries).tolist() == [0, NONE, 1, NONE, 1]
+    assert codebook(torch.zeros(0, 2)).covering(queries).tolist() == [NONE] * 5
 
 
 def test_entries_split_grow_and_stay_apart_by_the_papers_rule() -> None:
@@ -141,7 +141,7 @@ def test_every_entry_keeps_its_own_answer_and_value_after_several_edits() -> Non
     assert isinstance(book, Codebook)
     encoded = encode_with_targets(model.tokenizer, [each.probe() for each in asked])
     assert [book.answer(entry) for entry in range(3)] == [one.target_ids for one in encoded]
-    assert book.choose(book.keys_NI).tolist() == [0, 1, 2]
+    assert book.covering(book.keys_NI).tolist() == [0, 1, 2]
     assert len(GRACE.plan(together).codebook) == 3, "a batch is its requests one after another"
 
 

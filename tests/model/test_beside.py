@@ -5,7 +5,6 @@ and the cache; without it the model is the unedited one, bit for bit.
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,17 +12,18 @@ import pytest
 import torch
 
 from editkit.api.session import Session
+from editkit.editors.codebook import Codebook
 from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.model.beside import NONE
 from editkit.model.continuation import CachedContinuation, PlainContinuation
 from editkit.model.editable import EditableModel
 from editkit.model.generate import generate
-from editkit.model.shortcuts import Comparison, Shortcuts
 from editkit.model.side_routes import routed
 from editkit.model.tokens import encode_prompts, pad
 from editkit.types import Probe
 from tests.editors.test_grace import GRACE
 from tests.support.helpers import KINDS, Kind, request, requests, tiny_model
+from tests.support.sides import PLAIN, probes, prompts
 
 VARIANTS = [("gpt2", "last"), ("llama", "prompt"), ("gptj", "last")]
 
@@ -38,31 +38,17 @@ def edited(kind: Kind, replaced: str = "last") -> EditableModel:
     return model
 
 
-def probes() -> list[Probe]:
-    """Edited prompts, paraphrases, neighbours; and prompts that begin with an edited prompt or with
-    a part of one.
-    """
-    found = []
-    for each in requests(3):
-        found += [each.probe(), each.probe(answer=str(each.target_old)), *each.neighbours]
-        found += [each.probe(prompt=text) for text in each.paraphrases]
-        found.append(each.probe(prompt=f"{each.full_prompt} not", answer="Rome"))
-        found.append(Probe(prompt=each.full_prompt[:-3], answer="in Paris"))
-        # the edited prompt in the middle of another one's text: the same tokens, another prompt
-        found.append(Probe(prompt=each.full_prompt[: len(each.full_prompt) // 2], answer="is"))
-    return found
-
-
 def plainly(model: EditableModel, probe: Probe) -> tuple[float, ...]:
     """Log-probabilities by a pass of the network over one row, whose hook is written here."""
     from editkit.model.tokens import encode_with_targets
 
     (side,) = model.sides
+    assert isinstance(side, Codebook)
     [sequence] = encode_with_targets(model.tokenizer, [probe])
     last = sequence.start - 1
 
     def put(_module: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        [entry] = side.choose(args[0][0, last][None]).tolist()
+        [entry] = side.covering(args[0][0, last][None]).tolist()
         if entry == NONE:
             return output
         first = last if side.options()["replace"] == "last" else 0
@@ -108,14 +94,6 @@ def is_changed(model: EditableModel, probe: Probe, log_probs: Sequence[float]) -
     return log_probs != pytest.approx(before, abs=1e-4)
 
 
-def prompts(model: EditableModel) -> list[tuple[int, ...]]:
-    """16 prompts of different lengths; some are edited."""
-    texts = [probe.prompt for probe in probes()][:16]
-    rows = encode_prompts(model.tokenizer, texts)
-    random.Random(0).shuffle(rows)
-    return rows
-
-
 @pytest.mark.parametrize(("kind", "replaced"), VARIANTS)
 def test_generation_is_the_same_in_every_batch_with_and_without_a_cache(
     kind: Kind, replaced: str
@@ -124,9 +102,7 @@ def test_generation_is_the_same_in_every_batch_with_and_without_a_cache(
     rows = prompts(model)
     new = functools.partial(generate, model, rows, max_new_tokens=5, ends=())
     of_sixteen, of_one = new(batch_size=16), new(batch_size=1)
-    model.shortcuts = Shortcuts(
-        comparisons=(Comparison(shortcut="generation", differences={"x": 1.0}, tolerance=0.0),)
-    )
+    model.shortcuts = PLAIN
     uncached = new(batch_size=16)
     assert of_sixteen == of_one == uncached
     sides = model.sides

@@ -28,10 +28,12 @@ from editkit.runner.loop import run_edits
 from editkit.runner.session import run as run_experiment
 from editkit.types import EvalRecord, StepRecord
 from tests.editors.test_grace import GRACE
+from tests.editors.test_memoe import MEMOE
 from tests.support.fakes import trajectory
 from tests.support.helpers import requests, tiny_model
 from tests.support.sessions import finish, records, run_folder, start, wait_for_lines
 
+EDITORS = [GRACE, replace(MEMOE, steps=2, noise=0.1)]
 RUN = (
     *("model=tiny-gpt2", "editor=grace", "suite=none", "tracker=none", "editor.steps=5"),
     *("edits=6", "milestones=[0,3,6]", "checkpoint.every=2"),
@@ -54,15 +56,16 @@ def without_seconds(events: Sequence[Any]) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("editor", EDITORS, ids=lambda editor: editor.name)
 def test_a_run_resumed_from_any_checkpoint_has_the_records_and_the_bits_of_a_whole_one(
-    tmp_path: Path,
+    editor: Any,
 ) -> None:
-    whole = list(run_edits(job()))
+    whole = list(run_edits(job(editor=editor)))
     states = [event for event in whole if isinstance(event, RunState)]
     assert [state.step for state in states] == [0, 2, 4, 6]
     for state in states[:-1]:
         read = RunState.from_checkpoint(state.checkpoint({}))
-        rest = list(run_edits(job(), read))
+        rest = list(run_edits(job(editor=editor), read))
         assert without_seconds(rest) == without_seconds(whole[whole.index(state) + 1 :])
         last = next(event for event in reversed(rest) if isinstance(event, RunState))
         for name, tensor in states[-1].editor.items():

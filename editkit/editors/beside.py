@@ -1,0 +1,37 @@
+"""The one matrix beside which a side stands, as several editors choose it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from editkit.errors import ConfigError, message
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
+
+Matrix = Literal["down", "up"]
+
+
+def layer_problems(layers: Sequence[int]) -> list[str]:
+    """Why these are not one layer."""
+    if len(layers) == 1:
+        return []
+    problem = "the editor acts at one layer"
+    return [message("layers", problem, got=list(layers), expected="one layer")]
+
+
+def matrix_beside(model: EditableModel, layers: Sequence[int], matrix: Matrix) -> str:
+    """The down projection of the layer, or the matrix before it (of a gated MLP, the second of the
+    two).
+
+    Raises:
+        ConfigError: the layer is out of range, or the model is an expert of a mixture, which sees
+            only some of the tokens.
+    """
+    if model.family.expert is not None:
+        problem = "nothing can stand beside one expert of a mixture, which sees some tokens only"
+        raise ConfigError(message("editor.layers", problem, got=f"expert {model.family.expert}"))
+    if matrix == "down":
+        return model.down_projections(layers)[0]
+    return model.mlp_matrices(layers)[-2]
