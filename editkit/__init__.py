@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from editkit.editors.mend import Mend as Mend
     from editkit.editors.pmet import Pmet as Pmet
     from editkit.editors.rome import Rome as Rome
+    from editkit.editors.wise import Wise as Wise
     from editkit.errors import ConfigError as ConfigError
     from editkit.evaluation.base import AbstractEvaluator as AbstractEvaluator
     from editkit.evaluation.protocols.base import AbstractProtocol as AbstractProtocol
@@ -85,6 +86,7 @@ else:
         "Rome": "editors.rome",
         "Session": "api.session",
         "Step": "editors.base",
+        "Wise": "editors.wise",
         "edit": "api.editing",
         "export": "api.runs",
         "load": "api.loading",

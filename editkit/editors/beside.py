@@ -1,13 +1,15 @@
-"""The one matrix beside which a side stands, as several editors choose it."""
+"""What editors share that put something beside one matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from editkit.errors import ConfigError, message
 
 if TYPE_CHECKING:
+    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
 
 Matrix = Literal["down", "up"]
@@ -35,3 +37,20 @@ def matrix_beside(model: EditableModel, layers: Sequence[int], matrix: Matrix) -
     if matrix == "down":
         return model.down_projections(layers)[0]
     return model.mlp_matrices(layers)[-2]
+
+
+@contextlib.contextmanager
+def without_own(
+    model: EditableModel, kind: type[AbstractSide], module: str
+) -> Iterator[tuple[AbstractSide, ...]]:
+    """Inside the block, an editor may attach what it searches in place of its own side, with the
+    sides of others, which are returned. At the end, also after an error, all former sides stand
+    there again.
+    """
+    before = model.sides
+    others = [side for side in before if not isinstance(side, kind) or side.module != module]
+    try:
+        model.attach(*others)
+        yield tuple(others)
+    finally:
+        model.attach(*before)

@@ -39,7 +39,7 @@ from editkit.lazy import torch
 from editkit.model.capture import add_to_matrix
 from editkit.model.tokens import encode_with_targets, pad
 from editkit.resources.workload import EditorMemory, Workload
-from editkit.types import EditRequest
+from editkit.types import EditRequest, Probe
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -162,10 +162,16 @@ class Ft(AbstractEditor[FtPlan]):
 def log_probabilities(
     model: EditableModel, requests: Sequence[EditRequest], loss: Loss
 ) -> Callable[[], torch.Tensor]:
-    """A function that runs the network as it is then: the mean log-probability of a target token by
-    request, (B,) float32, in nats.
+    """`answers_log_probabilities` of the targets after their prompts."""
+    return answers_log_probabilities(model, [request.probe() for request in requests], loss)
+
+
+def answers_log_probabilities(
+    model: EditableModel, probes: Sequence[Probe], loss: Loss = "target"
+) -> Callable[[], torch.Tensor]:
+    """A function that runs the network as it is then: the mean log-probability of an answer's token
+    by probe, (B,) float32, in nats.
     """
-    probes = [request.probe() for request in requests]
     encoded = encode_with_targets(model.tokenizer, probes, chat=model.chat)
     positions: Sequence[Sequence[int]]
     if loss == "target":

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from editkit.editors.anchors import Anchors, Kind
 from editkit.editors.base import AbstractSideEditor, Plan, Step
-from editkit.editors.beside import Matrix, layer_problems, matrix_beside
+from editkit.editors.beside import Matrix, layer_problems, matrix_beside, without_own
 from editkit.editors.bypass import Bypass
 from editkit.editors.ft import log_probabilities
 from editkit.errors import OptionError, message
@@ -140,12 +140,10 @@ class Memoe(AbstractSideEditor[MemoePlan]):
             for name in ("router", "experts")
         ]
         (module,) = self.modules(model)
-        before = model.sides
-        others = [side for side in before if not isinstance(side, Bypass) or side.module != module]
         adam = torch.optim.Adam(learned, lr=self.lr, foreach=False)
         first, steps = None, 0
         run = log_probabilities(model, step.requests, "target")
-        try:
+        with without_own(model, Bypass, module) as others:
             while True:
                 with torch.enable_grad():
                     side = _Learned.of(model, self._bypass(model, state), learned, self.noise)
@@ -161,8 +159,6 @@ class Memoe(AbstractSideEditor[MemoePlan]):
                 total.backward()
                 adam.step()
                 steps += 1
-        finally:
-            model.attach(*before)
         summary = {
             "probability_before": float(first.exp().mean()),
             "probability_after": float(log_p_B.detach().exp().mean()),

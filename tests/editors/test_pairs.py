@@ -46,7 +46,7 @@ STACKS = [("eac", "prune"), ("d4s", "prune"), ("eac", "rect", "prune")]
 ONE_SEAT = ("objective", "solve")  # places that have room for one restraint
 EDITS = 5
 # What stands beside the weights after each of the edits, of which the last two repeat earlier ones.
-ENTRIES = {"grace": [1, 2, 3, 3, 3], "memoe": [4] * EDITS}
+ENTRIES = {"grace": [1, 2, 3, 3, 3], "memoe": [4] * EDITS, "wise": [1] * EDITS}
 
 # A few steps of each search are enough to see that a pair works; PRUNE's logarithm would enlarge
 # the singular values of random matrices.

@@ -12,6 +12,7 @@ from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.model.editable import EditableModel
 from editkit.model.generate import generate
 from editkit.model.shortcuts import Comparison, Shortcuts
+from editkit.model.side_routes import routed
 from editkit.model.tokens import encode_prompts, pad
 from editkit.types import Probe
 from tests.support.helpers import requests
@@ -66,11 +67,12 @@ def assert_each_sequence_is_routed_by_itself(model: EditableModel) -> None:
         columns_B = batch.columns([length - 1 for length in lengths])
         last.append(hidden_BTD[torch.arange(len(rows)), columns_B])
     assert torch.allclose(*last, atol=1e-4)
+    own = [each.probe() for each in requests(3)]
+    sent = routed(model, encode_prompts(model.tokenizer, [probe.prompt for probe in own]))
+    assert any(sent)
     model.attach()
     unedited = score(model, asked, tokens_per_batch=512)
     model.attach(*sides)
-    own = [each.probe() for each in requests(3)]
-    assert all(
-        together[probe].log_probs != pytest.approx(unedited[probe].log_probs, abs=1e-4)
-        for probe in own
-    )
+    for probe, is_sent in zip(own, sent, strict=True):
+        same = together[probe].log_probs == pytest.approx(unedited[probe].log_probs, abs=1e-4)
+        assert same != is_sent
