@@ -14,7 +14,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="Measurement: telemetry, rome, memit, d4s, alphaedit, editing, moments, or all."
+            help="Measurement, such as rome or telemetry, or all. An unknown name lists them."
         ),
     ] = "all",
     shape: Annotated[

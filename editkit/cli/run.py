@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.config.compose import ROOT, conf_folder
+from editkit.config.compose import ROOT, conf_folder, stacked_trackers
 from editkit.config.explain import (
     composition_errors,
     explained,
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     try:
         require_keys(parse_hydra_arguments(arguments)[0])
-        arguments = flags_first(arguments)
+        arguments = flags_first(stacked_trackers(arguments))
         with hydra_arguments(defer_component_values(arguments)):
             application()
     except (JobFailed, SweepIncomplete) as failure:

@@ -109,6 +109,38 @@ def groups(config_dir: Path | None = None) -> set[str]:
     return {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
 
 
+STACK = re.compile(r"tracker=\[(.*)\]")
+LAST = ("console", "none")  # trackers that stand beside no other one
+
+
+def stacked_trackers(overrides: Sequence[str]) -> list[str]:
+    """The overrides with `tracker=[a,b]` as `tracker=a tracker@tracker.beside=b`: each tracker
+    forwards to the next. The console comes last, wherever it is named.
+
+    Raises:
+        ConfigError: a tracker is named twice, or there are two that must come last.
+    """
+    expanded: list[str] = []
+    for override in overrides:
+        stack = STACK.fullmatch(override)
+        if stack is None:
+            expanded.append(override)
+            continue
+        names = [name.strip(" '\"") for name in stack[1].split(",") if name.strip()]
+        names.sort(key=lambda name: name in LAST)
+        if not names or len(set(names)) < len(names) or len(set(names) & set(LAST)) > 1:
+            expected = f"different trackers, at most one of {' and '.join(LAST)}"
+            problem = "these trackers cannot be combined"
+            raise ConfigError(message("tracker", problem, got=override[8:], expected=expected))
+        expanded.append(f"tracker={names[0]}")
+        expanded += [
+            f"tracker@tracker{'.beside' * depth}={name}"
+            for depth, name in enumerate(names)
+            if depth
+        ]
+    return expanded
+
+
 def with_hydra(overrides: Sequence[str], *, config_dir: Path | None = None) -> Any:
     """The composed configuration as OmegaConf, with Hydra's own node.
 
@@ -119,7 +151,9 @@ def with_hydra(overrides: Sequence[str], *, config_dir: Path | None = None) -> A
 
     own = [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir else []
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="editkit"):
-        return hydra.compose(ROOT, overrides=[*overrides, *own], return_hydra_config=True)
+        return hydra.compose(
+            ROOT, overrides=[*stacked_trackers(overrides), *own], return_hydra_config=True
+        )
 
 
 def without_hydra(config: Any) -> Composed:

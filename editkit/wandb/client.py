@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -15,8 +14,9 @@ from editkit.errors import ConfigError, message
 from editkit.files import read_object, write_atomically
 from editkit.records.reader import load_run
 from editkit.report.labels import labels
+from editkit.trackers.history import STEP, evaluation_table, sample_key, sample_table
+from editkit.trackers.remote import AbstractDestination
 from editkit.types import SampleRecord
-from editkit.wandb.history import STEP, evaluation_table, sample_key, sample_table
 
 Mode = Literal["online", "offline", "disabled"]
 MARKER = "wandb.json"  # in a run's folder: the location of its W&B run
@@ -46,20 +46,12 @@ def require_wandb() -> str | None:
     return None
 
 
-def run_id(folder: Path) -> str:
-    """The id of a cell's W&B run. It is made of experiment, name with the configuration's hash, and
-    seed; the outputs' folder has no part in it.
-    """
-    cell = "/".join(folder.absolute().parts[-3:])
-    return hashlib.sha256(cell.encode()).hexdigest()[:16]
-
-
 def read_marker(folder: Path) -> dict[str, Any]:
     """The content of `wandb.json`; empty if it cannot be read."""
     return read_object(folder / MARKER)
 
 
-class WandbRun:
+class WandbRun(AbstractDestination):
     """An open W&B run. Every method may raise W&B's errors; the caller handles them."""
 
     def __init__(

@@ -18,8 +18,8 @@ from editkit.files import write_atomically
 from editkit.records.reader import RunRecords
 from editkit.report.columns import EDITING_ORDER
 from editkit.report.tables import is_fraction, is_summarised
+from editkit.trackers.history import EDITS, STEP
 from editkit.wandb.client import INSTALL
-from editkit.wandb.history import EDITS, STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace

@@ -16,9 +16,10 @@ from typing import Literal
 from editkit.files import LOCK, take_lock
 from editkit.records.reader import load_run
 from editkit.records.samples import read_samples
+from editkit.trackers.history import rows
+from editkit.trackers.remote import cell_id
 from editkit.types import SampleRecord
-from editkit.wandb.client import Target, WandbRun, read_marker, run_id
-from editkit.wandb.history import rows
+from editkit.wandb.client import Target, WandbRun, read_marker
 
 Outcome = Literal["sent", "there already", "still running"]
 SENT = ("steps.jsonl", "evals.jsonl", "config.yaml", "DONE", "FAILED.json")
@@ -36,7 +37,7 @@ def push(folder: Path, target: Target, *, force: bool = False) -> Outcome:
             return "there already"
         # A run started by a sweep's agent keeps the agent's id; otherwise the id is the cell's.
         sent = WandbRun(
-            folder, records.config, target, id=marker.get("id") or run_id(folder), resume=False
+            folder, records.config, target, id=marker.get("id") or cell_id(folder), resume=False
         )
         tables: dict[int, list[SampleRecord]] = {}
         for record in read_samples(records):

@@ -11,9 +11,9 @@ from editkit.config.build import build
 from editkit.config.compose import compose, conf_folder
 from editkit.records.find import load_runs
 from editkit.records.reader import load_run
+from editkit.trackers.history import rows
 from editkit.wandb.client import read_marker
 from editkit.wandb.dashboard import definition, workspace
-from editkit.wandb.history import rows
 from tests.support.wandb_log import logged
 from tests.support.wandb_runs import (
     cell,

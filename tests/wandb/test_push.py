@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from editkit.records.writer import save_samples
-from editkit.wandb.client import Target, read_marker, run_id
-from editkit.wandb.history import rows
+from editkit.trackers.history import rows
+from editkit.trackers.remote import cell_id
+from editkit.wandb.client import Target, read_marker
 from editkit.wandb.push import push
 from tests.support.records import EVALS, STEPS, write_run
 from tests.support.wandb_log import logged
@@ -64,7 +65,7 @@ def test_push_sends_nothing_twice_and_the_whole_run_anew_under_the_same_id_once_
     (run / "wandb").rename(tmp_path / "before")
     assert pushed(run) == "sent"
     (log,) = logged(run)
-    assert log.run.run_id == run_id(run) == read_marker(run)["id"]
+    assert log.run.run_id == cell_id(run) == read_marker(run)["id"]
     assert without_media(numbers(log.history)) == plain(
         rows(STEPS, EVALS, trajectory="unrestrained")
     )

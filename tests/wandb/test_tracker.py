@@ -11,8 +11,8 @@ import pytest
 from editkit.errors import ConfigError
 from editkit.records.tracker import RunInfo
 from editkit.trackers.guarded import Guarded
-from editkit.wandb.client import run_id
-from editkit.wandb.history import History, rows, sample_table
+from editkit.trackers.history import History, rows, sample_table
+from editkit.trackers.remote import cell_id
 from tests.support.records import EVALS, MODULES, STEPS
 from tests.support.wandb_log import logged
 from tests.support.wandb_runs import (
@@ -37,7 +37,7 @@ def test_a_run_is_logged_with_its_names_and_every_number_of_its_files(tmp_path: 
         "editkit",
         "table",
         "edit",
-        run_id(run),
+        cell_id(run),
     )
     assert log.run.display_name == "tiny-rome/seed1"
     assert list(log.run.tags) == ["tiny-gpt2", "rome", "eac", "prune", "world", "paper", "mine"]
@@ -133,7 +133,7 @@ def test_a_run_that_goes_on_keeps_its_id_and_counts_its_edits_on(tmp_path: Path)
     run = cell(tmp_path)
     watch(tracker(), run, resumed_at=1)
     (log,) = logged(run)
-    assert log.run.run_id == run_id(run)
+    assert log.run.run_id == cell_id(run)
     assert numbers(log.history)[2]["edit/edits"] == 4
     assert History(trajectory="unrestrained", edits=2).step(STEPS[1])["edit/edits"] == 4
 
