@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from editkit.editors.ft import Ft as Ft
     from editkit.editors.grace import Grace as Grace
     from editkit.editors.kn import Kn as Kn
+    from editkit.editors.lora import Lora as Lora
+    from editkit.editors.lora import MergedLora as MergedLora
     from editkit.editors.memit import Memit as Memit
     from editkit.editors.memoe import Memoe as Memoe
     from editkit.editors.mend import Mend as Mend
@@ -72,11 +74,13 @@ else:
         "Ft": "editors.ft",
         "Grace": "editors.grace",
         "Kn": "editors.kn",
+        "Lora": "editors.lora",
         "LowRank": "linalg.lowrank",
         "Measurement": "types",
         "Memit": "editors.memit",
         "Memoe": "editors.memoe",
         "Mend": "editors.mend",
+        "MergedLora": "editors.lora",
         "NormCap": "restraints.norm_cap",
         "Plan": "editors.base",
         "Pmet": "editors.pmet",

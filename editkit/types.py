@@ -94,8 +94,8 @@ class StepRecord:
     # "imported": the edits rest on second moments that somebody else computed; None: on none, or
     # on editkit's own.
     statistics: str | None = None
-    # What stands beside the weights: `entries`, `parameters`, `bytes`, `norm` (the Frobenius norm
-    # of its parameters); None: nothing.
+    # What stands beside the weights: `entries` or `ranks`, `parameters`, `bytes`, `norm` (the
+    # Frobenius norm of its values or products); None: nothing.
     side: Mapping[str, float] | None = None
 
 

@@ -52,9 +52,12 @@ class EditResult:
                 f"condition number {figures['condition_number']:.4g}"
             )
         if self.side is not None:
-            lines.append(
-                f"  beside the weights: {self.side['entries']:.0f} entries, "
-                f"{self.side['bytes'] / 1e6:.3g} MB"
-            )
+            counts = [
+                f"{self.side[name]:.0f} {name}"
+                for name in ("entries", "ranks")
+                if name in self.side
+            ]
+            size = f"{self.side['bytes'] / 1e6:.3g} MB"
+            lines.append(f"  beside the weights: {', '.join([*counts, size])}")
         hidden = max(number, len(self.updates)) - SHOWN
         return "\n".join([*lines, *(["  ..."] if hidden > 0 else [])])

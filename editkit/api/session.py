@@ -199,6 +199,7 @@ class Session:
             state=state.editor,
             moments=self._moments,
             objective=self.restraints.objective,
+            others=tuple(side for side in model.sides if side not in state.sides),
         )
         clock, mark = Stopwatch(model.device), model.mark()
         try:
@@ -211,7 +212,6 @@ class Session:
                     base_sigma_max=self._base_sigma_max,
                     solve_state=state.solve,
                     clock=clock,
-                    others=tuple(side for side in model.sides if side not in state.sides),
                 )
                 nonfinite = applied.nonfinite
                 if nonfinite is None and (module := model.nonfinite_module()):

@@ -48,6 +48,7 @@ class Step:
     moments: Moments = field(default_factory=Moments)  # second moments of keys, by module
     objective: Objective | None = None  # replaces the descent of a target search (EAC)
     solver: Callable[[LeastSquares], Update] | None = None  # replaces the least squares (D4S)
+    others: tuple[AbstractSide, ...] = ()  # what other editors put beside the weights
 
     def solve(self, problem: LeastSquares) -> Update:
         """The update that a problem asks for: restrained, or the plain minimiser."""
@@ -176,7 +177,7 @@ class AbstractEditor(AbstractAnyEditor[PlanT]):
     def propose(self, step: Step, module: str, plan: PlanT) -> Update:
         """The update of one matrix, (O, I), on the weights as they are now."""
 
-    def observe(self, step: Step) -> TensorState:
+    def observe(self, step: Step, plan: PlanT) -> TensorState:
         """The state after the batch was applied."""
         return step.state
 

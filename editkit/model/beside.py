@@ -2,7 +2,8 @@
 
 A side chooses once for each prompt, from the prompt's tokens and the module's input there. The
 choice holds for the tokens of this prompt and for all that follow. So each sequence is routed by
-itself: its batch, padding and a cache of keys and values change no choice.
+itself: its batch, padding and a cache of keys and values change no choice. An unrouted side
+chooses nothing: every token of every text goes through it.
 
 Hooks of sides stay until the sides are detached. All other hooks are those of
 `editkit.model.capture`.
@@ -146,12 +147,37 @@ class AbstractSide(abc.ABC):
 
     @abc.abstractmethod
     def figures(self) -> dict[str, float]:
-        """Telemetry: `entries`, `parameters`, `bytes`, `norm`."""
+        """Telemetry: `entries` or `ranks`, and `parameters`, `bytes`, `norm`."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same side on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.state().items()}
         return self.restored(self.options(), moved)
+
+
+class AbstractUnroutedSide(AbstractSide):
+    """A side that every token of every text goes through, as an adapter's."""
+
+    @abc.abstractmethod
+    def changed(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """The module's outputs, of any leading shape, as those that are given."""
+
+    def choose(self, prompts: Prompts) -> torch.Tensor:
+        return torch.zeros(len(prompts), dtype=torch.long, device=prompts.ids_BT.device)
+
+    def change(
+        self,
+        inputs_BTI: torch.Tensor,
+        outputs_BTO: torch.Tensor,
+        chosen_BT: torch.Tensor,
+        place: Place,
+    ) -> torch.Tensor:
+        return self.changed(inputs_BTI, outputs_BTO)
+
+
+def is_routed(sides: Sequence[AbstractSide]) -> bool:
+    """Whether it matters to one of the sides where a prompt ends."""
+    return not all(isinstance(side, AbstractUnroutedSide) for side in sides)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,6 +252,9 @@ class Attached:
     def _changing(self, number: int, side: AbstractSide) -> Any:
         def hook(_module: Any, args: tuple[Any, ...], output: Any) -> Any:
             values = output if torch.is_tensor(output) else output[0]
+            if isinstance(side, AbstractUnroutedSide):
+                changed = side.changed(args[0], values)
+                return changed if torch.is_tensor(output) else (changed, *output[1:])
             inputs_BTI, outputs_BTO = self._by_row(args[0]), self._by_row(values)
             found = self._chosen(number, side, inputs_BTI)
             if found is None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
-from editkit.model.beside import NONE, Routing
+from editkit.model.beside import NONE, AbstractUnroutedSide, Routing
 from editkit.model.capture import capture
 from editkit.model.tokens import pad
 
@@ -20,7 +20,11 @@ TOKENS_AT_ONCE = 512
 
 
 def routed(model: EditableModel, prompts: Sequence[Sequence[int]]) -> list[bool]:
-    """Whether each prompt is sent to one of the model's sides. A pass ends at the last side."""
+    """Whether each prompt is sent to one of the model's sides. A pass ends at the last side. With
+    an unrouted one there is none: every prompt is.
+    """
+    if any(isinstance(side, AbstractUnroutedSide) for side in model.sides):
+        return [True] * len(prompts)
     modules = list(dict.fromkeys(side.module for side in model.sides))
     found = [False] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

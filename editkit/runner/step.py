@@ -66,7 +66,6 @@ def apply_batch(
     base_sigma_max: Mapping[str, float],
     solve_state: TensorState,
     clock: Stopwatch,
-    others: tuple[AbstractSide, ...] = (),
 ) -> AppliedBatch:
     """Plans a batch and writes its updates into the model, module by module, or attaches what the
     editor puts beside the weights.
@@ -78,10 +77,9 @@ def apply_batch(
         step: without a solver; the restraint on the solve is added here.
         base_sigma_max: sigma_max(W_0) by module.
         solve_state: the state of the restraint on the solve, from before this batch.
-        others: what other editors put beside the weights, which stays there.
     """
     if isinstance(editor, AbstractSideEditor):
-        return _attach_batch(step, editor, clock, others)
+        return _attach_batch(step, editor, clock)
     assert isinstance(editor, AbstractEditor)  # there are two kinds
     model, problems, solver = step.model, list[LeastSquares](), restraints.solve
     modules = editor.modules(model)
@@ -116,12 +114,7 @@ def apply_batch(
     return AppliedBatch(plan=plan, updates=updates, problems=tuple(problems), nonfinite=nonfinite)
 
 
-def _attach_batch(
-    step: Step,
-    editor: AbstractSideEditor[Any],
-    clock: Stopwatch,
-    others: tuple[AbstractSide, ...],
-) -> AppliedBatch:
+def _attach_batch(step: Step, editor: AbstractSideEditor[Any], clock: Stopwatch) -> AppliedBatch:
     """Plans a batch and puts what the editor proposes beside the weights."""
     with clock.phase("target"), keys_under("editor"):
         plan = editor.plan(step)
@@ -135,7 +128,7 @@ def _attach_batch(
         return AppliedBatch(plan=plan, nonfinite=f"side {bad[0]}")
     with clock.phase("apply"):
         sides = editor.attach(step.model, state)
-        step.model.attach(*others, *sides)
+        step.model.attach(*step.others, *sides)
     return AppliedBatch(plan=plan, nonfinite=None, side=state, sides=sides)
 
 
@@ -169,7 +162,7 @@ def next_states(
 ) -> tuple[TensorState, TensorState]:
     """The states of the editor and of the restraint on the solve, after an applied batch."""
     if isinstance(editor, AbstractEditor):
-        editor_state = editor.observe(step)
+        editor_state = editor.observe(step, batch.plan)
     else:
         assert batch.side is not None  # it was applied
         editor_state = batch.side
@@ -276,5 +269,6 @@ def side_figures(sides: Sequence[AbstractSide]) -> dict[str, float] | None:
     if not sides:
         return None
     parts = [side.figures() for side in sides]
-    sums = {name: math.fsum(part[name] for part in parts) for name in parts[0]}
+    names = dict.fromkeys(name for part in parts for name in part)
+    sums = {name: math.fsum(part.get(name, 0.0) for part in parts) for name in names}
     return sums | {"norm": math.hypot(*(part["norm"] for part in parts))}

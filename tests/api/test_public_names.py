@@ -13,9 +13,10 @@ NAMES = (
     *("AbstractDataset", "AbstractEditor", "AbstractEvaluator", "AbstractObjectiveRestraint"),
     *("AbstractProtocol", "AbstractSideEditor", "AbstractSolveRestraint", "AbstractTotalRestraint"),
     *("AbstractUpdateRestraint", "AlphaEdit", "ConfigError", "D4S", "Eac", "EditRequest"),
-    *("EditResult", "EditableModel", "Emmet", "Ft", "Grace", "Kn", "LowRank", "Measurement"),
-    *("Memit", "Mend", "NormCap", "Plan", "Pmet", "Probe", "Prune", "Rect", "Rome", "Session"),
-    *("Step", "__version__"),
+    *("EditResult", "EditableModel", "Emmet", "Ft", "Grace", "Kn", "Lora", "LowRank"),
+    *("Measurement", "Memit", "Memoe", "Mend", "MergedLora", "NormCap", "Plan", "Pmet", "Probe"),
+    *("Prune", "Rect", "Rome", "Session"),
+    *("Step", "Wise", "__version__"),
     *("edit", "export", "load", "load_edited", "load_run", "load_runs", "run"),
 )
 

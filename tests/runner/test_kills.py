@@ -28,8 +28,8 @@ def test_trials_cover_every_allowed_pair_and_every_signal() -> None:
     assert {
         f"{editor}-none"
         for editor in (
-            *("alphaedit", "d4s", "emmet", "ft", "grace"),
-            *("kn", "memit", "memoe", "mend", "pmet", "rome", "wise"),
+            *("adalora", "alphaedit", "d4s", "emmet", "ft", "grace", "kn"),
+            *("lora", "lora_merged", "memit", "memoe", "mend", "pmet", "rome", "wise"),
         )
     } < names
     for place in ("eac", "d4s", "rect", "prune"):

@@ -52,7 +52,7 @@ class FakeEditor(AbstractEditor[Plan]):
             left_OR[0] = float("nan")
         return LowRank(left_OR, torch.randn(columns, 1))
 
-    def observe(self, step: Step) -> Mapping[str, torch.Tensor]:
+    def observe(self, step: Step, plan: Plan) -> Mapping[str, torch.Tensor]:
         self._note("observe")
         return {"seen": step.state["seen"] + len(step.requests)}
 

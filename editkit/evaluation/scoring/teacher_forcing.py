@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
+from editkit.model.beside import is_routed
 from editkit.model.prefix_tree import Ids, Tree, build_trees, supports_trees, tree_batch
 from editkit.model.tokens import TargetSequence, encode_with_targets
 from editkit.types import Probe
@@ -158,7 +159,7 @@ def score_sequences(
         )
     if model.device.type == "cpu":
         tokens_per_batch = min(tokens_per_batch, TOKENS_ON_CPU)
-    answers = _contexts(sequences, max_length=model.max_length, is_routed=bool(model.sides))
+    answers = _contexts(sequences, max_length=model.max_length, is_routed=is_routed(model.sides))
     is_branched = supports_trees(model, longest=max((len(ids) for ids, _ in answers), default=0))
     largest = min(TOKENS_OF_A_LARGE_TREE, model.max_length) if is_branched else 1
     trees = _trees(list(answers), largest=min(largest, tokens_per_batch))
