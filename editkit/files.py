@@ -27,6 +27,8 @@ UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
 )
+UMASK = os.umask(0o077)  # can be read only by setting it
+os.umask(UMASK)
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
 
 
@@ -49,6 +51,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        with_usual_mode(temporary)
         os.replace(temporary, path)
     except Exception as error:
         if (number := out_of_space_number(error)) is None:
@@ -56,6 +59,13 @@ def written_atomically(path: Path) -> Iterator[Path]:
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def with_usual_mode(path: Path) -> None:
+    """Gives a file the permissions of any other new file. safetensors writes files that only their
+    owner may read, so that nobody else in a group could use them.
+    """
+    path.chmod(0o666 & ~UMASK)
 
 
 def out_of_space_number(error: BaseException) -> int | None:

@@ -7,17 +7,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from editkit.config.schema import Problems, construct
 from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError, message
+from editkit.files import with_usual_mode
 from editkit.model.load import ModelConfig
 from editkit.records.reader import RunRecords, load_run
 from editkit.records.views import trajectory_view
 from editkit.restraints.base import AbstractRestraint, AbstractTotalRestraint
+from editkit.runner.adapter import adapter_of, write_adapter
 from editkit.runner.checkpoint import RunState, load_state
 from editkit.runner.inputs import MODEL
 from editkit.runner.side_files import write_sides
@@ -27,22 +29,40 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 
-def export(run: Path, to: Path, *, view: str | None = None) -> None:
+# The edited model; a LoRA adapter of peft; the factors of the totals.
+Form = Literal["model", "lora", "delta"]
+
+
+def export(
+    run: Path, to: Path, *, view: str | None = None, form: Form = "model", rank: int | None = None
+) -> dict[str, float]:
     """Writes the model of a run's last checkpoint as `save_pretrained` does (safetensors and
-    tokenizer).
+    tokenizer), or what the edits add to its base model.
 
     Args:
         run: the run's folder.
         to: the folder to write, which appears whole or not at all.
         view: None for the model as the run left it, or the name of a view, for that view of the
             model at that step.
+        form: `model`; `lora` for an adapter that peft loads; `delta` for the factors of each total.
+        rank: the largest rank of an adapter's matrices. None: that of the totals.
+
+    Returns:
+        The relative error of each matrix's total in the Frobenius norm; empty for a model.
 
     Raises:
         ConfigError: the folder is not a run or has no checkpoint; the run has no such view; the
-            base model is missing or is not the one that was edited; `to` is not empty.
+            base model is missing or is not the one that was edited; `to` is not empty; the edits
+            cannot be written in this form.
     """
     records = load_run(run)
     problems = Problems()
+    if form not in get_args(Form):
+        expected = f"one of {', '.join(get_args(Form))}"
+        problems.add(message("--as", "unknown form", got=form, expected=expected))
+    if rank is not None and (form == "model" or rank < 1):
+        expected = "1 or more, with --as lora or delta"
+        problems.add(message("--rank", "cannot be used here", got=rank, expected=expected))
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         problems.add(
             message(
@@ -94,7 +114,13 @@ def export(run: Path, to: Path, *, view: str | None = None) -> None:
         attach(model, editor, state.editor)
     for restraint in added:
         restrain_totals(model, restraint, model.totals(), state.base_sigma_max)
-    _save(model, to, about=_about(records, state, view))
+    about = _about(records, state, view)
+    if form == "model":
+        _save(model, to, about=about)
+        return {}
+    adapter = adapter_of(model, model.totals(), rank=rank)
+    _write(to, about, lambda folder: write_adapter(adapter, folder, form=form, about=about))
+    return adapter.errors
 
 
 def _added(nodes: Any, view: str, problems: Problems) -> tuple[AbstractTotalRestraint, ...]:
@@ -137,17 +163,28 @@ def _about(records: RunRecords, state: RunState, view: str | None) -> dict[str, 
 
 
 def _save(model: EditableModel, to: Path, *, about: Mapping[str, Any]) -> None:
-    """Writes under a temporary name in the same folder, then renames. Raises ConfigError if it
-    cannot be written.
+    """Writes the model and what stands beside its weights."""
+
+    def fill(folder: Path) -> None:
+        model.network.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        write_sides(model, folder)
+
+    _write(to, about, fill)
+
+
+def _write(to: Path, about: Mapping[str, Any], fill: Callable[[Path], object]) -> None:
+    """Fills a folder under a temporary name in the same place, then renames it. Raises ConfigError
+    if it cannot be written.
     """
     temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        model.network.save_pretrained(temporary)
-        model.tokenizer.save_pretrained(temporary)
-        write_sides(model, temporary)
+        fill(temporary)
         (temporary / "editkit.json").write_text(json.dumps(about, indent=1))
+        for path in temporary.rglob("*.safetensors"):
+            with_usual_mode(path)
         # An empty folder gives way; one that was filled in the meantime does not.
         os.replace(temporary, to)
     except OSError as error:

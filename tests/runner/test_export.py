@@ -101,7 +101,9 @@ def test_an_exported_model_has_the_weights_that_the_run_ended_with(tmp_path: Pat
         tokenizer("The capital of France").input_ids
         == model.tokenizer("The capital of France").input_ids
     )
-    assert list((tmp_path / "out" / "model").glob("*.safetensors"))
+    (weights,) = (tmp_path / "out" / "model").glob("*.safetensors")
+    config = tmp_path / "out" / "model" / "config.json"
+    assert weights.stat().st_mode == config.stat().st_mode  # readable for a group, as any file
     assert [path.name for path in (tmp_path / "out").iterdir()] == [
         "model"
     ]  # nothing temporary is left
