@@ -5,13 +5,14 @@ matrix product finds the nearest candidates, whose distances are then computed e
 product loses small distances between large vectors.
 
 Shape letters: N entries, P or Q prompts, I and O input and output width of the module, L tokens of
-the longest answer, K candidates, B rows, T tokens.
+the longest answer, K candidates, B rows, T tokens, X any width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -27,6 +28,8 @@ MARGIN = 1e-5  # between two keys of other answers that would touch (published c
 # Rounding of a key, relative to its length: another batch or a cache gives other last bits.
 ROUNDING = 1e-5
 NO_TOKEN = -1  # behind the tokens of an answer that is not the longest
+FREE = -2  # a row of labels that no entry has taken; of float32, nan
+LEAST_ROWS = 16  # free rows behind the first entry
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -139,11 +142,20 @@ class Codebook(AbstractSide):
     def _squares_N(self) -> torch.Tensor:
         return self.keys_NI.square().sum(dim=1)
 
+    def entry_for(self, query_I: torch.Tensor, answer: Sequence[int], radius: float) -> int | None:
+        """The entry that a prompt and its answer would have; None for a new one."""
+        return self._place(query_I, answer, radius).entry
+
     def placed(
-        self, query_I: torch.Tensor, answer: Sequence[int], *, radius: float
+        self,
+        query_I: torch.Tensor,
+        answer: Sequence[int],
+        value_O: torch.Tensor,
+        *,
+        radius: float,
     ) -> tuple[Codebook, int]:
-        """The codebook with an entry for a prompt and its answer, and which entry that is. The
-        value of a new entry is zero.
+        """The codebook with an entry of this value for a prompt and its answer, and which entry
+        that is.
 
             r > radius + radius_i           a new entry (Hartvigsen et al. 2023, Algorithm 1)
             within reach, another answer    radius_i = r / 2, and a new entry of radius r / 2
@@ -153,61 +165,98 @@ class Codebook(AbstractSide):
         entry: a later answer takes the place of the earlier one. The published code would give the
         same prompt two entries of radius zero, neither of which rounding lets it reach.
         """
+        place, found = self._place(query_I, answer, radius), self
+        for entry, resized in place.resized.items():
+            radii_N = self.radii_N.clone()
+            radii_N[entry] = resized
+            found = replace(found, radii_N=radii_N)
+        if place.entry is None:
+            return found._with(query_I, answer, value_O, place.radius), len(self)
+        if self.answer(place.entry) != tuple(answer):
+            labels_NL = self._wide_enough(answer).clone()
+            labels_NL[place.entry] = self._label(answer, labels_NL)
+            found = replace(found, labels_NL=labels_NL)
+        values_NO = self.values_NO.clone()
+        values_NO[place.entry] = value_O.detach().to(values_NO)
+        return replace(found, values_NO=values_NO), place.entry
+
+    def _place(self, query_I: torch.Tensor, answer: Sequence[int], radius: float) -> _Place:
+        """Where a prompt and its answer belong."""
         if not len(self):
-            return self._with(query_I, answer, radius)
+            return _Place(entry=None, radius=radius)
         distances_P, entries_P = self.nearest(query_I[None])
         distance, entry = float(distances_P[0]), int(entries_P[0])
-        is_same = self.answer(entry) == tuple(answer)
         if distance <= ROUNDING * float(query_I.float().norm()):
-            return (self if is_same else self._relabelled(entry, answer)), entry
+            return _Place(entry=entry)
         if distance > radius + float(self.radii_N[entry]):
-            return self._with(query_I, answer, radius)
-        if not is_same:
-            split = self._resized(entry, distance / 2 - MARGIN)
-            return split._with(query_I, answer, distance / 2)
-        if distance > float(self.radii_N[entry]):
-            return self._resized(entry, distance), entry
-        return self, entry
+            return _Place(entry=None, radius=radius)
+        if self.answer(entry) != tuple(answer):
+            resized = {entry: distance / 2 - MARGIN}
+            return _Place(entry=None, radius=distance / 2, resized=resized)
+        is_far = distance > float(self.radii_N[entry])
+        return _Place(entry=entry, resized={entry: distance} if is_far else {})
 
     def answer(self, entry: int) -> tuple[int, ...]:
         """The tokens of an entry's answer."""
         return tuple(token for token in self.labels_NL[entry].tolist() if token != NO_TOKEN)
 
-    def with_value(self, entry: int, value_O: torch.Tensor) -> Codebook:
-        """The codebook with another value of an entry."""
-        values_NO = self.values_NO.clone()
-        values_NO[entry] = value_O.detach().to(values_NO)
-        return replace(self, values_NO=values_NO)
-
     def _with(
-        self, query_I: torch.Tensor, answer: Sequence[int], radius: float
-    ) -> tuple[Codebook, int]:
-        key_1I = query_I.detach().to(self.keys_NI)[None]
-        radius_1, value_1O = self.radii_N.new_tensor([radius]), self.values_NO.new_zeros(1, 1)
-        more = replace(
+        self, query_I: torch.Tensor, answer: Sequence[int], value_O: torch.Tensor, radius: float
+    ) -> Codebook:
+        labels_NL = self._wide_enough(answer)
+        return replace(
             self,
-            keys_NI=torch.cat([self.keys_NI, key_1I]),
-            values_NO=torch.cat([self.values_NO, value_1O.expand(1, self.values_NO.shape[1])]),
-            radii_N=torch.cat([self.radii_N, radius_1]),
-            labels_NL=torch.cat(
-                [self.labels_NL, self.labels_NL.new_full((1, self._width), NO_TOKEN)]
-            ),
+            keys_NI=appended(self.keys_NI, query_I.detach().to(self.keys_NI)),
+            values_NO=appended(self.values_NO, value_O.detach().to(self.values_NO)),
+            radii_N=appended(self.radii_N, self.radii_N.new_tensor(radius)),
+            labels_NL=appended(labels_NL, self._label(answer, labels_NL)),
         )
-        return more._relabelled(len(self), answer), len(self)
 
-    @property
-    def _width(self) -> int:
-        return self.labels_NL.shape[1]
+    def _wide_enough(self, answer: Sequence[int]) -> torch.Tensor:
+        """The labels with columns for this answer."""
+        missing = len(answer) - self.labels_NL.shape[1]
+        if missing <= 0:
+            return self.labels_NL
+        return torch.nn.functional.pad(self.labels_NL, (0, missing), value=NO_TOKEN)
 
-    def _resized(self, entry: int, radius: float) -> Codebook:
-        radii_N = self.radii_N.clone()
-        radii_N[entry] = radius
-        return replace(self, radii_N=radii_N)
+    def _label(self, answer: Sequence[int], labels_NL: torch.Tensor) -> torch.Tensor:
+        row = [*answer, *[NO_TOKEN] * (labels_NL.shape[1] - len(answer))]
+        return torch.tensor(row, device=labels_NL.device)
 
-    def _relabelled(self, entry: int, answer: Sequence[int]) -> Codebook:
-        width = max(self._width, len(answer))
-        labels_NL = self.labels_NL.new_full((len(self), width), NO_TOKEN)
-        labels_NL[:, : self._width] = self.labels_NL
-        row = [*answer, *[NO_TOKEN] * (width - len(answer))]
-        labels_NL[entry] = torch.tensor(row, device=labels_NL.device)
-        return replace(self, labels_NL=labels_NL)
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a prompt belongs: an entry, or a new one with this radius; and other radii."""
+
+    entry: int | None
+    radius: float = 0.0
+    resized: Mapping[int, float] = field(default_factory=dict)
+
+
+def appended(rows_NX: torch.Tensor, row_X: torch.Tensor) -> torch.Tensor:
+    """(N + 1, X): the rows and one more, which no other tensor sees change.
+
+    Rows that grew this way are the beginning of a larger tensor, whose rest is marked as free. One
+    more row takes the first free place, so that N rows cost N writes, and all codebooks that an
+    edit began with share the memory. If the place is taken, by another codebook that grew from the
+    same rows, or if there is none, the rows are copied.
+    """
+    count, whole = len(rows_NX), rows_NX._base
+    free = math.nan if rows_NX.is_floating_point() else FREE
+    has_place = (
+        whole is not None
+        and whole.shape[1:] == rows_NX.shape[1:]
+        and whole.data_ptr() == rows_NX.data_ptr()
+        and count < len(whole)
+    )
+    if whole is None or not has_place or not _is_free(whole[count]):
+        whole = rows_NX.new_full((count + count // 2 + LEAST_ROWS, *rows_NX.shape[1:]), free)
+        whole[:count] = rows_NX
+    whole[count] = row_X
+    return whole[: count + 1]
+
+
+def _is_free(row_X: torch.Tensor) -> bool:
+    first = row_X.flatten()[:1]
+    is_free = first.isnan() if first.is_floating_point() else first == FREE
+    return bool(is_free.any())

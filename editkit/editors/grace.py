@@ -14,13 +14,12 @@ ids.
 `replace=prompt` puts the value at every token of the prompt (original code), `last` at its last one
 (EasyEdit's port).
 
-Shape letters: T tokens, I and O input and output width of the matrix.
+Shape letters: I and O input and output width of the matrix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -28,9 +27,10 @@ from editkit.editors.base import AbstractSideEditor, Plan, Step
 from editkit.editors.beside import Matrix, layer_problems, matrix_beside
 from editkit.editors.codebook import Codebook, Replaced
 from editkit.editors.ft import log_probabilities
+from editkit.editors.replaced_output import Forward, compare_replaced, replaced_forward
 from editkit.errors import OptionError, message
 from editkit.lazy import torch
-from editkit.model.capture import capture, change_outputs
+from editkit.model.capture import capture
 from editkit.model.tokens import encode_with_targets
 from editkit.resources.workload import REQUEST, EditorMemory, Workload
 from editkit.types import EditRequest, TensorState
@@ -38,6 +38,8 @@ from editkit.types import EditRequest, TensorState
 if TYPE_CHECKING:
     from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
+    from editkit.model.shortcuts import Comparison
+    from editkit.model.tokens import TargetSequence
     from editkit.stats.store import Moments
 
 ENTRY_BYTES = 4 + 8 * 4  # of an entry besides its key and value: a radius and a short answer
@@ -104,6 +106,12 @@ class Grace(AbstractSideEditor[GracePlan]):
             working=gradient, beside=work.edits * (4 * work.both + ENTRY_BYTES), columns_per_edit=0
         )
 
+    def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
+        """The search by a cached suffix beside one by the whole network."""
+        [sequence] = encode_with_targets(model.tokenizer, [request.probe()], chat=model.chat)
+        (module,), first = self.modules(model), self._first(sequence)
+        return compare_replaced(model, module, self.layers[0], request.probe(), sequence, first)
+
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
         (module,) = self.modules(model)
         rows, columns = model.weight(module).shape
@@ -149,38 +157,32 @@ class Grace(AbstractSideEditor[GracePlan]):
         with torch.no_grad(), reading as captured:
             before = float(log_probability().exp())
         query_I = captured.inputs[module][0, last].float()
-        codebook, entry = codebook.placed(query_I, sequence.target_ids, radius=self.radius)
-        if bool(codebook.values_NO[entry].any()):  # of an entry that was there before
+        entry = codebook.entry_for(query_I, sequence.target_ids, self.radius)
+        if entry is not None:
             start_O = codebook.values_NO[entry]
         elif self.start == "output":
             start_O = captured.outputs[module][0, last].float()
         else:
             start_O = torch.rand(codebook.values_NO.shape[1]).to(query_I)
-        found = self._search(model, codebook, start_O, log_probability, last, before)
-        return codebook.with_value(entry, found.value_O), found
+        first, layer = self._first(sequence), self.layers[0]
+        forward = replaced_forward(model, module, layer, request.probe(), sequence, first)
+        found = self._search(forward, start_O, before)
+        codebook, _ = codebook.placed(
+            query_I, sequence.target_ids, found.value_O, radius=self.radius
+        )
+        return codebook, found
 
-    def _search(
-        self,
-        model: EditableModel,
-        codebook: Codebook,
-        start_O: torch.Tensor,
-        log_probability: Callable[[], torch.Tensor],
-        last: int,
-        before: float,
-    ) -> _Found:
+    def _first(self, sequence: TargetSequence) -> int:
+        """The first token whose output the value replaces."""
+        return sequence.start - 1 if self.replace == "last" else 0
+
+    def _search(self, forward: Forward, start_O: torch.Tensor, before: float) -> _Found:
         """Adam on the value alone. The loss belongs to the value that is returned."""
         value_O, steps = start_O.clone().requires_grad_(), 0
-        first = last if codebook.replace == "last" else 0
         adam = torch.optim.Adam([value_O], lr=self.lr)
-
-        def replaced(outputs: torch.Tensor) -> torch.Tensor:
-            moved = outputs.clone()  # (1, T, O), or (T, O) in networks that drop the rows
-            moved.view(-1, len(value_O))[first : last + 1] = value_O.to(outputs)
-            return moved
-
         while True:
-            with torch.enable_grad(), change_outputs(model, {codebook.module: replaced}):
-                loss = -log_probability().mean()
+            with torch.enable_grad():
+                loss = -forward(value_O)
             value = loss.item()
             if not math.isfinite(value) or value < self.stop_loss or steps == self.steps:
                 break

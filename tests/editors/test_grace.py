@@ -9,6 +9,7 @@ import torch
 
 from editkit.editors.codebook import Codebook
 from editkit.editors.grace import Grace
+from editkit.editors.replaced_output import by_network, replaced_forward
 from editkit.errors import OptionError
 from editkit.model.beside import NONE
 from editkit.model.tokens import encode_with_targets, pad
@@ -63,30 +64,51 @@ def test_a_prompt_is_sent_to_the_nearest_entry_only_within_the_radius_of_that_en
 
 
 def test_entries_split_grow_and_stay_apart_by_the_papers_rule() -> None:
-    first, at = codebook(torch.zeros(0, 2)).placed(torch.zeros(2), (7,), radius=1.0)
+    first, at = codebook(torch.zeros(0, 2)).placed(torch.zeros(2), (7,), torch.ones(3), radius=1.0)
     assert (at, first.radii_N.tolist()) == (0, [1.0])
-    apart, at = first.placed(torch.tensor([2.5, 0.0]), (8,), radius=1.0)
+    apart, at = first.placed(torch.tensor([2.5, 0.0]), (8,), torch.ones(3), radius=1.0)
     assert (at, apart.radii_N.tolist()) == (1, [1.0, 1.0]), "further away than both radii"
-    split, at = first.placed(torch.tensor([1.5, 0.0]), (8,), radius=1.0)
+    split, at = first.placed(torch.tensor([1.5, 0.0]), (8,), torch.ones(3), radius=1.0)
     assert at == 1
     assert split.radii_N.tolist() == pytest.approx([0.75 - 1e-5, 0.75], abs=1e-7)
-    grown, at = first.placed(torch.tensor([1.5, 0.0]), (7,), radius=1.0)
+    grown, at = first.placed(torch.tensor([1.5, 0.0]), (7,), torch.ones(3), radius=1.0)
     assert (at, len(grown), grown.radii_N.tolist()) == (0, 1, [1.5])
-    inside, at = first.placed(torch.tensor([0.5, 0.0]), (7,), radius=1.0)
+    inside, at = first.placed(torch.tensor([0.5, 0.0]), (7,), torch.ones(3), radius=1.0)
     assert (at, len(inside), inside.radii_N.tolist()) == (0, 1, [1.0])
     assert first.radii_N.tolist() == [1.0], "a codebook is a value"
 
 
 def test_a_later_answer_to_the_same_prompt_takes_the_place_of_the_earlier_one() -> None:
-    first, _ = codebook(torch.zeros(0, 2)).placed(torch.tensor([3.0, 4.0]), (7,), radius=1.0)
-    again, at = first.placed(torch.tensor([3.0, 4.0 + 1e-6]), (8, 9), radius=1.0)
+    first, _ = codebook(torch.zeros(0, 2)).placed(
+        torch.tensor([3.0, 4.0]), (7,), torch.ones(3), radius=1.0
+    )
+    again, at = first.placed(torch.tensor([3.0, 4.0 + 1e-6]), (8, 9), torch.ones(3), radius=1.0)
     assert (at, len(again), again.answer(0)) == (0, 1, (8, 9))
     assert again.radii_N.tolist() == [1.0], "two entries of radius zero would reach nothing"
 
 
+def test_a_codebook_that_grew_is_a_value_and_its_descendants_share_its_memory() -> None:
+    grown = [codebook(torch.zeros(0, 2))]
+    for number in range(40):
+        key, value = torch.tensor([10.0 * number, 0.0]), torch.full((3,), float(number))
+        grown.append(grown[-1].placed(key, (number, 7)[: 1 + number % 2], value, radius=1.0)[0])
+    other, _ = grown[30].placed(torch.tensor([0.0, 50.0]), (1, 2, 3), torch.zeros(3), radius=1.0)
+    for count, book in enumerate(grown):
+        assert len(book) == count
+        assert book.values_NO[:, 0].tolist() == [float(number) for number in range(count)]
+        assert [book.answer(n) for n in range(count)] == [
+            (n, 7)[: 1 + n % 2] for n in range(count)
+        ], "another codebook that grew from the same rows changes nothing"
+    assert (len(other), other.answer(30)) == (31, (1, 2, 3))
+    places = {book.keys_NI.data_ptr() for book in grown[1:]}
+    assert len(places) <= 4, "most of the forty share their rows"
+
+
 def test_answers_are_the_same_by_their_tokens_not_by_the_mean_of_their_ids() -> None:
-    first, _ = codebook(torch.zeros(0, 2)).placed(torch.zeros(2), (4, 6), radius=1.0)
-    more, at = first.placed(torch.tensor([0.5, 0.0]), (5, 5), radius=1.0)  # the same mean
+    first, _ = codebook(torch.zeros(0, 2)).placed(torch.zeros(2), (4, 6), torch.ones(3), radius=1.0)
+    more, at = first.placed(
+        torch.tensor([0.5, 0.0]), (5, 5), torch.ones(3), radius=1.0
+    )  # the same mean
     assert (at, len(more)) == (1, 2)
     assert [more.answer(entry) for entry in range(2)] == [(4, 6), (5, 5)]
 
@@ -150,3 +172,29 @@ def test_options_out_of_range_are_named_together() -> None:
         replace(GRACE, layers=(0, 1), radius=0.0, steps=0, lr=-1.0, stop_loss=-0.1)
     named = [problem.partition(":")[0] for problem in raised.value.problems]
     assert named == ["radius", "steps", "lr", "layers", "stop_loss"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gptj"])
+@pytest.mark.parametrize("replaced", ["last", "prompt"])
+@pytest.mark.parametrize("matrix", ["down", "up"])
+def test_a_search_from_the_kept_part_of_a_text_is_that_of_the_whole_network(
+    kind: Kind, replaced: str, matrix: str
+) -> None:
+    model = tiny_model(kind)
+    editor = replace(GRACE, replace=replaced, matrix=matrix)
+    [found] = editor.self_check(model, request(2))
+    assert found.agrees and found.differences.keys() == {"loss", "gradient"}
+    assert max(found.differences.values()) < 1e-4
+    (module,) = editor.modules(model)
+    [sequence] = encode_with_targets(model.tokenizer, [request(2).probe()])
+    first = sequence.start - 1 if replaced == "last" else 0
+    width = model.weight(module).shape[0]
+    values = noise(2, width, seed=1).float()
+    state = editor.init(model, None)  # type: ignore[arg-type]
+    step = step_of(model, requests(3), state=state)
+    model.attach(*editor.attach(model, editor.propose(step, editor.plan(step))))
+    ours = replaced_forward(model, module, 1, request(2).probe(), sequence, first)
+    plain = by_network(model, module, request(2).probe(), sequence, first)
+    assert ours.__qualname__ != plain.__qualname__, "two ways"
+    for value_O in values:  # beside entries that cover this very prompt
+        assert float(ours(value_O)) == pytest.approx(float(plain(value_O)), abs=1e-4)
