@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from editkit.api.editing import edit as edit
     from editkit.api.exported import load_edited as load_edited
     from editkit.api.loading import load as load
+    from editkit.api.probing import Measures as Measures
     from editkit.api.result import EditResult as EditResult
     from editkit.api.runs import export as export
     from editkit.api.runs import load_run as load_run
@@ -77,6 +78,7 @@ else:
         "Lora": "editors.lora",
         "LowRank": "linalg.lowrank",
         "Measurement": "types",
+        "Measures": "api.probing",
         "Memit": "editors.memit",
         "Memoe": "editors.memoe",
         "Mend": "editors.mend",

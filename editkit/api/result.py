@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from editkit.linalg.lowrank import LowRank
-from editkit.types import EditRequest
+from editkit.types import EditRequest, Probe
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
@@ -32,6 +32,7 @@ class EditResult:
     probability_after: tuple[float, ...]
     seconds: Mapping[str, float]  # by phase: target, solve, apply, restrain, telemetry
     nonfinite: str | None = None  # the number that was not finite; then nothing was changed
+    broken: tuple[Probe, ...] = ()  # the canaries that the edit changed; then it was taken back
 
     def __repr__(self) -> str:
         number = len(self.requests)
@@ -39,7 +40,9 @@ class EditResult:
         head += f"{sum(self.seconds.values()):.2f} s"
         if self.nonfinite is not None:
             head += f", not applied: non-finite {self.nonfinite}"
-        lines = [head]
+        if self.broken:
+            head += f", taken back: it changes {len(self.broken)} canaries"
+        lines = [head, *(f"  {probe.prompt} -> {probe.answer}" for probe in self.broken[:SHOWN])]
         rows = zip(self.requests, self.probability_before, self.probability_after, strict=True)
         for request, before, after in list(rows)[:SHOWN]:
             change = f"probability {before:.4f} -> {after:.4f}"

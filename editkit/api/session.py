@@ -11,17 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.api.composing import kept_generators
 from editkit.api.method import RestraintChoice, choose_method
+from editkit.api.probing import (
+    Measures,
+    changed_probes,
+    greedy_answers,
+    measure,
+    probabilities,
+    require_probes,
+    weight_figures,
+)
 from editkit.api.requests import batch_of, request_of
 from editkit.api.result import EditResult
 from editkit.editors.base import AbstractAnyEditor, AbstractEditor, Step
 from editkit.errors import ConfigError, OptionError, keys_under, message
-from editkit.evaluation.scoring.teacher_forcing import score
 from editkit.lazy import torch
 from editkit.linalg.spectral import Spectrum, extreme_singular_values
 from editkit.linalg.total import Total
 from editkit.resources.stopwatch import Stopwatch
 from editkit.runner.checkpoint import generator_states, restore_generators
 from editkit.runner.context_length import require_room
+from editkit.runner.export import save_model
 from editkit.runner.measure import corrections
 from editkit.runner.routed import require_routed
 from editkit.runner.self_check import check_editing, check_reading
@@ -35,7 +44,7 @@ from editkit.runner.step import (
 )
 from editkit.stats.build import build as build_moments
 from editkit.stats.store import Moments
-from editkit.types import EditRequest, TensorState
+from editkit.types import EditRequest, Probe, TensorState
 
 if TYPE_CHECKING:
     from editkit.model.beside import AbstractSide
@@ -46,7 +55,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # A text on which scoring and generation are compared with the network itself.
 SAMPLE = "The first railway between the two cities was opened in 1830, and it is still in use."
-TOKENS_PER_BATCH = 4096  # for the probabilities of the targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,7 @@ class _State:
     spectra: Mapping[str, Spectrum]
     generators: TensorState
     sides: tuple[AbstractSide, ...] = ()  # that the session put beside the weights
+    requests: tuple[EditRequest, ...] = ()  # of that edit
 
 
 class Session:
@@ -80,6 +89,10 @@ class Session:
             files, "hub" (Wikipedia), "world" (of the bundled models, and their default) or a
             StatsConfig. Results are cached in `~/.cache/editkit`.
         seed: of everything that is drawn.
+        probes: prompts with answers on which `measure` compares the model with the unedited one.
+        canaries: prompts with answers that no edit may change. They are asked after every edit; an
+            edit after which the most probable tokens at an answer differ from the unedited model's
+            is taken back, and `EditResult.broken` names them.
 
     Raises:
         ConfigError: an argument is invalid, or second moments are needed and have no source.
@@ -95,7 +108,11 @@ class Session:
         options: Mapping[str, object] | None = None,
         second_moments: str | Path | StatsConfig | None = None,
         seed: int = 0,
+        probes: Sequence[Probe] = (),
+        canaries: Sequence[Probe] = (),
     ) -> None:
+        self._probes = require_probes("probes", probes)
+        self._canaries = require_probes("canaries", canaries)
         method = choose_method(
             model.name,
             editor=editor,
@@ -123,6 +140,7 @@ class Session:
         self._is_checked = False  # whether the editor's shortcuts were compared
         with kept_generators(), _unedited(model):
             _warn(check_reading(model, SAMPLE))
+            self._frozen = greedy_answers(model, [*self._probes, *self._canaries])
             with keys_under("editor"):
                 self.modules = self.editor.modules(model)
                 self._contexts = self.editor.contexts(model, torch.Generator().manual_seed(seed))
@@ -191,7 +209,7 @@ class Session:
         if not self._is_checked:
             _warn(check_editing(model, self.editor, batch[0]))
             self._is_checked = True
-        before = _probabilities(model, batch)
+        before = probabilities(model, batch)
         step = Step(
             model=model,
             requests=batch,
@@ -226,7 +244,11 @@ class Session:
         except BaseException:
             model.undo()  # a part of the batch may be written
             raise
-        if nonfinite is not None:
+        broken: tuple[Probe, ...] = ()
+        if nonfinite is None:
+            with clock.phase("canaries"):
+                broken = changed_probes(model, self._canaries, self._frozen)
+        if nonfinite is not None or broken:
             model.undo()
             return EditResult(
                 requests=batch,
@@ -234,6 +256,7 @@ class Session:
                 probability_after=before,
                 seconds=clock.seconds,
                 nonfinite=nonfinite,
+                broken=broken,
             )
         with clock.phase("telemetry"):
             spectra = state.spectra
@@ -251,6 +274,7 @@ class Session:
                 spectra=spectra,
                 generators=generators,
                 sides=applied.sides,
+                requests=batch,
             )
         )
         return EditResult(
@@ -259,9 +283,45 @@ class Session:
             telemetry=telemetry,
             side=side_figures(applied.sides),
             probability_before=before,
-            probability_after=_probabilities(model, batch),
+            probability_after=probabilities(model, batch),
             seconds=clock.seconds,
         )
+
+    def undo(self) -> None:
+        """Takes the last edit back: the weights have the bits from before it.
+
+        Raises:
+            ConfigError: no edit of this session is in the model, or others edited it since.
+        """
+        state = self._current()
+        if state.mark is None or self.model.marks[-1] != state.mark:
+            problem = "the last edit of the model is not one of this session"
+            raise ConfigError(message("undo", problem, fix="use model.undo()"))
+        self.model.undo()
+
+    def measure(self) -> Measures:
+        """Efficacy of this session's edits that are in the model, generalization on the paraphrases
+        of their requests, locality on the session's probes, and the state of the edited matrices.
+        """
+        state = self._current()
+        requests = [request for kept in self._history for request in kept.requests]
+        telemetry = {} if state.sides else weight_figures(self.model, state.spectra)
+        return measure(self.model, requests, self._probes, self._frozen, telemetry)
+
+    def save(self, to: str | Path) -> None:
+        """Writes the model as it is as a folder that transformers loads, and `editkit.load_edited`
+        with what stands beside the weights. The folder appears whole or not at all.
+
+        Raises:
+            ConfigError: the folder exists and is not empty, or cannot be written.
+        """
+        self._current()
+        edits = [
+            [{"prompt": request.full_prompt, "target": request.target} for request in kept.requests]
+            for kept in self._history[1:]
+        ]
+        about = {"editor": type(self.editor).__name__, "edits": edits}
+        save_model(self.model, Path(to), about=about)
 
     @contextlib.contextmanager
     def restrained(self, name: str | None = None) -> Iterator[None]:
@@ -334,9 +394,3 @@ def _require_none_beside(model: EditableModel) -> None:
 def _warn(warnings: Sequence[str]) -> None:
     for warning in warnings:
         log.warning("%s", warning)
-
-
-def _probabilities(model: EditableModel, requests: Sequence[EditRequest]) -> tuple[float, ...]:
-    probes = [request.probe() for request in requests]
-    scores = score(model, probes, tokens_per_batch=TOKENS_PER_BATCH)
-    return tuple(scores[probe].probability for probe in probes)

@@ -116,7 +116,7 @@ def export(
         restrain_totals(model, restraint, model.totals(), state.base_sigma_max)
     about = _about(records, state, view)
     if form == "model":
-        _save(model, to, about=about)
+        save_model(model, to, about=about)
         return {}
     adapter = adapter_of(model, model.totals(), rank=rank)
     _write(to, about, lambda folder: write_adapter(adapter, folder, form=form, about=about))
@@ -162,8 +162,16 @@ def _about(records: RunRecords, state: RunState, view: str | None) -> dict[str, 
     }
 
 
-def _save(model: EditableModel, to: Path, *, about: Mapping[str, Any]) -> None:
-    """Writes the model and what stands beside its weights."""
+def save_model(model: EditableModel, to: Path, *, about: Mapping[str, Any]) -> None:
+    """Writes the model and what stands beside its weights as a folder, which appears whole or not
+    at all.
+
+    Args:
+        about: the content of editkit.json.
+
+    Raises:
+        ConfigError: the folder exists and is not empty, or cannot be written.
+    """
 
     def fill(folder: Path) -> None:
         model.network.save_pretrained(folder)
