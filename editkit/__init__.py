@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from editkit.editors.lora import MergedLora as MergedLora
     from editkit.editors.memit import Memit as Memit
     from editkit.editors.memoe import Memoe as Memoe
+    from editkit.editors.memoir import Memoir as Memoir
     from editkit.editors.mend import Mend as Mend
     from editkit.editors.pmet import Pmet as Pmet
     from editkit.editors.rome import Rome as Rome
@@ -81,6 +82,7 @@ else:
         "Measures": "api.probing",
         "Memit": "editors.memit",
         "Memoe": "editors.memoe",
+        "Memoir": "editors.memoir",
         "Mend": "editors.mend",
         "MergedLora": "editors.lora",
         "NormCap": "restraints.norm_cap",

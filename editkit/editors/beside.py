@@ -1,4 +1,7 @@
-"""What editors share that put something beside one matrix."""
+"""What editors share that put something beside one matrix.
+
+Shape letters: N tokens, I input width of the matrix, T tokens (padded).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from editkit.errors import ConfigError, message
+from editkit.lazy import torch
+from editkit.model.capture import capture
+from editkit.model.tokens import pad
 
 if TYPE_CHECKING:
     from editkit.model.beside import AbstractSide
@@ -54,3 +60,13 @@ def without_own(
         yield tuple(others)
     finally:
         model.attach(*before)
+
+
+def inputs_of(
+    model: EditableModel, module: str, texts: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """(N, I) by text: the module's inputs at its tokens."""
+    batch = pad(texts, device=model.device)
+    with torch.no_grad(), capture(model, inputs=[module]) as captured:
+        model.final_hidden(batch)
+    return [row_TI[: len(ids)] for row_TI, ids in zip(captured.inputs[module], texts, strict=True)]

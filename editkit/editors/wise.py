@@ -31,15 +31,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from editkit.editors.base import AbstractSideEditor, Plan, Step
-from editkit.editors.beside import Matrix, layer_problems, matrix_beside, without_own
+from editkit.editors.beside import Matrix, inputs_of, layer_problems, matrix_beside, without_own
 from editkit.editors.ft import answers_log_probabilities
 from editkit.editors.memories import Memories
 from editkit.errors import OptionError, message
 from editkit.lazy import torch
 from editkit.linalg.ties import ties
-from editkit.model.capture import capture
 from editkit.model.contexts import sample_contexts
-from editkit.model.tokens import PLACE, encode_prompts, encode_with_targets, fill, pad
+from editkit.model.tokens import PLACE, encode_prompts, encode_with_targets, fill
 from editkit.resources.workload import REQUEST, EditorMemory, Workload
 from editkit.types import EditRequest, TensorState
 
@@ -277,13 +276,3 @@ class Wise(AbstractSideEditor[WisePlan]):
             pairs = others[:, None] - edits[None] + self.gamma
             loss = loss + (others - self.alpha).relu().mean() + pairs.relu().mean()
         return loss
-
-
-def inputs_of(
-    model: EditableModel, module: str, texts: Sequence[Sequence[int]]
-) -> list[torch.Tensor]:
-    """(N, I) by text: the module's inputs at its tokens."""
-    batch = pad(texts, device=model.device)
-    with torch.no_grad(), capture(model, inputs=[module]) as captured:
-        model.final_hidden(batch)
-    return [row_TI[: len(ids)] for row_TI, ids in zip(captured.inputs[module], texts, strict=True)]

@@ -46,7 +46,12 @@ STACKS = [("eac", "prune"), ("d4s", "prune"), ("eac", "rect", "prune")]
 ONE_SEAT = ("objective", "solve")  # places that have room for one restraint
 EDITS = 5
 # What stands beside the weights after each of the edits, of which the last two repeat earlier ones.
-ENTRIES = {"grace": [1, 2, 3, 3, 3], "memoe": [4] * EDITS, "wise": [1] * EDITS}
+ENTRIES = {
+    "grace": [1, 2, 3, 3, 3],
+    "memoe": [4] * EDITS,
+    "memoir": [1, 2, 3, 3, 3],
+    "wise": [1] * EDITS,
+}
 
 # A few steps of each search are enough to see that a pair works; PRUNE's logarithm would enlarge
 # the singular values of random matrices.
@@ -55,6 +60,7 @@ QUICK = {
     "editor.target.steps": 3,
     "editor.target.stop_loss": 0.0,  # of five requests two are asked twice
     "editor.stop_loss": 0.0,
+    "editor.columns": 8,  # of masks, in narrow networks
     "editor.context_lengths": [[4, 1]],
     "editor.answer": "predicted",  # these requests have no old answer
     "editor.threshold": 0.0,  # every layer has neurons

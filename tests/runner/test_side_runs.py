@@ -29,12 +29,13 @@ from editkit.runner.session import run as run_experiment
 from editkit.types import EvalRecord, StepRecord
 from tests.editors.test_grace import GRACE
 from tests.editors.test_memoe import MEMOE
+from tests.editors.test_memoir import MEMOIR
 from tests.editors.test_wise import WISE
 from tests.support.fakes import trajectory
 from tests.support.helpers import requests, tiny_model
 from tests.support.sessions import finish, records, run_folder, start, wait_for_lines
 
-EDITORS = [GRACE, replace(MEMOE, steps=2, noise=0.1), replace(WISE, shard=2, merge_every=4)]
+EDITORS = [GRACE, replace(MEMOE, steps=2, noise=0.1), MEMOIR, replace(WISE, shard=2, merge_every=4)]
 RUN = (
     *("model=tiny-gpt2", "editor=grace", "suite=none", "tracker=none", "editor.steps=5"),
     *("edits=6", "milestones=[0,3,6]", "checkpoint.every=2"),

@@ -40,12 +40,16 @@ INSIDE = {
     "writing": ("os:fsync", "os:replace"),
     "training": ("editkit.hypernet.learner:_Learner.take_step",),
 }
-WITHOUT_STATISTICS = (*("adalora", "ft", "grace", "kn", "lora", "memoe", "mend", "none", "wise"),)
+WITHOUT_STATISTICS = (
+    *("adalora", "ft", "grace", "kn", "lora", "memoe", "memoir", "mend", "none", "wise"),
+)
 SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 STEPS = ("editor.steps=3",)
 QUICK = {
     **dict.fromkeys(("rome", "memit", "emmet", "pmet", "d4s", "alphaedit"), SEARCH),
-    **dict.fromkeys(("adalora", "ft", "grace", "lora", "lora_merged", "memoe", "wise"), STEPS),
+    **dict.fromkeys(
+        ("adalora", "ft", "grace", "lora", "lora_merged", "memoe", "memoir", "wise"), STEPS
+    ),
     "kn": ("editor.steps=2", "editor.refine=none", "editor.answer=predicted"),
     "mend": ("editor.hypernetwork=asset:mend/tiny-gpt2",),
     "eac": ("restraint.eac.steps_search=1", "restraint.eac.steps_retrain=2"),
