@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editkit.bench import editing, memit, moments, rome, search, telemetry
+from editkit.bench import editing, memit, moments, rome, search, serve, telemetry
 from editkit.bench.base import Comparison, Options, machine
 from editkit.bench.shapes import model_shapes
 from editkit.errors import ConfigError, message
@@ -22,7 +22,7 @@ FOLDER = Path("benchmarks/results")
 NOTES = (
     *("phases_s", "telemetry_share", "batch", "batch_per_edit_s", "batch_gain", "batch_cpu_gain"),
     *("edit_1_s", "later_over_first", "later_over_first_cpu", "records", "plain_records"),
-    *("tokens", "unstopped_s", "flop_ratio"),
+    *("tokens", "unstopped_s", "flop_ratio", "edit_growth", "entries"),
 )
 
 
@@ -38,6 +38,7 @@ def measurements() -> dict[str, Callable[[Options], Comparison]]:
         "alphaedit": memit.measure_alphaedit,
         "editing": editing.measure,
         "moments": moments.measure,
+        "serve": serve.measure,
     }
 
 
@@ -116,6 +117,9 @@ def table(results: Sequence[dict[str, Any]]) -> Group:
         if result["layers"] < result["layers_of_the_model"]:
             facts.insert(0, f"{result['layers']} of {result['layers_of_the_model']} layers")
         notes += [f"{name}: {', '.join(facts)}"] if facts else []
+        for editor, latencies in result.get("served", {}).items():
+            shown = ", ".join(f"{kind} {_short(value)}" for kind, value in latencies.items())
+            notes.append(f"{name}: {editor}: {shown}")
         if profile := result.get("profile"):
             kinds = [kind for kind in ("phase", "operation") if any(kind in row for row in profile)]
             notes += [note for kind in kinds for note in ("", _profile_table(profile, kind))]
