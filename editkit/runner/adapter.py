@@ -1,5 +1,5 @@
 """The edits of a run as low-rank factors of each matrix: a LoRA adapter for peft, or the factors
-themselves.
+themselves. The edits are the totals of the matrices, or LoRA's products beside them.
 
 peft computes W x + (alpha / r) B A x with A (r, I) and B (O, r). Here alpha = r, and B A is the
 total D = W_N - W_0. All matrices of an adapter have one rank; smaller factors get zeros.
@@ -10,17 +10,19 @@ Shape letters: O d_out, I d_in, R rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from editkit.editors.low_rank_side import LowRankSide
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.linalg.total import Total
 
 if TYPE_CHECKING:
+    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
 
 # Values of vLLM's --max-lora-rank (vllm.config.lora.MaxLoRARanks of version 0.14). An adapter's
@@ -44,6 +46,14 @@ class Adapter:
         """The rank of a LoRA adapter: the largest of its matrices, padded to one that is served."""
         largest = max(factor.rank for factor in self.factors.values())
         return next((rank for rank in SERVED_RANKS if rank >= largest), largest)
+
+
+def products(sides: Sequence[AbstractSide]) -> dict[str, Total]:
+    """What adapters beside the weights add to each matrix; empty if something else stands there."""
+    if not all(isinstance(side, LowRankSide) for side in sides):
+        return {}
+    added = {side.module: side.product() for side in sides if isinstance(side, LowRankSide)}
+    return {module: Total(product.shape).plus(product) for module, product in added.items()}
 
 
 def adapter_of(model: EditableModel, totals: Mapping[str, Total], *, rank: int | None) -> Adapter:

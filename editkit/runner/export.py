@@ -19,7 +19,7 @@ from editkit.model.load import ModelConfig
 from editkit.records.reader import RunRecords, load_run
 from editkit.records.views import trajectory_view
 from editkit.restraints.base import AbstractRestraint, AbstractTotalRestraint
-from editkit.runner.adapter import adapter_of, write_adapter
+from editkit.runner.adapter import adapter_of, products, write_adapter
 from editkit.runner.checkpoint import RunState, load_state
 from editkit.runner.inputs import MODEL
 from editkit.runner.side_files import write_sides
@@ -118,7 +118,7 @@ def export(
     if form == "model":
         save_model(model, to, about=about)
         return {}
-    adapter = adapter_of(model, model.totals(), rank=rank)
+    adapter = adapter_of(model, model.totals() or products(model.sides), rank=rank)
     _write(to, about, lambda folder: write_adapter(adapter, folder, form=form, about=about))
     return adapter.errors
 

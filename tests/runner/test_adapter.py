@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,11 +11,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from editkit.api.exported import load_edited
+from editkit.config.build import build
+from editkit.config.compose import compose
 from editkit.errors import ConfigError
+from editkit.model.load import ModelConfig
 from editkit.runner.adapter import DELTA, SERVED_RANKS
+from editkit.runner.checkpoint import load_state
 from editkit.runner.export import export
+from editkit.runner.session import run as run_experiment
+from editkit.runner.step import attach
 from tests.runner.test_export import edited_run
 from tests.support.helpers import KINDS, Kind
+from tests.support.sessions import run_folder
 
 IDS = torch.tensor([[3, 7, 1, 9, 4]])
 
@@ -40,6 +49,30 @@ def test_peft_loads_and_merges_the_adapter_to_the_logits_of_the_edited_model(
     assert (unedited - expected).abs().max() > 1e-2 * scale
     assert (beside - expected).abs().max() < 1e-5 * scale
     assert (merged - expected).abs().max() < 1e-5 * scale
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own call
+@pytest.mark.parametrize("editor", [pytest.param("lora", marks=pytest.mark.slow), "adalora"])
+def test_an_adapter_beside_the_weights_is_loaded_by_peft_and_by_load_edited(
+    tmp_path: Path, editor: str
+) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed: the extra 'peft'")
+    choices = (f"editor={editor}", "editor.steps=5", "editor.lr=0.005", "model=tiny-gpt2")
+    few = ("edits=2", "milestones=[2]", "suite=none", "tracker=none")
+    experiment = build(compose([*choices, *few, f"paths.outputs={tmp_path / 'runs'}"]).config)
+    assert run_experiment(experiment) == 0
+    run, model = run_folder(tmp_path / "runs"), ModelConfig(id="asset:tiny-gpt2").load("cpu")
+    base = copy.deepcopy(model.network)
+    attach(model, experiment.editor, load_state(run / "state").editor)
+    export(run, tmp_path / "lora", form="lora")
+    export(run, tmp_path / "whole")
+    with torch.no_grad():
+        expected, unedited = model.network(IDS).logits, base(IDS).logits
+        theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "lora"))(IDS).logits
+        ours = load_edited(tmp_path / "whole")(IDS).logits
+    assert (unedited - expected).abs().max() > 1e-2
+    assert torch.allclose(theirs, expected, atol=1e-4)
+    assert torch.equal(ours, expected)
 
 
 def test_an_adapter_keeps_the_rules_of_a_server(tmp_path: Path) -> None:
