@@ -19,6 +19,7 @@ NAMES = (
         "Measures",
         "Memit",
         "Memoe",
+        "Memoir",
         "Mend",
         "MergedLora",
         "NormCap",
