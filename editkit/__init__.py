@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from editkit.editors.mend import Mend as Mend
     from editkit.editors.pmet import Pmet as Pmet
     from editkit.editors.rome import Rome as Rome
+    from editkit.editors.ultraedit import UltraEdit as UltraEdit
     from editkit.editors.wise import Wise as Wise
     from editkit.errors import ConfigError as ConfigError
     from editkit.evaluation.base import AbstractEvaluator as AbstractEvaluator
@@ -47,9 +48,18 @@ if TYPE_CHECKING:
     from editkit.restraints.base import AbstractUpdateRestraint as AbstractUpdateRestraint
     from editkit.restraints.d4s import D4S as D4S
     from editkit.restraints.eac import Eac as Eac
+    from editkit.restraints.emmet import EmmetConstraint as EmmetConstraint
+    from editkit.restraints.encore import Encore as Encore
+    from editkit.restraints.lyaplock import LyapLock as LyapLock
+    from editkit.restraints.mose import Mose as Mose
+    from editkit.restraints.mpes import Mpes as Mpes
+    from editkit.restraints.nas import Nas as Nas
     from editkit.restraints.norm_cap import NormCap as NormCap
+    from editkit.restraints.nse import Nse as Nse
     from editkit.restraints.prune import Prune as Prune
     from editkit.restraints.rect import Rect as Rect
+    from editkit.restraints.simie import SimIE as SimIE
+    from editkit.restraints.sphere import Sphere as Sphere
     from editkit.types import EditRequest as EditRequest
     from editkit.types import Measurement as Measurement
     from editkit.types import Probe as Probe
@@ -73,11 +83,14 @@ else:
         "EditResult": "api.result",
         "EditableModel": "model.editable",
         "Emmet": "editors.emmet",
+        "EmmetConstraint": "restraints.emmet",
+        "Encore": "restraints.encore",
         "Ft": "editors.ft",
         "Grace": "editors.grace",
         "Kn": "editors.kn",
         "Lora": "editors.lora",
         "LowRank": "linalg.lowrank",
+        "LyapLock": "restraints.lyaplock",
         "Measurement": "types",
         "Measures": "api.probing",
         "Memit": "editors.memit",
@@ -85,7 +98,11 @@ else:
         "Memoir": "editors.memoir",
         "Mend": "editors.mend",
         "MergedLora": "editors.lora",
+        "Mose": "restraints.mose",
+        "Mpes": "restraints.mpes",
+        "Nas": "restraints.nas",
         "NormCap": "restraints.norm_cap",
+        "Nse": "restraints.nse",
         "Plan": "editors.base",
         "Pmet": "editors.pmet",
         "Probe": "types",
@@ -93,7 +110,10 @@ else:
         "Rect": "restraints.rect",
         "Rome": "editors.rome",
         "Session": "api.session",
+        "SimIE": "restraints.simie",
+        "Sphere": "restraints.sphere",
         "Step": "editors.base",
+        "UltraEdit": "editors.ultraedit",
         "Wise": "editors.wise",
         "edit": "api.editing",
         "export": "api.runs",

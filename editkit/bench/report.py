@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editkit.bench import editing, memit, moments, rome, search, serve, telemetry
+from editkit.bench import editing, memit, moments, rome, search, serve, solves, telemetry
 from editkit.bench.base import Comparison, Options, machine
 from editkit.bench.shapes import model_shapes
 from editkit.errors import ConfigError, message
@@ -39,6 +39,9 @@ def measurements() -> dict[str, Callable[[Options], Comparison]]:
         "editing": editing.measure,
         "moments": moments.measure,
         "serve": serve.measure,
+        "ultraedit": solves.measure_ultraedit,
+        "sphere": solves.measure_sphere,
+        "lyaplock": solves.measure_lyaplock,
     }
 
 

@@ -16,7 +16,7 @@ from editkit.config.experiment import Measuring, Settings
 from editkit.config.identity import TARGET
 from editkit.config.loads import Loads
 from editkit.config.schema import Problems, construct, resolve, unknown_option
-from editkit.datasets.base import AbstractDataset, LoadedDataset, loaded
+from editkit.datasets.base import AbstractDataset, LoadedDataset, loaded, without_subjects
 from editkit.datasets.groups import without_split_groups
 from editkit.editors.base import AbstractAnyEditor
 from editkit.errors import ConfigError, OptionError, message
@@ -44,6 +44,7 @@ PARTS: dict[str, type] = {
     "runtime": Runtime,
 }
 EVALUATION, RECIPE, KNOWN_ONLY = "evaluation", "recipe", "known_only"
+UNNEEDED = "unneeded"  # a subject, to some editors
 
 
 class Parts:
@@ -178,8 +179,16 @@ class Parts:
         """
         if dataset is None or settings is None:
             return None
+        kind = self.editor_class()
+        if kind is not None and not kind.needs_subject:
+            dataset = without_subjects(dataset)
+        elif getattr(dataset, "subject", None) == UNNEEDED:
+            problem = f"editor={self.name_of('editor')} edits at the subject"
+            expected = "required or last_token"
+            self.problems.add(message("dataset.subject", problem, got=UNNEEDED, expected=expected))
         try:
-            key = ["dataset", self.config["dataset"], settings.seed]
+            lacks = getattr(dataset, "subject", None)
+            key = ["dataset", self.config["dataset"], lacks, settings.seed]
             data = self.loads.get(key, lambda: loaded(dataset, settings.seed))
         except ConfigError as error:
             self.problems.add_all(error.problems)

@@ -22,6 +22,7 @@ Order = Literal["file", "shuffled", "reversed"]
 OnBadRecord = Literal["error", "skip"]
 _COUNTS = ("skipped", "left_out", "remarks")
 AT_LAST_TOKEN = "requests whose prompt does not hold the subject, edited at its last token"
+WITHOUT_SUBJECT = "requests without a subject, which the editor does not need"
 MAX_SHOWN = 20  # problems that one error message lists, unless the dataset wants all of them
 # (fields of a record, its index) -> its requests; problems stay in the findings of the fields
 Parse = Callable[[Fields, int], Sequence[EditRequest]]
@@ -57,8 +58,9 @@ class LoadedDataset:
             "requests": len(self.requests),
         }
         facts |= {name: dict(getattr(self, name)) for name in ("variant", *_COUNTS, "separators")}
-        if at_last := [request.id for request in self.requests if not request.subject]:
-            facts["edited_at_last_token"] = at_last
+        if without := [request.id for request in self.requests if not request.subject]:
+            needless = WITHOUT_SUBJECT in self.remarks
+            facts["without_subject" if needless else "edited_at_last_token"] = without
         return facts
 
     def counts(self) -> Iterator[tuple[str, str]]:
@@ -100,15 +102,16 @@ class AbstractFullPrompts(AbstractDataset):
     """A dataset whose records hold a full prompt and the subject, which is looked for in it."""
 
     # what to do with a prompt that does not hold the subject: refuse it, or edit at its last token
-    # (`fact_token: last` of the published code)
-    subject: Literal["required", "last_token"] = "required"
+    # (`fact_token: last` of the published code). "unneeded" is set for an editor that needs none: a
+    # record may lack it, and what is edited does not depend on it.
+    subject: Literal["required", "last_token", "unneeded"] = "required"
     # which one is the subject where it stands several times: in the prompt as a whole word, else
     # anywhere
     occurrence: Occurrence = "first"
 
     def subject_of(self, fields: Fields, key: str) -> str:
-        """The subject of a record. It may be missing where the last token is edited."""
-        if self.subject == "last_token":
+        """The subject of a record. It may be missing unless it is required."""
+        if self.subject != "required":
             return fields.optional_text(key) or ""
         return fields.text(key)
 
@@ -128,13 +131,24 @@ class AbstractFullPrompts(AbstractDataset):
             key,
             subject,
             occurrence=occurrence or self.occurrence,
-            may_lack=self.subject == "last_token",
+            may_lack=self.subject == "last_token" or (self.subject == "unneeded" and not subject),
             keeps_end=keeps_end,
         )
-        if "{}" in prompt or self.subject == "required":
+        is_bad = not prompt and self.subject == "unneeded"
+        if "{}" in prompt or self.subject == "required" or is_bad:
             return prompt, subject
-        fields.remark(AT_LAST_TOKEN)
+        fields.remark(AT_LAST_TOKEN if self.subject == "last_token" else WITHOUT_SUBJECT)
         return prompt, ""
+
+
+def without_subjects(dataset: AbstractDataset) -> AbstractDataset:
+    """The dataset for an editor that needs no subject. Where bad records are skipped, those without
+    a subject still are, so that a run keeps its requests.
+    """
+    skips = getattr(dataset, "on_bad_record", "error") == "skip"
+    if isinstance(dataset, AbstractFullPrompts) and dataset.subject == "required" and not skips:
+        return replace(dataset, subject="unneeded")
+    return dataset
 
 
 def loaded(dataset: AbstractDataset, seed: int) -> LoadedDataset:
@@ -152,7 +166,7 @@ def loaded(dataset: AbstractDataset, seed: int) -> LoadedDataset:
     if dataset.separator != AUTO:
         variant["separator"] = repr(WORDS.get(dataset.separator, dataset.separator))
     if isinstance(dataset, AbstractFullPrompts):
-        if dataset.subject != "required":
+        if dataset.subject == "last_token":
             variant["subject"] = dataset.subject
         if dataset.occurrence != "first":
             variant["occurrence"] = dataset.occurrence

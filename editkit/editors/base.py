@@ -91,6 +91,8 @@ class AbstractAnyEditor(abc.ABC, Generic[PlanT]):
     places: ClassVar[frozenset[Place]]
     max_batch_size: ClassVar[int | None] = None  # requests of one batch; None: any number
     spans_devices: ClassVar[bool] = False  # whether it works with model.device_map
+    # Whether a prompt's subject says where an edit acts; else requests need none.
+    needs_subject: ClassVar[bool] = True
 
     @property
     def needs_moments(self) -> bool:
@@ -178,7 +180,7 @@ class AbstractEditor(AbstractAnyEditor[PlanT]):
         """The update of one matrix, (O, I), on the weights as they are now."""
 
     def observe(self, step: Step, plan: PlanT) -> TensorState:
-        """The state after the batch was applied."""
+        """The state after the batch, whose plan this is, was applied."""
         return step.state
 
 

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, ClassVar
 from editkit.editors.spread import AbstractSpread, SpreadPlan
 from editkit.errors import message
 from editkit.lazy import torch
-from editkit.linalg.lowrank import LowRank
 from editkit.restraints.base import Place
-from editkit.stats.least_squares import LeastSquares, weighted
+from editkit.stats.least_squares import equality_constrained
 
 if TYPE_CHECKING:
     from editkit.editors.base import Step
+    from editkit.linalg.lowrank import LowRank
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
     from editkit.types import TensorState
@@ -67,27 +67,3 @@ class Emmet(AbstractSpread):
         relaxation = self.relaxation if len(step.requests) > 1 else 0.0
         problem = self.problem(step, module, plan)
         return equality_constrained(problem, step.moments, relaxation).to(dtype=torch.float32)
-
-
-def equality_constrained(problem: LeastSquares, moments: Moments, relaxation: float) -> LowRank:
-    """D = R (K^T A K + relaxation I)^-1 K^T A with A = (weight C)^-1, in float64 with rank N.
-
-    C's one factor whitens K and so gives both K^T A K and K^T A; nothing costs I^3.
-    """
-    prior = weighted(problem, moments)
-    white_IN = prior.whiten(problem.keys_IN.double())
-    # A key that is not finite reaches the update through `white_IN`: collapse is a result.
-    gram_NN = torch.nan_to_num(white_IN.T @ white_IN, posinf=0.0, neginf=0.0)
-    values_N, vectors_NN = torch.linalg.eigh(gram_NN)
-    cutoff = 0.0 if relaxation else _cutoff(values_N)
-    scale_N = torch.where(values_N > cutoff, (values_N + relaxation) ** -0.5, 0.0)
-    directions_NN = vectors_NN * scale_N
-    return LowRank(
-        problem.residuals_ON.double() @ directions_NN, prior.unwhiten(white_IN @ directions_NN)
-    )
-
-
-def _cutoff(values_N: torch.Tensor) -> float:
-    """The square of the rounding of float32 keys: the eigenvalues are squared singular values."""
-    rounding = len(values_N) * torch.finfo(torch.float32).eps
-    return rounding**2 * float(values_N[-1])

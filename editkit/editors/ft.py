@@ -63,6 +63,7 @@ class Ft(AbstractEditor[FtPlan]):
     """
 
     spans_devices: ClassVar[bool] = True
+    needs_subject: ClassVar[bool] = False
 
     name: str
     layers: tuple[int, ...]

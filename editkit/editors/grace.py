@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from editkit.editors.base import AbstractSideEditor, Plan, Step
 from editkit.editors.beside import Matrix, layer_problems, matrix_beside
@@ -70,6 +70,8 @@ class Grace(AbstractSideEditor[GracePlan]):
     Raises:
         OptionError: an option is out of range.
     """
+
+    needs_subject: ClassVar[bool] = False
 
     name: str
     layers: tuple[int, ...]

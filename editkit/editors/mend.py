@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from editkit.editors.base import AbstractEditor, Plan, Step
 from editkit.errors import OptionError, message
@@ -71,6 +71,8 @@ class Mend(AbstractEditor[MendPlan]):
     Raises:
         OptionError: an option is out of range.
     """
+
+    needs_subject: ClassVar[bool] = False
 
     name: str
     layers: tuple[int, ...]

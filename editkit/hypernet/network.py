@@ -27,9 +27,10 @@ from typing import Literal
 
 from editkit.errors import OptionError, message
 from editkit.lazy import torch
+from editkit.linalg.running import NAMES, Running
 
 TINY = 1e-7  # added to standard deviations, as in the authors' code
-STATISTICS = ("mean", "squares", "count")  # running statistics of a shape; all other tensors learn
+STATISTICS = NAMES  # running statistics of a shape; all other tensors learn
 STEP_SIZES = "step_sizes"
 
 Shape = tuple[int, int]  # (O, I)
@@ -115,26 +116,12 @@ class Hypernetwork:
         )
 
     def observed(self, factors: Mapping[str, Factors]) -> Hypernetwork:
-        """The network with the statistics of further tokens, matrix by matrix (Chan's update of
-        mean and sum of squares).
-        """
+        """The network with the statistics of further tokens, matrix by matrix."""
         tensors = dict(self.tensors)
         for module, own in factors.items():
             key = name_of(self.shapes[module])
-            z_NZ = torch.cat([own.inputs_NI, own.gradients_NO], dim=-1)[own.counts_N].double()
-            if not len(z_NZ):
-                continue
-            mean_Z, squares_Z, count = (tensors[f"{key}.{name}"] for name in STATISTICS)
-            new_Z = z_NZ.mean(dim=0)
-            total = count + len(z_NZ)
-            shift_Z = new_Z - mean_Z
-            tensors[f"{key}.mean"] = mean_Z + shift_Z * (len(z_NZ) / total)
-            tensors[f"{key}.squares"] = (
-                squares_Z
-                + (z_NZ - new_Z).square().sum(dim=0)
-                + shift_Z.square() * (count * len(z_NZ) / total)
-            )
-            tensors[f"{key}.count"] = total
+            z_NZ = torch.cat([own.inputs_NI, own.gradients_NO], dim=-1)[own.counts_N]
+            tensors |= Running.from_state(key, tensors).plus(z_NZ).state(key)
         return replace(self, tensors=tensors)
 
     def transform(self, module: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ factor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -52,6 +53,12 @@ class Prior:
 
     whiten: Callable[[torch.Tensor], torch.Tensor]  # X (I, N) -> T X (J, N)
     unwhiten: Callable[[torch.Tensor], torch.Tensor]  # X (J, N) -> T^T X (I, N)
+
+
+def ridge(weight: float) -> Prior:
+    """weight * I as a prior: the plain ridge regression."""
+    root = math.sqrt(weight)
+    return Prior(whiten=lambda keys_IN: keys_IN / root, unwhiten=lambda white_IN: white_IN / root)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
 
 from editkit.errors import message
 from editkit.records.views import trajectory_view
@@ -55,6 +55,9 @@ class AbstractObjectiveRestraint(AbstractRestraint):
 
     It implements the protocol `editkit.targets.objective.Objective`.
     """
+
+    # Whether forward passes also tell the most probable tokens.
+    needs_top: ClassVar[bool] = False
 
     @property
     def place(self) -> Place:

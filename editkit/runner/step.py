@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from editkit.editors.base import AbstractAnyEditor, AbstractEditor, AbstractSideEditor, Plan, Step
@@ -86,6 +87,11 @@ def apply_batch(
     at_base = modules if solver is not None and solver.base == "unedited" else ()
 
     def solve(problem: LeastSquares) -> Update:
+        problem = replace(
+            problem,
+            total=partial(model.total_times, problem.module),
+            matrix=partial(model.edited_weight, problem.module),
+        )
         if at_base:  # the total writes a part of what the unedited matrix lacks
             written_ON = model.total_times(problem.module, problem.keys_IN)
             residuals_ON = problem.residuals_ON - written_ON.to(problem.residuals_ON)
@@ -168,6 +174,7 @@ def next_states(
         editor_state = batch.side
     if restraints.solve is not None:
         for problem in batch.problems:
+            problem = replace(problem, update=batch.updates[problem.module][0])
             solve_state = restraints.solve.observe(problem, solve_state, step.moments)
     return editor_state, solve_state
 

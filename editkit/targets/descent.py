@@ -81,6 +81,9 @@ class TargetProblem:
     num_sites: int = 1  # delta and v have one part for each, of equal width
     # finished requests are state one step late (see `StopCheck`); the result has the same bits
     is_stop_check_delayed: bool = False
+    # At a block: the output (N, O) of its MLP at the subject's last token of the clean prompts, if
+    # that is what it adds to the residual stream.
+    mlp_outputs: Callable[[], torch.Tensor] | None = None
 
     def descend(
         self,
@@ -92,6 +95,7 @@ class TargetProblem:
         free_NO: torch.Tensor | None = None,
         penalty: Penalty | None = None,
         final_loss: bool = True,
+        times_at_top: int | None = None,
     ) -> Descent:
         """Minimises the loss with a new Adam. Every update is projected onto |delta| <= clamp *
         |v|, site by site.
@@ -112,6 +116,8 @@ class TargetProblem:
                 zero, and must be zero in the start.
             penalty: a function of delta that is added to the loss.
             final_loss: whether the loss is computed after the last update as well.
+            times_at_top: a request ends at its so-many-th loss at which the target is the most
+                probable text in every context; the forward must tell the most probable tokens.
         """
         assert after is not None or (start_NO is None and among_N is None), (
             "the divergence is measured from delta = 0"
@@ -141,6 +147,8 @@ class TargetProblem:
                 if penalty is not None:
                     loss_K = loss_K + penalty(delta_KO, state.ids_K)
             state = state.with_losses(loss_K, result.log_p_NC, stop_loss=settings.stop_loss)
+            if times_at_top is not None:
+                state = state.with_top(_is_top(result), times_at_top)
             if settings.is_eased:
                 state = self._eased(state, result)
             if step == updates or not any(is_active := stop_check.active(ids, state.is_active_K)):
@@ -182,6 +190,7 @@ class TargetProblem:
             second_KO=zeros_NO,
             gradients_KO=zeros_NO,
             updates_K=torch.zeros_like(ones_N, dtype=torch.long),
+            at_top_K=torch.zeros_like(ones_N, dtype=torch.long),
             loss_K=torch.full_like(ones_N, math.nan) if after is None else after.loss_N,
             is_active_K=torch.ones_like(ones_N, dtype=torch.bool),
             free_KO=free_NO,
@@ -208,9 +217,8 @@ class TargetProblem:
         """The state with the weight of -log p in the next loss, and without requests whose target
         is most probable and whose divergence is small.
         """
-        assert result.top_NC is not None
         settings, divergence_K = self.settings, result.kl_N.detach()
-        is_top_K = (result.log_p_NC.detach() >= result.top_NC - ROUNDING).all(dim=1)
+        is_top_K = _is_top(result)
         is_active_K = state.is_active_K
         if settings.stop_kl is not None:
             is_active_K = is_active_K & ~(
@@ -218,6 +226,12 @@ class TargetProblem:
             )
         weight_K = torch.ones_like(state.nll_weight_K).masked_fill(is_top_K, settings.easing)
         return replace(state, nll_weight_K=weight_K, is_active_K=is_active_K)
+
+
+def _is_top(result: ForwardResult) -> torch.Tensor:
+    """(K,): whether the target is the most probable text in every context."""
+    assert result.top_NC is not None
+    return (result.log_p_NC.detach() >= result.top_NC - ROUNDING).all(dim=1)
 
 
 def _split(

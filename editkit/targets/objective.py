@@ -18,6 +18,10 @@ Site = Literal[
 class Objective(Protocol):
     """A way of minimising the loss of a target search."""
 
+    @property
+    def needs_top(self) -> bool:
+        """Whether forward passes also tell the most probable tokens."""
+
     def search(self, problem: TargetProblem, *, request_ids: Sequence[str], site: Site) -> Descent:
         """The descent whose deltas are the answer; with nothing to restrain,
         `problem.descend(updates=problem.settings.steps - 1)`.

@@ -21,8 +21,9 @@ Shape letters: N requests, O width of the sites' outputs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
@@ -114,8 +115,9 @@ def search_targets(
             settings.tokens_at_once,
         ):
             with measured("prefix"):
+                has_top = settings.is_eased or (objective is not None and objective.needs_top)
                 problem = _problem(
-                    model, site, layer, [sequences[place] for place in places], settings
+                    model, site, layer, [sequences[place] for place in places], settings, has_top
                 )
             with measured("search"):
                 if objective is None:
@@ -173,9 +175,9 @@ def _problem(
     layer: int | None,
     sequences: Sequence[Sequences],
     settings: TargetSettings,
+    has_top: bool,
 ) -> TargetProblem:
     forward: Forward
-    has_top = settings.is_eased
     if layer is None:
         forward, initial_NO = (
             plain_forward(model, site, sequences, has_top=has_top),
@@ -197,7 +199,19 @@ def _problem(
         settings=settings,
         num_sites=len(modules_of(site)),
         is_stop_check_delayed=model.device.type == "cuda",
+        mlp_outputs=_mlp_outputs(model, site, sequences),
     )
+
+
+def _mlp_outputs(
+    model: EditableModel, site: Sites, sequences: Sequence[Sequences]
+) -> Callable[[], torch.Tensor] | None:
+    """At a block, what its MLP adds to the residual stream; None if that is not its output."""
+    blocks = [model.family.block(layer) for layer in range(model.num_layers)]
+    name = modules_of(site)[-1]
+    if name not in blocks or not model.family.adds_mlp_output:
+        return None
+    return partial(site_outputs, model, model.family.mlp(blocks.index(name)), sequences)
 
 
 def _batches(

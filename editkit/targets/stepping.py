@@ -32,6 +32,7 @@ class DescentState:
     second_KO: torch.Tensor
     gradients_KO: torch.Tensor  # sum of all gradients
     updates_K: torch.Tensor
+    at_top_K: torch.Tensor  # number of losses at which the target was the most probable text
     loss_K: torch.Tensor  # the last computed loss
     is_active_K: torch.Tensor
     free_KO: torch.Tensor | None
@@ -54,6 +55,13 @@ class DescentState:
             log_p_KC=torch.where(self.is_active_K[:, None], log_p_KC, known_KC),
             is_active_K=self.is_active_K & loss_K.isfinite() & (loss_K >= stop_loss),
         )
+
+    def with_top(self, is_top_K: torch.Tensor, times: int) -> DescentState:
+        """The state with one more loss at the target's top, after `times` of which a request
+        ends.
+        """
+        at_top_K = self.at_top_K + is_top_K
+        return replace(self, at_top_K=at_top_K, is_active_K=self.is_active_K & (at_top_K < times))
 
     def updated(self, gradient_KO: torch.Tensor, *, step: int, clamp: float) -> DescentState:
         """The state after one update of Adam, projected onto |delta| <= clamp * |v|.

@@ -28,7 +28,8 @@ NAMES = (
         "Probe",
     ),
     *("Prune", "Rect", "Rome", "Session"),
-    *("Step", "Wise", "__version__"),
+    *("Step", "UltraEdit", "Wise", "__version__"),
+    *("EmmetConstraint", "Encore", "LyapLock", "Mose", "Mpes", "Nas", "Nse", "SimIE", "Sphere"),
     *("edit", "export", "load", "load_edited", "load_run", "load_runs", "run"),
 )
 

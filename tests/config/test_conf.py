@@ -100,8 +100,11 @@ def test_every_recipe_completes_its_pair_and_is_chosen_automatically_for_its_mod
 def test_every_restraint_recipe_is_chosen_automatically_and_overridden_by_the_command_line(
     option: Option,
 ) -> None:
-    restraint, *pair = option.name.split("/")  # a model, or editor/model/dataset
-    editor, model, dataset = pair if len(pair) == 3 else ("memit", pair[0], "world")
+    # a model, editor/model, or editor/model/dataset
+    restraint, *chosen_by = option.name.split("/")
+    if len(chosen_by) == 1:
+        chosen_by = ["memit", *chosen_by]
+    editor, model, dataset = (*chosen_by, "world")[:3]
     path = conf_folder() / "restraint_recipe" / f"{option.name}.yaml"
     values = yaml.safe_load(path.read_text())["restraint"][restraint]
     chosen = [f"model={model}", f"editor={editor}", f"restraint=[rect,{restraint}]"]

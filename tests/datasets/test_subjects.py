@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from editkit.api.session import Session
-from editkit.datasets.base import AT_LAST_TOKEN, loaded
+from editkit.config.build import build
+from editkit.config.compose import compose
+from editkit.datasets.base import AT_LAST_TOKEN, WITHOUT_SUBJECT, loaded
 from editkit.datasets.jsonl import JsonLines
 from editkit.datasets.knowedit import KnowEdit
 from editkit.errors import ConfigError
@@ -158,3 +160,29 @@ def test_a_hand_made_request_without_a_subject_must_have_no_place_for_one() -> N
     session = Session(tiny_model(), editor=ft())
     with torch.no_grad(), pytest.raises(ConfigError, match="the place of the subject is not mark"):
         session.edit(EditRequest(id="x", prompt="{} is", subject="", target="Rome"))
+
+
+def test_an_editor_that_needs_no_subject_takes_records_without_one(tmp_path: Path) -> None:
+    """Others refuse them; a subject that the prompt does not hold is refused by all."""
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps(NO_SUBJECT) + "\n")
+
+    def experiment(editor: str, *more: str) -> Any:
+        common = ["model=tiny-gpt2", "suite=none", "tracker=none", "edits=1", "dataset=jsonl"]
+        chosen = [*common, f"editor={editor}", f"dataset.path={path}", *more]
+        return build(compose(chosen).config)
+
+    for editor in ("ultraedit", "ft", "mend", "grace"):
+        data = experiment(editor).data
+        assert data.requests[0].subject == "" and data.variant == {}
+        provenance = data.provenance()
+        assert provenance["without_subject"] == [data.requests[0].id]
+        assert provenance["remarks"] == {WITHOUT_SUBJECT: 1}
+        assert "edited_at_last_token" not in provenance
+    with pytest.raises(ConfigError, match="subject: is missing"):
+        experiment("rome")
+    with pytest.raises(ConfigError, match=r"dataset\.subject: editor=rome edits at the subject"):
+        experiment("rome", "dataset.subject=unneeded")
+    path.write_text(json.dumps(LACKING) + "\n")
+    with pytest.raises(ConfigError, match="does not hold the subject"):
+        experiment("ultraedit")

@@ -23,6 +23,7 @@ LAYERS = {
     "ft": [1],
     "alphaedit": [0, 1, 2],
     "mend": [1, 2],
+    "ultraedit": [0, 1, 2],
 }
 NONE = Shortcuts(
     comparisons=tuple(

@@ -66,6 +66,7 @@ QUICK = {
     "editor.threshold": 0.0,  # every layer has neurons
     "restraint.eac.steps_search": 1,
     "restraint.eac.steps_retrain": 2,
+    "restraint.nas.norm": 1.0,
     "restraint.prune.function": "linear",
     "restraint.alphaedit.threshold": 2.0,  # times the mean eigenvalue
     "restraint.alphaedit.threshold_unit": "relative",
@@ -148,6 +149,21 @@ def label(pair: Pair) -> str:
     return f"{pair[0]}-{'+'.join(pair[1]) or 'none'}"
 
 
+def marked() -> list[Any]:
+    """All pairs. Of restraints at places that many restraints share, the quick run takes those with
+    MEMIT, and the slow run the others.
+    """
+    quick = {"alphaedit", "d4s", "eac", "norm_cap", "prune", "prune_linear", "rect"}
+
+    def is_slow(pair: Pair) -> bool:
+        return pair[0] != "memit" and not set(pair[1]) <= quick
+
+    return [
+        pytest.param(pair, id=label(pair), marks=[pytest.mark.slow] if is_slow(pair) else [])
+        for pair in ALL
+    ]
+
+
 def run(editor: str, restraints: tuple[str, ...], kind: Kind, folder: Path) -> None:
     experiment = build(config(editor, restraints, model=f"tiny-{kind}"))
     # A layer above the edited ones: what is added at the subject reaches the prompt's end through
@@ -210,7 +226,7 @@ def edit_five(
     assert seen == {"unrestrained", *totals}
 
 
-@pytest.mark.parametrize("pair", ALL, ids=label)
+@pytest.mark.parametrize("pair", marked())
 def test_a_pair_runs_five_edits_on_every_architecture_or_is_refused_with_the_places_that_there_are(
     pair: Pair, tmp_path: Path
 ) -> None:

@@ -41,7 +41,8 @@ INSIDE = {
     "training": ("editkit.hypernet.learner:_Learner.take_step",),
 }
 WITHOUT_STATISTICS = (
-    *("adalora", "ft", "grace", "kn", "lora", "memoe", "memoir", "mend", "none", "wise"),
+    *("adalora", "ft", "grace", "kn", "lora", "memoe", "memoir", "mend", "none"),
+    *("ultraedit", "wise"),
 )
 SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 STEPS = ("editor.steps=3",)

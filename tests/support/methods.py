@@ -5,7 +5,7 @@ solve that is watched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from editkit.editors.base import AbstractEditor, Step
 from editkit.editors.memit import Memit
 from editkit.evaluation.scoring.teacher_forcing import score
+from editkit.linalg.lowrank import dense
 from editkit.restraints.base import AbstractSolveRestraint, Base
 from editkit.stats.least_squares import LeastSquares
 from editkit.stats.store import Moments, SecondMoment
@@ -127,3 +128,43 @@ class Watched(AbstractSolveRestraint):
 
     def observe(self, problem: LeastSquares, state: Any, moments: Moments) -> Any:
         return self.inner.observe(problem, state, moments)
+
+
+@dataclass
+class Edited:
+    """One matrix that a restraint on the solve edits, in float64, as the runner does."""
+
+    restraint: AbstractSolveRestraint
+    moments: Moments
+    weight: float
+    matrix: torch.Tensor  # W_0
+    total: torch.Tensor = field(init=False)
+    state: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = torch.zeros_like(self.matrix)
+        self.state = self.restraint.init(None, self.moments)  # type: ignore[arg-type]
+
+    def edit(self, keys: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
+        """Solves, applies and observes one batch. Returns the update."""
+        (module,) = self.moments.by_module
+        problem = LeastSquares(
+            module=module,
+            keys_IN=keys,
+            residuals_ON=residuals,
+            weight=self.weight,
+            total=lambda columns: self.total @ columns,
+            matrix=lambda: self.matrix + self.total,
+        )
+        update = self.restraint.solve(problem, self.state, self.moments)
+        found = dense(update).double()
+        self.total = self.total + found
+        self.state = self.restraint.observe(
+            replace(problem, update=update), self.state, self.moments
+        )
+        return found
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative difference in the Frobenius norm."""
+    return float((found.double() - wanted).norm() / wanted.norm())
