@@ -69,6 +69,35 @@ def export(
                 "--to", f"{to} exists and is not empty", fix="name a new folder, or an empty one"
             )
         )
+    model, state = _edited(records, view, problems, device="cpu")
+    about = _about(records, state, view)
+    if form == "model":
+        save_model(model, to, about=about)
+        return {}
+    adapter = adapter_of(model, model.totals() or products(model.sides), rank=rank)
+    _write(to, about, lambda folder: write_adapter(adapter, folder, form=form, about=about))
+    return adapter.errors
+
+
+def edited_model(
+    run: Path, *, view: str | None = None, device: str | None = None
+) -> tuple[EditableModel, RunRecords, RunState]:
+    """The model of a run's last checkpoint or of a view of it, with the run's records and state.
+
+    Raises:
+        ConfigError: the folder is not a run or has no checkpoint; the run has no such view; the
+            base model is missing or is not the one that was edited.
+    """
+    records = load_run(run)
+    model, state = _edited(records, view, Problems(), device=device or "cpu")
+    return model, records, state
+
+
+def _edited(
+    records: RunRecords, view: str | None, problems: Problems, *, device: str
+) -> tuple[EditableModel, RunState]:
+    """The same of records that were read. `problems` are those of the caller's own arguments."""
+    run = records.folder
     config = construct(records.config.get("model"), "model", ModelConfig, problems)
     added = () if view is None else _added(records.config.get("restraint"), view, problems)
     if config is None or problems.messages:
@@ -94,7 +123,7 @@ def export(
                 fix="export without --view, or run it again with resume=never",
             )
         )
-    model = config.load("cpu")
+    model = config.load(device)
     noted = (records.provenance.get("model") or {}).get("fingerprint", model.fingerprint)
     edited = state.inputs.get(MODEL, noted)  # the provenance is of the last session
     if edited != model.fingerprint:
@@ -114,13 +143,7 @@ def export(
         attach(model, editor, state.editor)
     for restraint in added:
         restrain_totals(model, restraint, model.totals(), state.base_sigma_max)
-    about = _about(records, state, view)
-    if form == "model":
-        save_model(model, to, about=about)
-        return {}
-    adapter = adapter_of(model, model.totals() or products(model.sides), rank=rank)
-    _write(to, about, lambda folder: write_adapter(adapter, folder, form=form, about=about))
-    return adapter.errors
+    return model, state
 
 
 def _added(nodes: Any, view: str, problems: Problems) -> tuple[AbstractTotalRestraint, ...]:

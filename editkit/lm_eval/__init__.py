@@ -1,0 +1,1 @@
+"""lm-evaluation-harness from outside, on the model of a run: `python -m editkit.lm_eval`."""
