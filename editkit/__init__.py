@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from editkit.editors.emmet import Emmet as Emmet
     from editkit.editors.ft import Ft as Ft
     from editkit.editors.grace import Grace as Grace
+    from editkit.editors.in_context import InContext as InContext
     from editkit.editors.kn import Kn as Kn
     from editkit.editors.lora import Lora as Lora
     from editkit.editors.lora import MergedLora as MergedLora
@@ -87,6 +88,7 @@ else:
         "Encore": "restraints.encore",
         "Ft": "editors.ft",
         "Grace": "editors.grace",
+        "InContext": "editors.in_context",
         "Kn": "editors.kn",
         "Lora": "editors.lora",
         "LowRank": "linalg.lowrank",

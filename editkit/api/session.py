@@ -47,9 +47,9 @@ from editkit.stats.store import Moments
 from editkit.types import EditRequest, Probe, TensorState
 
 if TYPE_CHECKING:
-    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
     from editkit.model.history import Mark
+    from editkit.model.side_value import AbstractBeside
     from editkit.stats.corpus import StatsConfig
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class _State:
     solve: TensorState
     spectra: Mapping[str, Spectrum]
     generators: TensorState
-    sides: tuple[AbstractSide, ...] = ()  # that the session put beside the weights
+    sides: tuple[AbstractBeside, ...] = ()  # that the session put beside the weights
     requests: tuple[EditRequest, ...] = ()  # of that edit
 
 
@@ -204,7 +204,8 @@ class Session:
             problem = "requests were given, and prompt, subject or target too"
             raise ConfigError(message("requests", problem, fix="leave one of the two out"))
         batch = batch_of(requests, self.editor)
-        require_room(model, batch, self._contexts, [()] * len(batch))
+        room = self.editor.context_tokens(model, batch, ())
+        require_room(model, batch, self._contexts, [()] * len(batch), before=room)
         require_routed(model, self.editor, batch)
         if not self._is_checked:
             _warn(check_editing(model, self.editor, batch[0]))
@@ -386,7 +387,7 @@ def _require_none_beside(model: EditableModel) -> None:
     """
     if model.sides:
         problem = "another editor has put something beside the weights"
-        got = ", ".join(side.module for side in model.sides)
+        got = ", ".join(side.place for side in model.sides)
         fix = "edit the weights first, or take it away with model.undo() or model.reset()"
         raise ConfigError(message("editor", problem, got=got, expected="a plain model", fix=fix))
 

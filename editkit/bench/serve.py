@@ -23,10 +23,10 @@ from editkit.editors.base import AbstractSideEditor, Step
 from editkit.editors.codebook import Codebook
 from editkit.errors import ConfigError
 from editkit.lazy import torch
-from editkit.model.beside import AbstractSide
 from editkit.model.editable import EditableModel
 from editkit.model.generate import generate
 from editkit.model.side_routes import routed
+from editkit.model.side_value import AbstractBeside
 from editkit.model.tokens import encode_prompts
 from editkit.stats.store import Moments
 from editkit.types import EditRequest, TensorState
@@ -120,7 +120,7 @@ def edit(
 
 def _latencies(
     model: EditableModel,
-    sides: Sequence[AbstractSide],
+    sides: Sequence[AbstractBeside],
     requests: Sequence[EditRequest],
     options: Options,
 ) -> dict[str, float]:
@@ -160,7 +160,7 @@ def _prompts(model: EditableModel, requests: Sequence[EditRequest]) -> list[tupl
     return encode_prompts(model.tokenizer, [request.full_prompt for request in requests])
 
 
-def _filled(side: AbstractSide) -> AbstractSide:
+def _filled(side: AbstractBeside) -> AbstractBeside:
     """A codebook with 10,000 entries, of which the first are those that it has; other sides as they
     are. The keys of the others have the length of its own.
     """
@@ -183,7 +183,7 @@ def _filled(side: AbstractSide) -> AbstractSide:
 
 def _compare(
     model: EditableModel,
-    sides: Sequence[AbstractSide],
+    sides: Sequence[AbstractBeside],
     prompts: Sequence[Sequence[int]],
     timing: PairedTiming,
     repeats: int,
@@ -192,7 +192,7 @@ def _compare(
     and without the sides.
     """
     query, found = _queries(model)["prefill"], dict[Side, torch.Tensor]()
-    turns: tuple[tuple[Side, Sequence[AbstractSide]], ...] = (("plain", ()), ("ours", sides))
+    turns: tuple[tuple[Side, Sequence[AbstractBeside]], ...] = (("plain", ()), ("ours", sides))
     for _ in range(repeats):
         for name, attached in turns:
             model.attach(*attached)
@@ -205,7 +205,7 @@ def _growth(
     model: EditableModel,
     editor: AbstractSideEditor[Any],
     request: EditRequest,
-    book: AbstractSide,
+    book: AbstractBeside,
     options: Options,
 ) -> float:
     """The time of an edit beside the entries of `book` over that beside none."""

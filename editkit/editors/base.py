@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from editkit.datasets.base import LoadedDataset
     from editkit.lazy import torch
     from editkit.linalg.lowrank import Update
-    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
     from editkit.model.shortcuts import Comparison
+    from editkit.model.side_value import AbstractBeside
     from editkit.targets.objective import Objective
 
 
@@ -46,9 +46,10 @@ class Step:
     contexts: tuple[str, ...] = (PLACE,)  # templates with one "{}"; the bare prompt comes first
     state: TensorState = field(default_factory=dict)  # the editor's, from before this batch
     moments: Moments = field(default_factory=Moments)  # second moments of keys, by module
+    pool: tuple[EditRequest, ...] = ()  # of the dataset, which the run does not edit
     objective: Objective | None = None  # replaces the descent of a target search (EAC)
     solver: Callable[[LeastSquares], Update] | None = None  # replaces the least squares (D4S)
-    others: tuple[AbstractSide, ...] = ()  # what other editors put beside the weights
+    others: tuple[AbstractBeside, ...] = ()  # what other editors put beside the weights
 
     def solve(self, problem: LeastSquares) -> Update:
         """The update that a problem asks for: restrained, or the plain minimiser."""
@@ -154,6 +155,16 @@ class AbstractAnyEditor(abc.ABC, Generic[PlanT]):
         [sequence] = encode_with_targets(model.tokenizer, [request.probe()], chat=model.chat)
         return sequence.ids[:-1], range(len(sequence.ids) - 1)
 
+    def context_tokens(
+        self, model: EditableModel, requests: Sequence[EditRequest], pool: Sequence[EditRequest]
+    ) -> int:
+        """The largest number of tokens that these edits put before a prompt.
+
+        Args:
+            pool: requests of the dataset that are not edited.
+        """
+        return 0
+
     def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
         """The shortcuts that the editor takes, each beside the plain computation."""
         return []
@@ -198,7 +209,7 @@ class AbstractSideEditor(AbstractAnyEditor[PlanT]):
         """The state with the edits of the batch. The one before is not modified."""
 
     @abc.abstractmethod
-    def attach(self, model: EditableModel, state: TensorState) -> tuple[AbstractSide, ...]:
+    def attach(self, model: EditableModel, state: TensorState) -> tuple[AbstractBeside, ...]:
         """What this state is beside the model, on its device: where it hooks, and what it does
         there.
         """

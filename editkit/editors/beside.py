@@ -17,6 +17,7 @@ from editkit.model.tokens import pad
 if TYPE_CHECKING:
     from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
+    from editkit.model.side_value import AbstractBeside
 
 Matrix = Literal["down", "up"]
 
@@ -48,7 +49,7 @@ def matrix_beside(model: EditableModel, layers: Sequence[int], matrix: Matrix) -
 @contextlib.contextmanager
 def without_own(
     model: EditableModel, kind: type[AbstractSide], module: str
-) -> Iterator[tuple[AbstractSide, ...]]:
+) -> Iterator[tuple[AbstractBeside, ...]]:
     """Inside the block, an editor may attach what it searches in place of its own side, with the
     sides of others, which are returned. At the end, also after an error, all former sides stand
     there again.

@@ -38,6 +38,7 @@ from editkit.types import EditRequest, TensorState
 if TYPE_CHECKING:
     from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
+    from editkit.model.side_value import AbstractBeside
     from editkit.stats.store import Moments
 
 ALWAYS = 0.0  # the overlap from which on every prompt is sent
@@ -179,7 +180,7 @@ class Memoir(AbstractSideEditor[MemoirPlan]):
         model: EditableModel,
         state: TensorState,
         request: EditRequest,
-        others: Sequence[AbstractSide],
+        others: Sequence[AbstractBeside],
     ) -> tuple[TensorState, dict[str, float]]:
         """The state with one more edit, and the search's figures."""
         side = self._side(model, state)

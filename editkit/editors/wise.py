@@ -45,6 +45,7 @@ from editkit.types import EditRequest, TensorState
 if TYPE_CHECKING:
     from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
+    from editkit.model.side_value import AbstractBeside
     from editkit.stats.store import Moments
 
 # The smallest distance of a memory that every prompt is sent to, and of one that has no edits: a
@@ -212,7 +213,7 @@ class Wise(AbstractSideEditor[WisePlan]):
         step: Step,
         state: TensorState,
         request: EditRequest,
-        others: Sequence[AbstractSide],
+        others: Sequence[AbstractBeside],
     ) -> tuple[torch.Tensor, float, dict[str, float]]:
         """The memory with the edit, its distance at the bare prompt, and figures."""
         model = step.model

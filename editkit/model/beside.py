@@ -1,9 +1,10 @@
-"""What stands beside the weights: a side reads the input of one module and changes its output.
+"""What stands beside the weights: sides at a module, and texts before a prompt.
 
-A side chooses once for each prompt, from the prompt's tokens and the module's input there. The
-choice holds for the tokens of this prompt and for all that follow. So each sequence is routed by
-itself: its batch, padding and a cache of keys and values change no choice. An unrouted side
-chooses nothing: every token of every text goes through it.
+A side at a module reads the module's input and changes its output. It chooses once for each prompt,
+from the prompt's tokens and the module's input there. The choice holds for the tokens of this
+prompt and for all that follow. A memory of texts (`editkit.model.texts`) changes the prompt itself.
+So each sequence is routed by itself: its batch, padding and a cache of keys and values change no
+choice. An unrouted side chooses nothing: every token of every text goes through it.
 
 Hooks of sides stay until the sides are detached. All other hooks are those of
 `editkit.model.capture`.
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from editkit.lazy import torch
-from editkit.types import TensorState
+from editkit.model.side_value import AbstractBeside
+from editkit.model.texts import AbstractTexts, Reader
 
 if TYPE_CHECKING:
     from editkit.model.tokens import PromptBatch
@@ -103,10 +105,14 @@ class Prompts:
         return [tuple(ids) for ids in found]
 
 
-class AbstractSide(abc.ABC):
-    """A value that stands beside the weights. Concrete sides are frozen dataclasses."""
+class AbstractSide(AbstractBeside):
+    """A side at one module."""
 
     module: str  # whose input it reads and whose output it changes
+
+    @property
+    def place(self) -> str:
+        return self.module
 
     @abc.abstractmethod
     def choose(self, prompts: Prompts) -> torch.Tensor:
@@ -129,30 +135,8 @@ class AbstractSide(abc.ABC):
         """
 
     @abc.abstractmethod
-    def options(self) -> dict[str, Any]:
-        """Its settings as plain JSON values."""
-
-    @abc.abstractmethod
-    def state(self) -> TensorState:
-        """Its tensors by name."""
-
-    @classmethod
-    @abc.abstractmethod
-    def restored(cls, options: Mapping[str, Any], state: TensorState) -> Self:
-        """The inverse of `options` and `state`."""
-
-    @abc.abstractmethod
     def problems(self, shape: tuple[int, int]) -> list[str]:
         """Why it does not fit beside a matrix of this shape, (d_out, d_in)."""
-
-    @abc.abstractmethod
-    def figures(self) -> dict[str, float]:
-        """Telemetry: `entries` or `ranks`, and `parameters`, `bytes`, `norm`."""
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same side on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.state().items()}
-        return self.restored(self.options(), moved)
 
 
 class AbstractUnroutedSide(AbstractSide):
@@ -175,7 +159,7 @@ class AbstractUnroutedSide(AbstractSide):
         return self.changed(inputs_BTI, outputs_BTO)
 
 
-def is_routed(sides: Sequence[AbstractSide]) -> bool:
+def is_routed(sides: Sequence[AbstractBeside]) -> bool:
     """Whether it matters to one of the sides where a prompt ends."""
     return not all(isinstance(side, AbstractUnroutedSide) for side in sides)
 
@@ -198,22 +182,33 @@ class Attached:
     """Sides on a network: their hooks, and the routing of the pass that runs."""
 
     def __init__(
-        self, network: torch.nn.Module, base: str, sides: Sequence[AbstractSide] = ()
+        self,
+        network: torch.nn.Module,
+        base: str,
+        sides: Sequence[AbstractBeside] = (),
+        tokenizer: Any = None,
     ) -> None:
         """Registers a hook for each side; none without sides.
 
         Args:
             base: the name of the network without its head, which is called with the tokens.
+            tokenizer: the network's, for texts.
         """
         self.sides = tuple(sides)
         self._given: Routing | None = None
         self._routing = Routing(None)
         self._ids = torch.empty(0, 0)  # of the pass that runs
         self._handles: list[Any] = []
-        if sides:
-            hook = network.get_submodule(base).register_forward_pre_hook
+        module = network.get_submodule(base)
+        at_modules = [side for side in sides if isinstance(side, AbstractSide)]
+        texts = [side for side in sides if isinstance(side, AbstractTexts)]
+        self.reader = Reader(network, tokenizer, texts, lambda ends: self.routed(Routing(ends)))
+        if texts:  # first: sides read the tokens that the texts lead to
+            self._handles += self.reader.hooks(module, is_stated=lambda: self._given is not None)
+        if at_modules:
+            hook = module.register_forward_pre_hook
             self._handles.append(hook(self._begin, with_kwargs=True))
-        for number, side in enumerate(self.sides):
+        for number, side in enumerate(at_modules):
             module = network.get_submodule(side.module)
             self._handles.append(module.register_forward_hook(self._changing(number, side)))
 

@@ -21,7 +21,7 @@ from editkit.lazy import torch
 from editkit.linalg.lowrank import Update, dense, frobenius
 from editkit.linalg.total import Total
 from editkit.model.architecture import context_length
-from editkit.model.beside import AbstractSide, Attached, Routing, routing_of
+from editkit.model.beside import Attached, Routing, routing_of
 from editkit.model.chat import ChatTemplate
 from editkit.model.editability import require_editable
 from editkit.model.experts import expose_expert
@@ -31,6 +31,8 @@ from editkit.model.head import is_matrix, own_logits
 from editkit.model.history import Mark
 from editkit.model.matrices import find_module, find_parameter, matrix_of, rows_of
 from editkit.model.shortcuts import Shortcuts
+from editkit.model.side_value import AbstractBeside
+from editkit.model.texts import Reader
 from editkit.model.tokens import PromptBatch, require_offsets
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class EditableModel:
         self._is_corrected = False
         self._at_base: set[str] = set()  # matrices that are W_0 for a while, without their total
         self._marks: list[Mark] = []
-        self._attached = Attached(network, family.base)
+        self._attached = Attached(network, family.base, (), tokenizer)
 
     # Properties of the model
 
@@ -140,6 +142,11 @@ class EditableModel:
     def routed(self, routing: Routing | None) -> contextlib.AbstractContextManager[None]:
         """Passes inside take this routing of their prompts (`Attached.routed`)."""
         return self._attached.routed(routing)
+
+    @property
+    def reader(self) -> Reader:
+        """What is read in place of prompts, with texts beside the weights."""
+        return self._attached.reader
 
     def hidden_to_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) logits in the model's dtype.
@@ -237,9 +244,7 @@ class EditableModel:
         loss in the dtype of the weights relative to this update. It is 0 for an update of zeros.
         """
         if self._is_corrected:
-            raise RuntimeError(
-                "apply inside `temporarily`: the update would belong to temporary weights."
-            )
+            raise RuntimeError("apply inside `temporarily` would belong to temporary weights.")
         edited = self._declared(module)
         update = update.to(device=edited.sum_OI.device)
         edited.total = edited.total.plus(update)
@@ -258,14 +263,9 @@ class EditableModel:
         for name, total in totals.items():
             edited = self._declared(name)
             if tuple(total.shape) != tuple(edited.base_OI.shape):
-                raise ConfigError(
-                    message(
-                        name,
-                        "the saved total belongs to another model",
-                        got=tuple(total.shape),
-                        expected=f"shape {tuple(edited.base_OI.shape)}",
-                    )
-                )
+                problem = "the saved total belongs to another model"
+                got, expected = tuple(total.shape), f"shape {tuple(edited.base_OI.shape)}"
+                raise ConfigError(message(name, problem, got=got, expected=expected))
             edited.total = total.to(device=edited.sum_OI.device)
             sum_OI = edited.total.dense() if edited.total.matrix is None else edited.total.matrix
             # An empty total does not know its device.
@@ -312,14 +312,14 @@ class EditableModel:
                 self._store(name, self._edited[name].sum_OI)
 
     @property
-    def sides(self) -> tuple[AbstractSide, ...]:
+    def sides(self) -> tuple[AbstractBeside, ...]:
         """What stands beside the weights."""
         return self._attached.sides
 
-    def attach(self, *sides: AbstractSide) -> None:
+    def attach(self, *sides: AbstractBeside) -> None:
         """Puts sides beside the weights, in place of all earlier ones; none: the weights alone."""
         self._attached.detach()
-        self._attached = Attached(self.network, self.family.base, sides)
+        self._attached = Attached(self.network, self.family.base, sides, self.tokenizer)
 
     def mark(self) -> Mark:
         """Remembers the present totals and sides: the next `undo` returns to them."""

@@ -34,7 +34,8 @@ def generate(
 ) -> list[tuple[int, ...]]:
     """The new token ids of each prompt, without the token that ended the row.
 
-    A row also ends once its text contains one of `until`, or at the context length.
+    A row also ends once its text contains one of `until`, or at the context length. Texts beside
+    the weights stand before the prompts.
 
     Args:
         generator: a CPU generator for sampling; greedy decoding if None. The batch size does not
@@ -52,6 +53,7 @@ def generate(
             f"prompts of {wrong[:3]} tokens cannot be continued: {model.name} has "
             f"{model.max_length} positions."
         )
+    prompts = model.reader.prompted(prompts, longest=max(1, model.max_length - max_new_tokens))
     # All draws are made first, so that a prompt's draws do not depend on the device, its batch, or
     # the steps at which other rows end.
     draws_NT = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from editkit.linalg.total import Total
-from editkit.model.beside import AbstractSide
+from editkit.model.side_value import AbstractBeside
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +19,10 @@ class Mark:
     """
 
     totals: Mapping[str, Total]
-    sides: tuple[AbstractSide, ...] = ()
+    sides: tuple[AbstractBeside, ...] = ()
 
     @classmethod
-    def of(cls, totals: Mapping[str, Total], sides: tuple[AbstractSide, ...] = ()) -> Mark:
+    def of(cls, totals: Mapping[str, Total], sides: tuple[AbstractBeside, ...] = ()) -> Mark:
         """The mark at these totals and sides."""
         return cls({name: _without_sum(total) for name, total in totals.items()}, sides)
 

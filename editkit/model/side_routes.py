@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
-from editkit.model.beside import NONE, AbstractUnroutedSide, Routing
+from editkit.model.beside import NONE, AbstractSide, AbstractUnroutedSide, Routing
 from editkit.model.capture import capture
+from editkit.model.texts import AbstractTexts
 from editkit.model.tokens import pad
 
 if TYPE_CHECKING:
@@ -20,13 +21,16 @@ TOKENS_AT_ONCE = 512
 
 
 def routed(model: EditableModel, prompts: Sequence[Sequence[int]]) -> list[bool]:
-    """Whether each prompt is sent to one of the model's sides. A pass ends at the last side. With
-    an unrouted one there is none: every prompt is.
+    """Whether each prompt is sent to one of the model's sides, or gets a text beside the weights. A
+    pass ends at the last side. With an unrouted one there is none: every prompt is.
     """
-    if any(isinstance(side, AbstractUnroutedSide) for side in model.sides):
+    sides = [side for side in model.sides if isinstance(side, AbstractSide)]
+    if any(isinstance(side, AbstractUnroutedSide) for side in sides):
         return [True] * len(prompts)
-    modules = list(dict.fromkeys(side.module for side in model.sides))
-    found = [False] * len(prompts)
+    modules = list(dict.fromkeys(side.module for side in sides))
+    read = model.reader.prompted(prompts, longest=model.max_length)
+    found = [ids != tuple(prompt) for ids, prompt in zip(read, prompts, strict=True)]
+    prompts = read
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     while order and modules:
         rows = max(1, TOKENS_AT_ONCE // len(prompts[order[-1]]))
@@ -46,3 +50,11 @@ def sent_to(chosen_P: torch.Tensor) -> list[float]:
     """What each prompt is sent to, of a side's choices."""
     first_P: list[float] = (chosen_P if chosen_P.dim() == 1 else chosen_P[:, 0]).tolist()
     return first_P
+
+
+def context_tokens(model: EditableModel, prompts: Sequence[Sequence[int]]) -> list[int] | None:
+    """By prompt, the number of tokens that texts beside the weights add to it; None without any."""
+    if not any(isinstance(side, AbstractTexts) for side in model.sides):
+        return None
+    read = model.reader.prompted(prompts, longest=model.max_length)
+    return [len(ids) - len(prompt) for ids, prompt in zip(read, prompts, strict=True)]

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
+    from editkit.model.side_value import AbstractBeside
 
 
 @contextlib.contextmanager
-def standing(model: EditableModel, sides: Sequence[AbstractSide]) -> Iterator[None]:
+def standing(model: EditableModel, sides: Sequence[AbstractBeside]) -> Iterator[None]:
     """Inside, these sides stand beside the weights; afterwards, also after an error, those that
     stood there before.
     """

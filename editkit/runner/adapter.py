@@ -22,8 +22,8 @@ from editkit.linalg.lowrank import LowRank
 from editkit.linalg.total import Total
 
 if TYPE_CHECKING:
-    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
+    from editkit.model.side_value import AbstractBeside
 
 # Values of vLLM's --max-lora-rank (vllm.config.lora.MaxLoRARanks of version 0.14). An adapter's
 # rank is padded to the next one, so that it can be named there.
@@ -48,7 +48,7 @@ class Adapter:
         return next((rank for rank in SERVED_RANKS if rank >= largest), largest)
 
 
-def products(sides: Sequence[AbstractSide]) -> dict[str, Total]:
+def products(sides: Sequence[AbstractBeside]) -> dict[str, Total]:
     """What adapters beside the weights add to each matrix; empty if something else stands there."""
     if not all(isinstance(side, LowRankSide) for side in sides):
         return {}

@@ -24,24 +24,31 @@ def require_room(
     requests: Sequence[EditRequest],
     contexts: Sequence[str],
     probes: Iterable[Iterable[Probe]],
+    *,
+    before: int = 0,
 ) -> None:
     """Checks that every request fits into the model's context length.
 
     Args:
         contexts: the editor's context templates.
         probes: the probes that each request is measured with.
+        before: the largest number of tokens that the editor puts before a prompt.
 
     Raises:
         ConfigError: requests that do not fit, all of them, by their ids.
     """
     problems = list(_too_long(model, requests, contexts))
     refused = {problem.request.id for problem in problems}
-    for request, own in zip(requests, probes, strict=True):
+    for request, questions in zip(requests, probes, strict=True):
         if request.id not in refused:
-            problems += _long_answers(model, request, own)
+            own = list(questions)
+            found = list(_long_answers(model, request, own))
+            problems += found or _no_room_before(model, request, own, before)
     if problems:
         expected = f"at most {model.max_length} tokens, the context length of {model.name}"
         fix = "leave such requests out of the dataset, or choose a model with a longer context"
+        if before:
+            fix = f"set editor.demonstrations or editor.facts lower, {fix}"
         raise ConfigError(
             [
                 message(
@@ -106,3 +113,17 @@ def _long_answers(
         if len(sequence.target_ids) > model.max_length:
             text = f"the answer {shortened(probe.answer)} to {shortened(probe.prompt)} is"
             yield _Problem(request, text, len(sequence.target_ids))
+
+
+def _no_room_before(
+    model: EditableModel, request: EditRequest, probes: Sequence[Probe], before: int
+) -> Iterator[_Problem]:
+    """The longest of the probes, if it leaves no room for what the editor puts before it."""
+    if not before:
+        return
+    asked = list(dict.fromkeys((request.probe(), *probes)))
+    sequences = encode_with_targets(model.tokenizer, asked, chat=model.chat)
+    longest = max(len(sequence.ids) - 1 for sequence in sequences)
+    if longest + before > model.max_length:
+        text = f"with {before} tokens of texts before it, the longest prompt with its answer is"
+        yield _Problem(request, text, longest + before)

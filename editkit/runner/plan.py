@@ -55,6 +55,8 @@ class Trajectory:
     dataset: str | None = None  # its digest
     # where the requests come from, if they were selected after the model was loaded
     data: LoadedDataset | None = None
+    # requests of the dataset that the run does not edit
+    pool: tuple[EditRequest, ...] = ()
     # that a new run begins with; None: the editor is asked when it begins
     contexts: tuple[str, ...] | None = None
     # digests of what is read besides the configuration (`editkit.runner.inputs`)

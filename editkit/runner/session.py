@@ -216,12 +216,16 @@ def prepare(
         if experiment.rollback:
             data = without_split_groups(data, batch_size=experiment.schedule.batch_size)
     requests = data.requests[: experiment.edits]
+    edited = {request.id for request in requests}
+    pool = tuple(each for each in experiment.data.requests if each.id not in edited)
     contexts = None
     if began_with is None:  # a resumed run has its contexts, and passed these checks when it began
         if not data.known_only:  # its facts were selected after this check
             check_reading(model, joined(requests[0].probe()))
         contexts = editor.contexts(model, torch.Generator().manual_seed(experiment.seed))
-        require_room(model, requests, contexts, experiment.evaluation.probes(requests))
+        before = editor.context_tokens(model, requests, pool)
+        probes = experiment.evaluation.probes(requests)
+        require_room(model, requests, contexts, probes, before=before)
         check_editing(model, editor, requests[0])
     modules = editor.modules(model)
     if isinstance(editor, AbstractEditor):
@@ -279,6 +283,7 @@ def prepare(
         block_size=experiment.evaluation.block_size,
         dataset=data.digest[:DIGITS],
         data=data,
+        pool=pool,
         contexts=contexts,
         inputs={**inputs, **statistics, **measuring},
         should_stop=should_stop,

@@ -14,6 +14,7 @@ from editkit.lazy import torch
 from editkit.model.beside import SIDE_CONFIG, SIDE_TENSORS, AbstractSide, Attached
 from editkit.model.fingerprint import fingerprint
 from editkit.model.matrices import find_module, matrix_of
+from editkit.model.side_value import AbstractBeside
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -41,7 +42,7 @@ def write_sides(model: EditableModel, folder: Path) -> None:
     save_file(tensors, folder / SIDE_TENSORS)
 
 
-def attach_sides(network: Any, tokenizer: Any, folder: Path) -> tuple[AbstractSide, ...]:
+def attach_sides(network: Any, tokenizer: Any, folder: Path) -> tuple[AbstractBeside, ...]:
     """Puts the sides of a folder beside the weights of its network, and returns them.
 
     Raises:
@@ -64,12 +65,15 @@ def attach_sides(network: Any, tokenizer: Any, folder: Path) -> tuple[AbstractSi
     sides = tuple(_restored(facts["sides"], tensors, folder))
     problems = []
     for side in sides:
+        if not isinstance(side, AbstractSide):
+            continue
         module = find_module(network, side.module, of=str(folder))
         rows, columns = matrix_of(side.module, module).shape
         problems += side.problems((rows, columns))
     if problems:
         raise ConfigError(problems)
-    Attached(network, facts["base"], [side.to(network.device) for side in sides])
+    moved = [side.to(network.device) for side in sides]
+    Attached(network, facts["base"], moved, tokenizer)
     return sides
 
 
@@ -89,10 +93,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def _restored(
     nodes: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor], folder: Path
-) -> list[AbstractSide]:
+) -> list[AbstractBeside]:
     problems, sides = Problems(), []
     for number, node in enumerate(nodes):
-        kind = resolve(node.get(TARGET), str(folder / SIDE_CONFIG), AbstractSide, problems)
+        kind = resolve(node.get(TARGET), str(folder / SIDE_CONFIG), AbstractBeside, problems)
         state = {
             name.removeprefix(f"{number}|"): tensor
             for name, tensor in tensors.items()

@@ -1,7 +1,8 @@
 """Routing as a measurement: which prompts are sent to what stands beside the weights.
 
-recall         the share of edited prompts, and of their paraphrases, that are sent there
-false_alarms   the share of locality prompts that are sent there
+recall           the share of edited prompts, and of their paraphrases, that are sent there
+false_alarms     the share of locality prompts that are sent there
+context_tokens   the number of tokens that texts put before a prompt, mean over the prompts
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from editkit.model.side_routes import routed
+from editkit.model.side_routes import context_tokens, routed
 from editkit.model.tokens import encode_with_targets
 from editkit.records.means import mean_and_stderr
 from editkit.runner.plan import Trajectory, digest_of
@@ -18,7 +19,7 @@ from editkit.types import EditRequest, EvalRecord, Measurement, Probe
 if TYPE_CHECKING:
     from editkit.runner.checkpoint import RunState
 
-RECALL, FALSE_ALARMS = "recall", "false_alarms"
+RECALL, FALSE_ALARMS, CONTEXT = "recall", "false_alarms", "context_tokens"
 
 
 def measure_routing(run: Trajectory, state: RunState, timing: str) -> Iterator[EvalRecord]:
@@ -37,15 +38,22 @@ def measure_routing(run: Trajectory, state: RunState, timing: str) -> Iterator[E
     room = run.model.max_length
     prompts = [sequence.ids[: sequence.start][-room:] for sequence in sequences]
     is_routed = dict(zip(distinct, routed(run.model, prompts), strict=True))
-    for (metric, task), probes in asked.items():
-        value, stderr = mean_and_stderr([float(is_routed[probe]) for probe in probes])
+    found = {key: [float(is_routed[probe]) for probe in probes] for key, probes in asked.items()}
+    if (added := context_tokens(run.model, prompts)) is not None:
+        tokens = dict(zip(distinct, added, strict=True))
+        found |= {
+            (CONTEXT, task): [float(tokens[probe]) for probe in probes]
+            for (_, task), probes in asked.items()
+        }
+    for (metric, task), values in found.items():
+        value, stderr = mean_and_stderr(values)
         measurement = Measurement(
             kind="routing",
             metric=metric,
             task=task,
             value=value,
             stderr=stderr,
-            n=len(probes),
+            n=len(values),
             timing=timing,
         )
         yield EvalRecord(

@@ -28,8 +28,8 @@ from editkit.types import StepRecord
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import Update
-    from editkit.model.beside import AbstractSide
     from editkit.model.editable import EditableModel
+    from editkit.model.side_value import AbstractBeside
     from editkit.stats.store import Moments
     from editkit.types import TensorState
 
@@ -44,7 +44,7 @@ class AppliedBatch:
     updates: Mapping[str, tuple[Update, float]] = field(default_factory=dict)
     problems: tuple[LeastSquares, ...] = ()  # the least squares that were solved, in order
     side: TensorState | None = None  # what stands beside the weights; None: the editor writes them
-    sides: tuple[AbstractSide, ...] = ()  # as it is attached
+    sides: tuple[AbstractBeside, ...] = ()  # as it is attached
 
 
 def first_states(
@@ -188,6 +188,7 @@ def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord
         contexts=state.contexts,
         state=state.editor,
         moments=run.moments,
+        pool=run.pool,
         objective=run.restraints.objective,
     )
     batch = apply_batch(
@@ -271,7 +272,7 @@ def describe(
     return records
 
 
-def side_figures(sides: Sequence[AbstractSide]) -> dict[str, float] | None:
+def side_figures(sides: Sequence[AbstractBeside]) -> dict[str, float] | None:
     """The telemetry of what stands beside the weights, summed over its parts; None without any."""
     if not sides:
         return None

@@ -13,8 +13,9 @@ NAMES = (
     *("AbstractDataset", "AbstractEditor", "AbstractEvaluator", "AbstractObjectiveRestraint"),
     *("AbstractProtocol", "AbstractSideEditor", "AbstractSolveRestraint", "AbstractTotalRestraint"),
     *("AbstractUpdateRestraint", "AlphaEdit", "ConfigError", "D4S", "Eac", "EditRequest"),
-    *("EditResult", "EditableModel", "Emmet", "Ft", "Grace", "Kn", "Lora", "LowRank"),
+    *("EditResult", "EditableModel", "Emmet", "Ft", "Grace", "InContext", "Kn", "Lora"),
     *(
+        "LowRank",
         "Measurement",
         "Measures",
         "Memit",

@@ -31,7 +31,7 @@ from editkit.restraints.base import PLACES, AbstractRestraint, AbstractTotalRest
 from editkit.runner.loop import run_edits
 from editkit.types import EvalRecord, StepRecord
 from tests.support.fakes import SumOfWeights, trajectory
-from tests.support.helpers import KINDS, Kind, requests, tiny_model
+from tests.support.helpers import KINDS, Kind, request, requests, tiny_model
 from tests.support.hypernets import saved
 from tests.support.methods import model_moments
 from tests.support.paths import ROOT
@@ -47,10 +47,8 @@ ONE_SEAT = ("objective", "solve")  # places that have room for one restraint
 EDITS = 5
 # What stands beside the weights after each of the edits, of which the last two repeat earlier ones.
 ENTRIES = {
-    "grace": [1, 2, 3, 3, 3],
-    "memoe": [4] * EDITS,
-    "memoir": [1, 2, 3, 3, 3],
-    "wise": [1] * EDITS,
+    **{name: [1, 2, 3, 3, 3] for name in ("grace", "ice", "ike", "memoir", "rag")},
+    **{"memoe": [4] * EDITS, "wise": [1] * EDITS},
 }
 
 # A few steps of each search are enough to see that a pair works; PRUNE's logarithm would enlarge
@@ -71,6 +69,8 @@ QUICK = {
     "restraint.alphaedit.threshold": 2.0,  # times the mean eigenvalue
     "restraint.alphaedit.threshold_unit": "relative",
     "editor.radius": 1e-3,  # random matrices are small
+    "editor.demonstrations": 1,  # short enough for the tests' models
+    "editor.facts": 1,
     # exists; `run` puts one of the model at hand in its place
     "editor.hypernetwork": "asset:mend/tiny-gpt2",
 }
@@ -99,7 +99,7 @@ def config(editor: str, restraints: tuple[str, ...], *, model: str = "tiny-gpt2"
         "dataset": {
             "_target_": "tests.support.build_parts.FewRequests",
             "name": "few",
-            "size": EDITS,
+            "size": EDITS + 1,  # one that is not edited
         }
     }
 
@@ -168,7 +168,7 @@ def run(editor: str, restraints: tuple[str, ...], kind: Kind, folder: Path) -> N
     experiment = build(config(editor, restraints, model=f"tiny-{kind}"))
     # A layer above the edited ones: what is added at the subject reaches the prompt's end through
     # attention alone.
-    layers = experiment.editor.layers or (0,)  # type: ignore[attr-defined]
+    layers = getattr(experiment.editor, "layers", None) or (0,)
     model = tiny_model(kind, num_layers=2 + max(layers))
     edit_five(experiment, model, restraints, folder)
 
@@ -194,7 +194,8 @@ def edit_five(
             checkpoint_every=100,
         ),
         moments=model_moments(model, edited_by.moment_modules(model)),
-        evaluators={"fake": SumOfWeights(module=modules[-1])},
+        evaluators={"fake": SumOfWeights(module=[*model.down_projections((0,)), *modules][-1])},
+        pool=(request(0),),
     )
     is_beside = isinstance(edited_by, AbstractSideEditor)
     events = list(run_edits(job))

@@ -21,6 +21,7 @@ from editkit.runner.context_length import require_room
 from editkit.runner.session import prepare
 from editkit.types import EditRequest, Probe
 from tests.support.helpers import request, tiny_model
+from tests.support.memories import ICE
 
 BARE = ("{}",)
 
@@ -117,3 +118,26 @@ def test_a_run_refuses_them_before_second_moments_are_taken(tmp_path: Path) -> N
     named = [problem.partition(": ") for problem in raised.value.problems]
     assert [name.rpartition("/")[2] for name, _, _ in named] == ["long", "longer", "short"]
     assert "the answer 'a a a" in named[2][2] and not (tmp_path / "stats").exists()
+
+
+def test_a_context_that_leaves_no_room_for_a_prompt_is_refused_with_the_requests_by_name(
+    model: EditableModel,
+) -> None:
+    asked = [request(0), request(1)]
+    editor = dataclasses.replace(ICE, demonstrations=3)
+    before = editor.context_tokens(model, asked, [request(index) for index in range(3)])
+    questions = [[each.probe()] for each in asked]
+    with pytest.raises(ConfigError) as raised:
+        require_room(model, asked, BARE, questions, before=before)
+    text = str(raised.value)
+    assert text.startswith(f"2 problems:\n  - test/0: with {before} tokens of texts before it, ")
+    assert "Fix: set editor.demonstrations or editor.facts lower, leave such requests out" in text
+    bare = ICE.context_tokens(model, asked, ())
+    require_room(model, asked, BARE, questions, before=bare)
+    texts = [each.full_prompt for each in asked]
+    read = [
+        f"New Fact: {each.full_prompt} {each.target}\nPrompt: {each.full_prompt}" for each in asked
+    ]
+    lengths = [len(encoded.ids) for encoded in encode(model.tokenizer, [*texts, *read])]
+    added = max(lengths[2] - lengths[0], lengths[3] - lengths[1])
+    assert added <= bare <= added + 3, "up to the tokens at the seams"

@@ -33,21 +33,30 @@ from tests.editors.test_memoir import MEMOIR
 from tests.editors.test_wise import WISE
 from tests.support.fakes import trajectory
 from tests.support.helpers import requests, tiny_model
+from tests.support.memories import ICE
 from tests.support.sessions import finish, records, run_folder, start, wait_for_lines
 
-EDITORS = [GRACE, replace(MEMOE, steps=2, noise=0.1), MEMOIR, replace(WISE, shard=2, merge_every=4)]
-RUN = (
-    *("model=tiny-gpt2", "editor=grace", "suite=none", "tracker=none", "editor.steps=5"),
-    *("edits=6", "milestones=[0,3,6]", "checkpoint.every=2"),
-    "evaluation.timings=[milestone,immediate,final]",
+COMMON = (
+    *("model=tiny-gpt2", "suite=none", "tracker=none", "edits=6", "milestones=[0,3,6]"),
+    *("checkpoint.every=2", "evaluation.timings=[milestone,immediate,final]"),
 )
+RUNS = {
+    "grace": (*COMMON, "editor=grace", "editor.steps=5"),
+    "ike": (*COMMON, "editor=ike", "editor.demonstrations=2"),
+}
+RUN = RUNS["grace"]
+IKE = replace(ICE, name="ike", demonstrations=1)
+EDITORS = [
+    *(GRACE, replace(MEMOE, steps=2, noise=0.1), MEMOIR, replace(WISE, shard=2, merge_every=4)),
+    IKE,
+]
 
 
-def job(**changes: Any) -> Any:
+def job(editor: Any = GRACE, **changes: Any) -> Any:
     asked = [replace(each, id=f"side/{index}") for index, each in enumerate(requests(6))]
     asked = [replace(each, target=f"{each.target} {index}") for index, each in enumerate(asked)]
-    made = trajectory(tiny_model("llama"), asked, editor=GRACE, milestones=(0, 3, 6))
-    return replace(made, **changes)
+    made = trajectory(tiny_model("llama"), asked, editor=editor, milestones=(0, 3, 6))
+    return replace(made, pool=tuple(requests(2)), **changes)
 
 
 def without_seconds(events: Sequence[Any]) -> list[Any]:
@@ -62,20 +71,21 @@ def without_seconds(events: Sequence[Any]) -> list[Any]:
 def test_a_run_resumed_from_any_checkpoint_has_the_records_and_the_bits_of_a_whole_one(
     editor: Any,
 ) -> None:
-    whole = list(run_edits(job(editor=editor)))
+    whole = list(run_edits(job(editor)))
     states = [event for event in whole if isinstance(event, RunState)]
     assert [state.step for state in states] == [0, 2, 4, 6]
     for state in states[:-1]:
         read = RunState.from_checkpoint(state.checkpoint({}))
-        rest = list(run_edits(job(editor=editor), read))
+        rest = list(run_edits(job(editor), read))
         assert without_seconds(rest) == without_seconds(whole[whole.index(state) + 1 :])
         last = next(event for event in reversed(rest) if isinstance(event, RunState))
         for name, tensor in states[-1].editor.items():
             assert torch.equal(last.editor[name], tensor)
 
 
-def test_with_rollback_every_batch_has_a_codebook_of_its_own() -> None:
-    events = list(run_edits(job(rollback=True)))
+@pytest.mark.parametrize("editor", [GRACE, IKE], ids=lambda editor: editor.name)
+def test_with_rollback_every_batch_stands_alone(editor: Any) -> None:
+    events = list(run_edits(job(editor, rollback=True)))
     entries = [
         event.side["entries"] for event in events if isinstance(event, StepRecord) and event.side
     ]
@@ -99,6 +109,21 @@ def test_routing_is_measured_at_milestones() -> None:
     }
 
 
+def test_the_tokens_that_stay_in_the_context_are_measured_where_texts_stand_there() -> None:
+    found = [
+        event.measurement
+        for event in run_edits(job(IKE))
+        if isinstance(event, EvalRecord) and event.measurement.metric == "context_tokens"
+    ]
+    assert {each.task for each in found} == {"prompt", "paraphrase", "neighbour"}
+    assert all(each.kind == "routing" and (each.value or 0) > 5 for each in found)
+    assert all(
+        event.measurement.metric != "context_tokens"
+        for event in run_edits(job())
+        if isinstance(event, EvalRecord)
+    )
+
+
 def test_a_search_that_is_not_finite_attaches_nothing() -> None:
     broken = job(on_collapse="continue")
     broken.model.network.get_output_embeddings().weight.data[0] = torch.nan
@@ -107,25 +132,29 @@ def test_a_search_that_is_not_finite_attaches_nothing() -> None:
     assert all(step.nonfinite == "loss" and step.side is None for step in steps[1:])
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed_run(outputs: Path, run: Sequence[str]) -> Path:
     """The folder of a whole run."""
-    outputs = tmp_path_factory.mktemp("undisturbed")
-    experiment = build(compose([*RUN, f"paths.outputs={outputs}"]).config)
+    experiment = build(compose([*run, f"paths.outputs={outputs}"]).config)
     assert run_experiment(experiment) == 0
     return run_folder(outputs)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), RUN)
+
+
 @pytest.mark.slow
-def test_a_killed_run_is_completed_with_the_same_records_and_codebook(
-    undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_killed_run_is_completed_with_the_same_records_and_state(
+    run: Sequence[str], tmp_path: Path
 ) -> None:
-    process = start(tmp_path, RUN)
+    process = start(tmp_path, run)
     wait_for_lines(process, tmp_path, 4)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    killed = finish(tmp_path, RUN)
-    whole = finish(tmp_path / "whole", RUN)
+    killed = finish(tmp_path, run)
+    whole = finish(tmp_path / "whole", run)
     for name in (STEPS, EVALS):
         assert records(killed, name) == records(whole, name)
     ours, theirs = (load_state(folder / "state").editor for folder in (killed, whole))
@@ -134,9 +163,11 @@ def test_a_killed_run_is_completed_with_the_same_records_and_codebook(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_an_exported_folder_gives_the_same_logits_in_a_fresh_process(
-    undisturbed: Path, tmp_path: Path
+    run: Sequence[str], tmp_path: Path
 ) -> None:
+    undisturbed = undisturbed_run(tmp_path / "outputs", run)
     export(undisturbed, folder := tmp_path / "exported")
     facts = json.loads((undisturbed / "provenance.json").read_text())
     assert facts["requests"]
@@ -148,7 +179,7 @@ def test_an_exported_folder_gives_the_same_logits_in_a_fresh_process(
         "texts = [tokenizer(text, return_tensors='pt') for text in sys.argv[3:]]\n"
         "torch.save([network(**text).logits for text in texts], sys.argv[2])\n"
     )
-    experiment = build(compose([*RUN]).config)
+    experiment = build(compose([*run]).config)
     texts = [each.full_prompt for each in experiment.data.requests[:6]]
     out = tmp_path / "logits.pt"
     subprocess.run(

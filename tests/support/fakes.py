@@ -99,12 +99,13 @@ def trajectory(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trajectory:
     editor = editor or FakeEditor()
+    first = model.family.down_projection(0)  # for an editor that writes no matrix
     return Trajectory(
         model=model,
         editor=editor,
         restraints=restraints or Restraints(),
         requests=tuple(requests),
-        evaluators={"fake": SumOfWeights(module=editor.modules(model)[0])},
+        evaluators={"fake": SumOfWeights(module=(*editor.modules(model), first)[0])},
         schedule=Schedule(
             edits=len(requests),
             batch_size=batch_size,

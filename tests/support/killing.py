@@ -41,8 +41,8 @@ INSIDE = {
     "training": ("editkit.hypernet.learner:_Learner.take_step",),
 }
 WITHOUT_STATISTICS = (
-    *("adalora", "ft", "grace", "kn", "lora", "memoe", "memoir", "mend", "none"),
-    *("ultraedit", "wise"),
+    *("adalora", "ft", "grace", "ice", "ike", "kn", "lora", "memoe", "memoir", "mend", "none"),
+    *("rag", "ultraedit", "wise"),
 )
 SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 STEPS = ("editor.steps=3",)
@@ -51,6 +51,7 @@ QUICK = {
     **dict.fromkeys(
         ("adalora", "ft", "grace", "lora", "lora_merged", "memoe", "memoir", "wise"), STEPS
     ),
+    "ike": ("editor.demonstrations=1",),
     "kn": ("editor.steps=2", "editor.refine=none", "editor.answer=predicted"),
     "mend": ("editor.hypernetwork=asset:mend/tiny-gpt2",),
     "eac": ("restraint.eac.steps_search=1", "restraint.eac.steps_retrain=2"),

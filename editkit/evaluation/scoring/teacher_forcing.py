@@ -22,7 +22,7 @@ from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.beside import is_routed
 from editkit.model.prefix_tree import Ids, Tree, build_trees, supports_trees, tree_batch
-from editkit.model.tokens import TargetSequence, encode_with_targets
+from editkit.model.tokens import Encoded, TargetSequence, encode_with_targets
 from editkit.types import Probe
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def score_sequences(
         )
     if model.device.type == "cpu":
         tokens_per_batch = min(tokens_per_batch, TOKENS_ON_CPU)
-    answers = _contexts(sequences, max_length=model.max_length, is_routed=is_routed(model.sides))
+    read = _prompted(model, sequences)
+    answers = _contexts(read, max_length=model.max_length, is_routed=is_routed(model.sides))
     is_branched = supports_trees(model, longest=max((len(ids) for ids, _ in answers), default=0))
     largest = min(TOKENS_OF_A_LARGE_TREE, model.max_length) if is_branched else 1
     trees = _trees(list(answers), largest=min(largest, tokens_per_batch))
@@ -194,6 +195,21 @@ def _trees(contexts: Sequence[Context], *, largest: int) -> list[Tree]:
 
 def _contexts_of(tree: Tree) -> list[Context]:
     return list(zip(tree.sequences, tree.prompts, strict=True))
+
+
+def _prompted(
+    model: EditableModel, sequences: Sequence[TargetSequence]
+) -> Sequence[TargetSequence]:
+    """The sequences with what texts beside the weights put before their prompts."""
+    if not model.sides:
+        return sequences
+    prompts = model.reader.prompted([sequence.ids[: sequence.start] for sequence in sequences])
+    return [
+        sequence
+        if len(prompt) == sequence.start and prompt == sequence.ids[: sequence.start]
+        else TargetSequence(Encoded((*prompt, *sequence.target_ids), (), 0), len(prompt))
+        for sequence, prompt in zip(sequences, prompts, strict=True)
+    ]
 
 
 def _contexts(
