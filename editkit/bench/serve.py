@@ -15,7 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from editkit.bench.base import Comparison, Options, PairedTiming, Side, relative_difference, timed
+from editkit.bench.base import (
+    Comparison,
+    Cost,
+    Options,
+    PairedTiming,
+    Side,
+    relative_difference,
+    timed,
+)
 from editkit.bench.synthetic import model_of, requests_for
 from editkit.config.compose import compose
 from editkit.config.schema import Problems, construct
@@ -124,7 +132,7 @@ def _latencies(
     requests: Sequence[EditRequest],
     options: Options,
 ) -> dict[str, float]:
-    """The latencies relative to the unedited model's, by kind of query."""
+    """The latencies relative to the unedited model's, by kind of query; on a CPU, of CPU time."""
     model.attach(*sides)
     prompts = _prompts(model, requests)
     touched = routed(model, prompts)
@@ -137,9 +145,14 @@ def _latencies(
                 for attached, seconds in (((), latency.plain), (sides, latency.ours)):
                     model.attach(*attached)
                     cost, _result = timed(functools.partial(query, prompt), options.device)
-                    seconds.append(cost.seconds)
+                    seconds.append(_seconds(cost, options))
     model.attach()
     return {kind: latency.ratio for kind, latency in sorted(found.items())}
+
+
+def _seconds(cost: Cost, options: Options) -> float:
+    """On a CPU the seconds of its threads, which other programs change less."""
+    return cost.cpu_seconds if options.device_type == "cpu" else cost.seconds
 
 
 def _queries(model: EditableModel) -> dict[str, Callable[[Sequence[int]], torch.Tensor]]:
@@ -214,7 +227,7 @@ def _growth(
         timing.run("plain", lambda: edit(model, editor, [request], empty))
         timing.run("ours", lambda: edit(model, editor, [request], book.state()))
     medians = [
-        statistics.median(cost.seconds for cost in timing.costs[side][1:])
+        statistics.median(_seconds(cost, options) for cost in timing.costs[side][1:])
         for side in ("plain", "ours")
     ]
     return medians[1] / medians[0]
