@@ -3,7 +3,8 @@
     ice    the bare fact (Zhang et al. 2024, arXiv 2401.01286, as a baseline)
     ike    demonstrations and the fact (Zheng et al. 2023, arXiv 2305.12740, section 3)
     rag    the most similar facts, where one is similar enough
-    scr    the most similar facts that the model itself confirms (He et al. 2025, arXiv 2503.05212)
+    scr    the most similar facts that the model itself confirms, one by one (He et al. 2025, arXiv
+           2503.05212, where it chooses among them)
 
 They are one editor with other numbers. A demonstration is an edit of the dataset that the run does
 not make, with a prompt and its answer:

@@ -97,11 +97,11 @@ class Reader:
         self, texts: Sequence[str], answers: Sequence[str], chat: ChatTemplate | None
     ) -> list[int]:
         """By text, the index of the answer whose first token is most probable after it. No memory
-        changes the texts.
+        changes the texts. A text that exceeds the context length loses its beginning.
         """
         probes = [Probe(prompt=text, answer=answer) for text in texts for answer in answers]
         asked = encode_with_targets(self.tokenizer, probes, chat=chat)
-        rows = [each.ids[: each.start] for each in asked[:: len(answers)]]
+        rows = [each.ids[: each.start][-self._positions :] for each in asked[:: len(answers)]]
         firsts_BK = torch.tensor([each.target_ids[0] for each in asked]).view(-1, len(answers))
         chosen: list[int] = []
         for start in range(0, len(rows), ROWS):
@@ -113,6 +113,10 @@ class Reader:
             own_BK = firsts_BK[start : start + ROWS].to(device)
             chosen += logits_BV.gather(1, own_BK).argmax(dim=1).tolist()
         return chosen
+
+    @property
+    def _positions(self) -> int:
+        return context_length(self.network.config.get_text_config())
 
     def _text(self, ids: Ids, chat: ChatTemplate | None) -> str:
         if chat is not None:
@@ -164,8 +168,7 @@ class Reader:
                 tuple(ids_T[mask_T > 0].tolist())
                 for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)
             ]
-            positions = context_length(self.network.config.get_text_config())
-            new = self.prompted(rows, longest=positions)
+            new = self.prompted(rows, longest=self._positions)
             if new == rows:
                 self._held = None
                 return None

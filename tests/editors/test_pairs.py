@@ -47,7 +47,7 @@ ONE_SEAT = ("objective", "solve")  # places that have room for one restraint
 EDITS = 5
 # What stands beside the weights after each of the edits, of which the last two repeat earlier ones.
 ENTRIES = {
-    **{name: [1, 2, 3, 3, 3] for name in ("grace", "ice", "ike", "memoir", "rag")},
+    **{name: [1, 2, 3, 3, 3] for name in ("grace", "ice", "ike", "memoir", "rag", "scr")},
     **{"memoe": [4] * EDITS, "wise": [1] * EDITS},
 }
 

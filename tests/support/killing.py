@@ -42,7 +42,7 @@ INSIDE = {
 }
 WITHOUT_STATISTICS = (
     *("adalora", "ft", "grace", "ice", "ike", "kn", "lora", "memoe", "memoir", "mend", "none"),
-    *("rag", "ultraedit", "wise"),
+    *("rag", "scr", "ultraedit", "wise"),
 )
 SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 STEPS = ("editor.steps=3",)
