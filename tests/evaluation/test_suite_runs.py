@@ -4,11 +4,13 @@ often than needed, and its scores are compared with those of the unedited model.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from editkit.editors.low_rank_side import LowRankSide
 from editkit.errors import ConfigError
 from editkit.evaluation.base import Samples
 from editkit.evaluation.harness.lm import harness_model, quiet
@@ -135,6 +137,29 @@ def test_a_view_that_restrains_nothing_is_not_asked_again_and_one_that_does_is()
     with model.temporarily({module: an_update(model, module, size=-0.5)}):
         chosen.evaluate(model, (), {})
     assert chosen.last is not answers
+
+
+def test_what_stands_beside_the_weights_is_asked_anew_and_compared() -> None:
+    model, module = edited_model()
+    chosen = suite("world_entailment_likelihood", limit=20).prepare(model)
+    baseline = chosen.baseline(model, ())
+    answers = chosen.last
+    rows, columns = model.weight(module).shape
+    generator = torch.Generator().manual_seed(0)
+    side = LowRankSide(
+        module=module,
+        down_RI=torch.randn(1, columns, generator=generator),
+        up_OR=torch.randn(rows, 1, generator=generator),
+        scales_R=torch.ones(1),
+    )
+    for scales in (1.0, 2.0):
+        model.attach(replace(side, scales_R=scales * side.scales_R))
+        found = chosen.evaluate(model, (), baseline)
+        assert chosen.last is not answers
+        assert measured(found, "comparison")
+        answers = chosen.last
+    model.attach()
+    assert not measured(chosen.evaluate(model, (), baseline), "comparison")
 
 
 def test_a_likelihood_that_is_not_finite_is_a_failure_and_is_counted() -> None:

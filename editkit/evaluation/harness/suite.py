@@ -202,8 +202,9 @@ class PreparedSuite(AbstractSuite):
     """A suite with its questions for one model, the same at every milestone and for every view.
 
     Attributes:
-        last: the last scores. They are used again while the weights are the same: the unedited
-            model, and a view that restrains nothing, are measured in one pass.
+        last: the last scores. They are used again while the weights, and what stands beside them,
+            are the same: the unedited model, and a view that restrains nothing, are measured in one
+            pass.
     """
 
     def __init__(
@@ -252,7 +253,7 @@ class PreparedSuite(AbstractSuite):
         """
         name = self.options.name
         results: list[Measurement | Samples] = []
-        is_edited = any(
+        is_edited = bool(model.sides) or any(
             not torch.equal(model.weight(module), model.base(module))
             for module in model.edited_modules
         )
@@ -293,8 +294,19 @@ def _digest_of_items(prepared: Sequence[PreparedTask]) -> str:
 
 
 def _digest(model: EditableModel) -> str:
-    """The digest of the current weights that edits can change."""
+    """The digest of the current weights that edits can change, and of what stands beside them."""
     total = hashlib.blake2b(digest_size=16)
     for module in model.edited_modules:
-        total.update(model.weight(module).contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        total.update(_bytes(model.weight(module)))
+    for side in model.sides:
+        total.update(repr((type(side).__qualname__, side.options())).encode())
+        for name, tensor in side.state().items():
+            total.update(f"{name}{tuple(tensor.shape)}".encode())
+            total.update(_bytes(tensor))
     return total.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    values = tensor.detach().contiguous().reshape(-1)
+    content: bytes = values.view(torch.uint8).cpu().numpy().tobytes()
+    return content
