@@ -150,13 +150,11 @@ def label(pair: Pair) -> str:
 
 
 def marked() -> list[Any]:
-    """All pairs. Of restraints at places that many restraints share, the quick run takes those with
-    MEMIT, and the slow run the others.
-    """
+    """All pairs. The quick run takes one restraint or two of each place, the slow run all."""
     quick = {"alphaedit", "d4s", "eac", "norm_cap", "prune", "prune_linear", "rect"}
 
     def is_slow(pair: Pair) -> bool:
-        return pair[0] != "memit" and not set(pair[1]) <= quick
+        return not set(pair[1]) <= quick
 
     return [
         pytest.param(pair, id=label(pair), marks=[pytest.mark.slow] if is_slow(pair) else [])
