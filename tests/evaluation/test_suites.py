@@ -181,7 +181,7 @@ nothing = Suite(name='none', tasks=(), shots=None, limit=None, seed=0, data=None
 assert nothing.baseline(None, ()) == {} and nothing.evaluate(EmptyModel(), (), {}) == []
 assert 'lm_eval' not in sys.modules and 'datasets' not in sys.modules
 """
-    loaded_after("class EmptyModel:\n    edited_modules = ()\n" + code)
+    loaded_after("class EmptyModel:\n    edited_modules = sides = ()\n" + code)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from editkit.model.shortcuts import Shortcuts
+from editkit.model.texts import Reader
 from editkit.model.tokens import PromptBatch, encode_with_target
 from tests.support.helpers import tiny_tokenizer
 
@@ -32,6 +33,9 @@ class Bigram:
         text = SimpleNamespace(_attn_implementation="sdpa")
         config = SimpleNamespace(get_text_config=lambda: text)
         self.network = SimpleNamespace(config=config, generation_config=None)
+        self.reader = Reader(
+            self.network, self.tokenizer, (), lambda ends: contextlib.nullcontext()
+        )  # of no texts before prompts
         self.shortcuts = Shortcuts()
         self.max_length = max_length
         self.logits_VV = torch.zeros(
