@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
 
 from editkit.errors import message
+from editkit.linalg.recursive import memory_numbers
 from editkit.records.views import trajectory_view
 from editkit.resources.workload import SolveMemory, Workload
 from editkit.types import TensorState
@@ -35,6 +36,16 @@ Place = Literal["objective", "solve", "update", "total"]
 Base = Literal["trajectory", "unedited"]
 PLACES: tuple[Place, ...] = get_args(Place)
 KindT = TypeVar("KindT")
+
+
+def history_memory(work: Workload) -> SolveMemory:
+    """The memory of a solve that keeps the keys of all edits so far for each matrix."""
+    size = work.architecture.inner
+    numbers, is_matrix = memory_numbers(size, work.edits)
+    return SolveMemory(
+        kept=work.num_matrices * numbers * work.solve_bytes,
+        working=float(size * size * work.solve_bytes) if is_matrix else 0.0,
+    )
 
 
 class AbstractRestraint(abc.ABC):

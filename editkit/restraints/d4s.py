@@ -41,9 +41,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from editkit.linalg.recursive import memory_numbers, memory_of, with_memory
+from editkit.linalg.recursive import memory_of, with_memory
 from editkit.resources.workload import SolveMemory, Workload
-from editkit.restraints.base import AbstractSolveRestraint, Base
+from editkit.restraints.base import AbstractSolveRestraint, Base, history_memory
 from editkit.stats.least_squares import LeastSquares, weighted
 
 if TYPE_CHECKING:
@@ -62,17 +62,11 @@ class D4S(AbstractSolveRestraint):
     base: Base = "trajectory"  # of configurations from before this option; the yaml has unedited
 
     def memory(self, work: Workload) -> SolveMemory:
-        size = work.architecture.inner
-        numbers, is_matrix = memory_numbers(size, work.edits)
-        return SolveMemory(
-            kept=work.num_matrices * numbers * work.solve_bytes,
-            working=float(size * size * work.solve_bytes) if is_matrix else 0.0,
-        )
+        return history_memory(work)
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
         """No history. Raises ConfigError for a second moment that cannot be inverted."""
-        for module in moments.by_module:
-            moments.factorise(module)
+        moments.factorise_all()
         return {}
 
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:

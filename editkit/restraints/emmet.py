@@ -46,8 +46,7 @@ class EmmetConstraint(AbstractSolveRestraint):
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
         """No state. Raises ConfigError for a second moment that cannot be inverted."""
-        for module in moments.by_module:
-            moments.factorise(module)
+        moments.factorise_all()
         return {}
 
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:

@@ -81,8 +81,7 @@ class LyapLock(AbstractSolveRestraint):
 
     def init(self, model: object, moments: Moments) -> TensorState:
         """No history. Raises ConfigError for a second moment that cannot be inverted."""
-        for module in moments.by_module:
-            moments.factorise(module)
+        moments.factorise_all()
         return {}
 
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> Update:

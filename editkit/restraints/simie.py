@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from editkit.errors import OptionError, message
-from editkit.linalg.recursive import memory_numbers, memory_of, ridge, with_memory
+from editkit.linalg.recursive import memory_of, ridge, with_memory
 from editkit.resources.workload import SolveMemory, Workload
-from editkit.restraints.base import AbstractSolveRestraint
+from editkit.restraints.base import AbstractSolveRestraint, history_memory
 from editkit.stats.least_squares import LeastSquares, least_squares
 
 if TYPE_CHECKING:
@@ -52,17 +52,11 @@ class SimIE(AbstractSolveRestraint):
             raise OptionError(message("ridge", "must be positive", got=self.ridge))
 
     def memory(self, work: Workload) -> SolveMemory:
-        size = work.architecture.inner
-        numbers, is_matrix = memory_numbers(size, work.edits)
-        return SolveMemory(
-            kept=work.num_matrices * numbers * work.solve_bytes,
-            working=float(size * size * work.solve_bytes) if is_matrix else 0.0,
-        )
+        return history_memory(work)
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
         """No history. Raises ConfigError for a second moment that cannot be inverted."""
-        for module in moments.by_module:
-            moments.factorise(module)
+        moments.factorise_all()
         return {}
 
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:

@@ -112,6 +112,11 @@ class Moments:
             dtype,
         )
 
+    def factorise_all(self) -> None:
+        """Factorises every second moment. Raises ConfigError for one that cannot be inverted."""
+        for module in self.by_module:
+            self.factorise(module)
+
     def second_moment(self, module: str) -> torch.Tensor:
         """E[k k^T], (I, I) float64. Callers must not modify it."""
         return self._of(module).matrix_II
