@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError, message
 from editkit.evaluation.scoring.teacher_forcing import score
+from editkit.linalg.telemetry import l1_norm_of
 from editkit.types import EditRequest, Probe
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def weight_figures(
     return {
         module: {
             "condition_number": spectrum.condition_number,
-            "l1_norm": float(model.weight(module).double().abs().sum()),
+            "l1_norm": l1_norm_of(model.weight(module)),
         }
         for module, spectrum in spectra.items()
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.capture import capture
+from editkit.model.standing import standing
 from editkit.model.tokens import pad
 
 if TYPE_CHECKING:
@@ -54,13 +55,11 @@ def without_own(
     sides of others, which are returned. At the end, also after an error, all former sides stand
     there again.
     """
-    before = model.sides
-    others = [side for side in before if not isinstance(side, kind) or side.module != module]
-    try:
-        model.attach(*others)
-        yield tuple(others)
-    finally:
-        model.attach(*before)
+    others = tuple(
+        side for side in model.sides if not isinstance(side, kind) or side.module != module
+    )
+    with standing(model, others):
+        yield others
 
 
 def inputs_of(

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from editkit.editors.anchors import Anchors, Ids
-from editkit.errors import message
 from editkit.lazy import torch
-from editkit.model.beside import NONE, AbstractSide, Place, Prompts
+from editkit.model.beside import NONE, AbstractSide, Place, Prompts, added_at
 from editkit.types import TensorState
 
 
@@ -22,6 +21,8 @@ class Bypass(AbstractSide):
     """Experts beside one module. A choice is (P, 1 + E): the expert at the prompt's last token, and
     what the anchor adds to the router's logits.
     """
+
+    belongs: ClassVar[str] = "the experts belong to a module"
 
     module: str
     top_k: int
@@ -54,7 +55,7 @@ class Bypass(AbstractSide):
             return outputs_BTO
         inputs_NI = inputs_BTI[is_sent_BT].float()
         shares_NE = self.gates(inputs_NI @ self.router_EI.T + chosen_BT[is_sent_BT][:, 1:])
-        return self.added(outputs_BTO, is_sent_BT, self.mixed(inputs_NI, shares_NE))
+        return added_at(outputs_BTO, is_sent_BT, self.mixed(inputs_NI, shares_NE))
 
     def options(self) -> dict[str, Any]:
         return {
@@ -83,12 +84,9 @@ class Bypass(AbstractSide):
             experts_EOI=state["experts"],
         )
 
-    def problems(self, shape: tuple[int, int]) -> list[str]:
-        own = tuple(self.experts_EOI.shape[1:])
-        if own == tuple(shape):
-            return []
-        problem = "the experts belong to a module of another shape"
-        return [message(self.module, problem, got=own, expected=f"shape {tuple(shape)}")]
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.experts_EOI.shape[1], self.experts_EOI.shape[2]
 
     def figures(self) -> dict[str, float]:
         tensors = self.state().values()
@@ -131,12 +129,3 @@ class Bypass(AbstractSide):
             shares_M1 = shares_NE[rows_M, expert, None]
             mixed_NO = mixed_NO.index_add(0, rows_M, shares_M1 * (inputs_NI[rows_M] @ expert_OI.T))
         return self.weight * mixed_NO
-
-    @staticmethod
-    def added(
-        outputs_BTO: torch.Tensor, where_BT: torch.Tensor, added_NO: torch.Tensor
-    ) -> torch.Tensor:
-        """The outputs with these vectors added at some tokens."""
-        changed_BTO = outputs_BTO.clone()
-        changed_BTO[where_BT] += added_NO.to(outputs_BTO)
-        return changed_BTO

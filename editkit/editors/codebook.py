@@ -14,9 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from editkit.errors import message
 from editkit.lazy import torch
 from editkit.model.beside import NONE, AbstractSide, Place, Prompts
 from editkit.types import TensorState
@@ -35,6 +34,8 @@ LEAST_ROWS = 16  # free rows behind the first entry
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Codebook(AbstractSide):
     """Some entries beside one module."""
+
+    belongs: ClassVar[str] = "the codebook belongs to a module"
 
     module: str
     replace: Replaced  # whose output the value replaces: of a prompt's last token, or of all
@@ -100,12 +101,9 @@ class Codebook(AbstractSide):
             labels_NL=state["labels"],
         )
 
-    def problems(self, shape: tuple[int, int]) -> list[str]:
-        own = (self.values_NO.shape[1], self.keys_NI.shape[1])
-        if own == tuple(shape):
-            return []
-        problem = "the codebook belongs to a module of another shape"
-        return [message(self.module, problem, got=own, expected=f"shape {tuple(shape)}")]
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values_NO.shape[1], self.keys_NI.shape[1]
 
     def figures(self) -> dict[str, float]:
         tensors = self.state().values()

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from editkit.errors import message
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.model.beside import AbstractUnroutedSide
@@ -22,6 +21,8 @@ from editkit.types import TensorState
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LowRankSide(AbstractUnroutedSide):
     """The adapter of one matrix."""
+
+    belongs: ClassVar[str] = "the adapter belongs to a matrix"
 
     module: str
     down_RI: torch.Tensor  # float32, as the others
@@ -51,12 +52,9 @@ class LowRankSide(AbstractUnroutedSide):
             scales_R=state["scales"],
         )
 
-    def problems(self, shape: tuple[int, int]) -> list[str]:
-        own = (self.up_OR.shape[0], self.down_RI.shape[1])
-        if own == tuple(shape):
-            return []
-        problem = "the adapter belongs to a matrix of another shape"
-        return [message(self.module, problem, got=own, expected=f"shape {tuple(shape)}")]
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up_OR.shape[0], self.down_RI.shape[1]
 
     def figures(self) -> dict[str, float]:
         tensors = self.state().values()

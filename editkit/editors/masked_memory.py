@@ -13,17 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from editkit.errors import message
 from editkit.lazy import torch
-from editkit.model.beside import NONE, AbstractSide, Place, Prompts
+from editkit.model.beside import NONE, AbstractSide, Place, Prompts, added_at
 from editkit.types import TensorState
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MaskedMemory(AbstractSide):
     """A memory beside one module."""
+
+    belongs: ClassVar[str] = "the memory belongs to a module"
 
     module: str
     least_overlap: float  # tau, the share of a mask's columns
@@ -51,10 +52,8 @@ class MaskedMemory(AbstractSide):
         if not bool(where_BT.any()):
             return outputs_BTO
         columns_XI = self._columns_NI[chosen_BT[where_BT]]
-        changed_BTO = outputs_BTO.clone()
-        added = (inputs_BTI[where_BT].float() * columns_XI) @ self.memory_OI.T
-        changed_BTO[where_BT] += added.to(outputs_BTO)
-        return changed_BTO
+        added_XO = (inputs_BTI[where_BT].float() * columns_XI) @ self.memory_OI.T
+        return added_at(outputs_BTO, where_BT, added_XO)
 
     def options(self) -> dict[str, Any]:
         return {"module": self.module, "least_overlap": self.least_overlap}
@@ -78,12 +77,9 @@ class MaskedMemory(AbstractSide):
             order_I=state["order"],
         )
 
-    def problems(self, shape: tuple[int, int]) -> list[str]:
-        own = tuple(self.memory_OI.shape)
-        if own == tuple(shape):
-            return []
-        problem = "the memory belongs to a module of another shape"
-        return [message(self.module, problem, got=own, expected=f"shape {tuple(shape)}")]
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.memory_OI.shape[0], self.memory_OI.shape[1]
 
     def figures(self) -> dict[str, float]:
         return {

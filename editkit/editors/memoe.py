@@ -28,9 +28,8 @@ N tokens of a pass, P prompts, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal, Self
 
 from editkit.editors.anchors import Anchors, Kind
 from editkit.editors.base import AbstractSideEditor, Plan, Step
@@ -39,7 +38,7 @@ from editkit.editors.bypass import Bypass
 from editkit.editors.ft import log_probabilities
 from editkit.errors import OptionError, message
 from editkit.lazy import torch
-from editkit.model.beside import NONE, AbstractSide, Place, Prompts
+from editkit.model.beside import NONE, AbstractSide, Place, Prompts, added_at
 from editkit.resources.workload import REQUEST, EditorMemory, Workload
 from editkit.types import TensorState
 
@@ -142,11 +141,11 @@ class Memoe(AbstractSideEditor[MemoePlan]):
         (module,) = self.modules(model)
         adam = torch.optim.Adam(learned, lr=self.lr, foreach=False)
         first, steps = None, 0
-        run = log_probabilities(model, step.requests, "target")
+        run, bypass = log_probabilities(model, step.requests, "target"), self._bypass(model, state)
         with without_own(model, Bypass, module) as others:
             while True:
                 with torch.enable_grad():
-                    side = _Learned.of(model, self._bypass(model, state), learned, self.noise)
+                    side = _Learned.of(model, bypass, learned, self.noise)
                     model.attach(*others, side)
                     log_p_B = run()
                     loss = -log_p_B.mean()
@@ -193,13 +192,11 @@ class Memoe(AbstractSideEditor[MemoePlan]):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Learned(AbstractSide):
+class _Learned(Bypass):
     """A bypass while its experts and its router are trained. Gradients flow into both parts of the
     router, the gates are noisy, and each pass leaves its auxiliary loss.
     """
 
-    module: str
-    bypass: Bypass  # with the experts that are trained
     anchor_ED: torch.Tensor  # the part of W_g that reads the anchor
     embeddings_VD: torch.Tensor
     noise: float
@@ -213,22 +210,22 @@ class _Learned(AbstractSide):
         router, experts_EOI = learned
         columns = experts_EOI.shape[2]
         return cls(
-            module=bypass.module,
-            bypass=replace(bypass, router_EI=router[:, :columns], experts_EOI=experts_EOI),
+            **{part.name: getattr(bypass, part.name) for part in fields(bypass)}
+            | {"router_EI": router[:, :columns], "experts_EOI": experts_EOI},
             anchor_ED=router[:, columns:],
             embeddings_VD=model.network.get_input_embeddings().weight,
             noise=noise,
         )
 
     def choose(self, prompts: Prompts) -> torch.Tensor:
-        found = [self.bypass.anchors.find(ids) for ids in prompts.ids()]
+        found = [self.anchors.find(ids) for ids in prompts.ids()]
         zero_D = torch.zeros(self.embeddings_VD.shape[1], device=self.anchor_ED.device)
         means = [
             self.embeddings_VD[list(ids)].float().mean(0).to(zero_D) if ids else zero_D
             for ids in found
         ]
         anchored_PE = torch.stack(means) @ self.anchor_ED.T
-        return self.bypass.choice(prompts.last_PI, anchored_PE, found)
+        return self.choice(prompts.last_PI, anchored_PE, found)
 
     def change(
         self,
@@ -237,30 +234,14 @@ class _Learned(AbstractSide):
         chosen_BT: torch.Tensor,
         place: Place,
     ) -> torch.Tensor:
-        bypass, is_sent_BT = self.bypass, chosen_BT[..., 0] != NONE
+        is_sent_BT = chosen_BT[..., 0] != NONE
         inputs_NI = inputs_BTI[is_sent_BT].float()
-        logits_NE = inputs_NI @ bypass.router_EI.T + chosen_BT[is_sent_BT][:, 1:]
+        logits_NE = inputs_NI @ self.router_EI.T + chosen_BT[is_sent_BT][:, 1:]
         if self.noise:
             logits_NE = logits_NE + self.noise * torch.randn(logits_NE.shape).to(logits_NE)
-        shares_NE = bypass.gates(logits_NE)
+        shares_NE = self.gates(logits_NE)
         self.balances.append(balance_loss(logits_NE.softmax(-1)))
-        return bypass.added(outputs_BTO, is_sent_BT, bypass.mixed(inputs_NI, shares_NE))
-
-    def options(self) -> dict[str, Any]:
-        raise NotImplementedError("it stands only while it is trained")
-
-    def state(self) -> TensorState:
-        raise NotImplementedError("it stands only while it is trained")
-
-    @classmethod
-    def restored(cls, options: Mapping[str, Any], state: TensorState) -> Self:
-        raise NotImplementedError("it stands only while it is trained")
-
-    def problems(self, shape: tuple[int, int]) -> list[str]:
-        return self.bypass.problems(shape)
-
-    def figures(self) -> dict[str, float]:
-        return self.bypass.figures()
+        return added_at(outputs_BTO, is_sent_BT, self.mixed(inputs_NI, shares_NE))
 
 
 def balance_loss(shares_NE: torch.Tensor) -> torch.Tensor:

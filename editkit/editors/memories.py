@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from editkit.errors import message
 from editkit.lazy import torch
 from editkit.model.beside import NONE, AbstractSide, Place, Prompts
 from editkit.types import TensorState
@@ -23,6 +22,8 @@ from editkit.types import TensorState
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Memories(AbstractSide):
     """Memories beside one module."""
+
+    belongs: ClassVar[str] = "the side memory belongs to a module"
 
     module: str
     act_ratio: float
@@ -69,12 +70,9 @@ class Memories(AbstractSide):
             least_K=state["least"],
         )
 
-    def problems(self, shape: tuple[int, int]) -> list[str]:
-        own = tuple(self.differences_KOI.shape[1:])
-        if own == tuple(shape):
-            return []
-        problem = "the side memory belongs to a module of another shape"
-        return [message(self.module, problem, got=own, expected=f"shape {tuple(shape)}")]
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.differences_KOI.shape[1], self.differences_KOI.shape[2]
 
     def figures(self) -> dict[str, float]:
         return {

@@ -12,6 +12,11 @@ from editkit.linalg.spectral import Spectrum
 from editkit.linalg.total import Total
 
 
+def l1_norm_of(weight_OI: torch.Tensor) -> float:
+    """The sum of the absolute entries, in float64."""
+    return float(torch.linalg.vector_norm(weight_OI, ord=1, dtype=torch.float64))
+
+
 def module_record(
     weight_OI: torch.Tensor,
     spectrum: Spectrum,
@@ -32,7 +37,7 @@ def module_record(
         rounding_error: the return value of `EditableModel.apply`, the relative part of the update
             that the storage dtype lost.
     """
-    l1_norm = float(torch.linalg.vector_norm(weight_OI, ord=1, dtype=torch.float64))
+    l1_norm = l1_norm_of(weight_OI)
     is_vector = min(weight_OI.shape) == 1
     return {
         **({} if is_vector else {"condition_number": spectrum.condition_number}),

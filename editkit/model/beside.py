@@ -20,8 +20,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from editkit.errors import message
 from editkit.lazy import torch
 from editkit.model.side_value import AbstractBeside
 from editkit.model.texts import AbstractTexts, Reader
@@ -108,6 +109,8 @@ class Prompts:
 class AbstractSide(AbstractBeside):
     """A side at one module."""
 
+    belongs: ClassVar[str]  # for messages: "the codebook belongs to a module"
+
     module: str  # whose input it reads and whose output it changes
 
     @property
@@ -134,9 +137,17 @@ class AbstractSide(AbstractBeside):
             chosen_BT: the choice of each token's prompt, (B, T) or (B, T, C); NONE for padding.
         """
 
+    @property
     @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the matrix beside which it fits."""
+
     def problems(self, shape: tuple[int, int]) -> list[str]:
         """Why it does not fit beside a matrix of this shape, (d_out, d_in)."""
+        if self.shape == tuple(shape):
+            return []
+        problem, expected = f"{self.belongs} of another shape", f"shape {tuple(shape)}"
+        return [message(self.module, problem, got=self.shape, expected=expected)]
 
 
 class AbstractUnroutedSide(AbstractSide):
@@ -157,6 +168,15 @@ class AbstractUnroutedSide(AbstractSide):
         place: Place,
     ) -> torch.Tensor:
         return self.changed(inputs_BTI, outputs_BTO)
+
+
+def added_at(
+    outputs_BTO: torch.Tensor, where_BT: torch.Tensor, added_NO: torch.Tensor
+) -> torch.Tensor:
+    """The outputs with these vectors added at some tokens."""
+    changed_BTO = outputs_BTO.clone()
+    changed_BTO[where_BT] += added_NO.to(outputs_BTO)
+    return changed_BTO
 
 
 def is_routed(sides: Sequence[AbstractBeside]) -> bool:
