@@ -23,9 +23,9 @@ def messages(path: Path):
             at += BLOCK - at % BLOCK
             continue
         _, length, kind = HEADER.unpack_from(data, at)
-        if kind == 0:
-            break
         at += HEADER.size
+        if kind == 0 or at + length > len(data):  # the rest is still being written
+            break
         parts += data[at : at + length]
         at += length
         if kind in (1, 4):  # a whole record, or the last part of one
