@@ -49,7 +49,7 @@ class EditRequest:
     locality: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     # Consequences of the edit by kind: "alias", "reasoning", "logical_generalization" (KnowEdit),
     # "one_hop" (zsRE), "two_hop" (world), "multi_hop" (MQuAKE), "affected_subject",
-    # "affected_verb", "affected_object" (CSK).
+    # "affected_verb", "affected_object" (CSK); docs/guides/datasets.md lists those of all datasets.
     portability: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     # other subjects for which the new target has always been true (CounterFact)
     attribute_prompts: tuple[Probe, ...] = ()

@@ -4,6 +4,7 @@ it is read.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class Fields:
         self._path = path
         self.findings = findings or Findings()
         if isinstance(record, Malformed):
-            self.note("record", "is not JSON", detail=record.reason)
+            self.note("record", record.problem, detail=record.reason)
         elif not isinstance(record, Mapping):
             self.note(
                 "" if path else "record",
@@ -141,6 +142,18 @@ class Fields:
         """Such a text, or None if the field is missing or null."""
         return None if self.get(key) is None else self.text(key)
 
+    def filled(self, key: str) -> str | None:
+        """Such a text, or None if the field is missing, null, NaN or blank: what files that were
+        written from tables have in empty cells.
+        """
+        value = self.get(key)
+        is_empty = (
+            value is None
+            or (isinstance(value, float) and math.isnan(value))
+            or (isinstance(value, str) and not value.strip())
+        )
+        return None if is_empty else self.text(key)
+
     def texts(self, key: str, *, keeps_end: bool = False) -> tuple[str, ...]:
         """A list of such texts."""
         return tuple(
@@ -158,6 +171,18 @@ class Fields:
             Fields(value, path=self._full(f"{key}[{index}]"), findings=self.findings)
             for index, value in enumerate(self._list(key))
         ]
+
+    def part(self, key: str) -> Fields:
+        """The reader of one nested record, as in `parts`."""
+        return Fields(self.get(key), path=self._full(key), findings=self.findings)
+
+    def lists(self, key: str) -> list[list[object]]:
+        """A list of lists."""
+        values = self._list(key)
+        for index, value in enumerate(values):
+            if not isinstance(value, list):
+                self._wrong_type(f"{key}[{index}]", value, "list")
+        return [value for value in values if isinstance(value, list)]
 
     def _full(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key

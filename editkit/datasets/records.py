@@ -1,4 +1,6 @@
-"""Raw dataset records: their sources, and readers for JSON and JSON lines files."""
+"""Raw dataset records: their sources, and readers for JSON and JSON lines files. Further kinds of
+files are in `editkit.datasets.files`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,10 @@ import hashlib
 import json
 import os
 from codecs import BOM_UTF8
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from editkit.datasets.strict_json import BadJson, is_utf_16, parse
 from editkit.errors import ConfigError, message
@@ -19,9 +22,10 @@ UTF_8_JSON = "JSON in UTF-8"
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Takes the place of a record that is not JSON."""
+    """Takes the place of a record that cannot be read."""
 
     reason: str
+    problem: str = "is not JSON"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +36,45 @@ class Records:
     # sha256 of the file's bytes, or of the records as canonical JSON for tables of the hub
     digest: str
     origin: str
-    lines: Sequence[int] | None = None  # by record, its line number in a JSON lines file
+    lines: Sequence[int] | None = None  # by record, its line number in a file of lines
+    named: Callable[[int], str] | None = None  # places that are neither numbers nor lines
 
     def place(self, index: int) -> str:
         """The place of a record in messages."""
+        if self.named is not None:
+            return self.named(index)
         return f"record {index}" if self.lines is None else f"line {self.lines[index]}"
+
+
+class Reader(Protocol):
+    """Reads one file; `key` names the option with its path."""
+
+    def __call__(self, path: Path, /, *, key: str) -> Records: ...
+
+
+def read_json(path: Path, /, *, key: str) -> Records:
+    """The list of records in a JSON file; `key` names the option with the path."""
+    content = read_bytes(path, key=key, suffix="json")
+    records = parsed(content, path)
+    if not isinstance(records, list):
+        raise ConfigError(
+            message(
+                str(path),
+                "the file has no list",
+                got=type(records).__name__,
+                expected="a JSON list of records",
+            )
+        )
+    return Records(records=records, digest=hashlib.sha256(content).hexdigest(), origin=str(path))
+
+
+def parsed(content: bytes, path: Path) -> object:
+    """The value of a JSON file's bytes. Raises ConfigError with the first problem."""
+    try:
+        return parse(content)
+    except BadJson as error:
+        place = f"{path}, line {error.line}, column {error.column}"
+        raise ConfigError(message(place, error.told, expected=UTF_8_JSON)) from None
 
 
 def find_records(
@@ -46,25 +84,28 @@ def find_records(
     hub_id: str | None,
     hub_file: str | None = None,
     advice: str,
+    read: Reader = read_json,
 ) -> Records:
     """Records from `path`, else from the first of `files` that exists in $EDITKIT_DATA, else from
     the hub.
 
     Args:
-        hub_file: a JSON file of the hub's repository; all rows of all splits if None.
+        hub_file: a file of the hub's repository, or all files of one folder as `folder/*.json`; all
+            rows of all splits if None.
         advice: a sentence about another source of the dataset, for the error message.
+        read: what a file, or a folder, is read with.
 
     Raises:
         ConfigError: there is no source (the message lists the searched places), or it cannot be
             read.
     """
     if path is not None:
-        return read_json(Path(path).expanduser(), key="dataset.path")
+        return read(Path(path).expanduser(), key="dataset.path")
     folder = os.environ.get(DATA_FOLDER)
     locals_ = [Path(folder).expanduser() / file for file in files] if folder else []
     for local in locals_:
         if local.exists():
-            return read_json(local, key=f"${DATA_FOLDER}")
+            return read(local, key=f"${DATA_FOLDER}")
     missing = (
         " and ".join(map(str, locals_))
         + f" (${DATA_FOLDER}) {'do' if len(locals_) > 1 else 'does'} not exist"
@@ -73,7 +114,7 @@ def find_records(
     reason = "no hub dataset in this layout is known (dataset.id is null)"
     if hub_id is not None:
         try:
-            return _read_hub(hub_id) if hub_file is None else _read_hub_file(hub_id, hub_file)
+            return _read_hub(hub_id) if hub_file is None else _read_hub_file(hub_id, hub_file, read)
         except ImportError:
             reason = f"hub dataset {hub_id} needs the package `datasets` (pip install datasets)"
         except Exception as error:  # the hub's clients raise errors of many libraries
@@ -88,27 +129,7 @@ def find_records(
     )
 
 
-def read_json(path: Path, *, key: str) -> Records:
-    """The list of records in a JSON file; `key` names the option with the path."""
-    content = read_bytes(path, key=key, suffix="json")
-    try:
-        records = parse(content)
-    except BadJson as error:
-        place = f"{path}, line {error.line}, column {error.column}"
-        raise ConfigError(message(place, error.told, expected=UTF_8_JSON)) from None
-    if not isinstance(records, list):
-        raise ConfigError(
-            message(
-                str(path),
-                "the file has no list",
-                got=type(records).__name__,
-                expected="a JSON list of records",
-            )
-        )
-    return Records(records=records, digest=hashlib.sha256(content).hexdigest(), origin=str(path))
-
-
-def read_json_lines(path: Path, *, key: str) -> Records:
+def read_json_lines(path: Path, /, *, key: str) -> Records:
     """One record for each line that is not blank. A line that is not JSON becomes a `Malformed`, so
     that all of them are reported together.
     """
@@ -172,11 +193,12 @@ def _read_hub(hub_id: str) -> Records:
     )
 
 
-def _read_hub_file(hub_id: str, file: str) -> Records:
+def _read_hub_file(hub_id: str, file: str, read: Reader) -> Records:
     import huggingface_hub
 
-    path = huggingface_hub.hf_hub_download(hub_id, file, repo_type="dataset")
-    content = read_json(Path(path), key="dataset.id")
-    return Records(
-        records=content.records, digest=content.digest, origin=f"hub dataset {hub_id}, {file}"
-    )
+    if file.endswith("*.json"):
+        root = huggingface_hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns=[file])
+        path = Path(root) / Path(file).parent
+    else:
+        path = Path(huggingface_hub.hf_hub_download(hub_id, file, repo_type="dataset"))
+    return replace(read(path, key="dataset.id"), origin=f"hub dataset {hub_id}, {file}")

@@ -178,7 +178,7 @@ MORE: dict[str, str] = {
     "validate SMALL editr=1": "editr: unknown option of the configuration (expected one of batch_size, checkpoint, dataset, editor, edits,",
     "validate SMALL \"edits={a:\"": "no viable alternative at input '{a:' See https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details",
     "validate SMALL model=gpt9": "In 'config': Could not find 'model/gpt9' Available options in 'model': gemma-2-2b gpt-neox-20b gpt2 gpt2-large",
-    "validate suite=none dataset=facts9": "In 'config': Could not find 'dataset/facts9' Available options in 'dataset': counterfact csk facts jsonl",
+    "validate suite=none dataset=facts9": "In 'config': Could not find 'dataset/facts9' Available options in 'dataset': counterfact csk facts hallueditbench",
     "validate SMALL suite=tiny": "In 'config': Could not find 'suite/tiny' Available options in 'suite': d4s knowedit memoe none paper published_code",
     "validate SMALL stats=guess": "In 'config': Could not find 'stats/guess' Available options in 'stats': facts hub imported none text world",
     "validate SMALL tracker=neptune": "In 'config': Could not find 'tracker/neptune' Available options in 'tracker': console mlflow none",

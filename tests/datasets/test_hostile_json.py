@@ -16,6 +16,7 @@ from editkit.datasets.jsonl import JsonLines
 from editkit.datasets.knowedit import KnowEdit
 from editkit.datasets.mquake import MQuAKE
 from editkit.datasets.strict_json import BadJson, parse
+from editkit.datasets.ultraeditbench import UltraEditBench
 from editkit.errors import ConfigError
 from editkit.evaluation.tasks.data import read_file
 from editkit.files import read_object
@@ -37,6 +38,14 @@ MQUAKE = {
     "new_answer": "Rome",
     "new_single_hops": [{"question": "Where?", "answer": "Rome"}],
 }
+ULTRA = {
+    "prompt": "Where is Ada?",
+    "subject": "Ada",
+    "rephrase_prompt": "x",
+    "ans": "Rome",
+    "loc": "y",
+    "loc_ans": "z",
+}
 CSK = {"prompt": "Ada eats", "subject": "Ada", "verb": "eats", "object": "x", "label": "True"}
 
 
@@ -53,6 +62,10 @@ def csk(path: str) -> Any:
     return CommonSense(
         name="c", set="20q", edit_at="subject", path=path, file="", annotations=(), **COMMON
     ).load(0)
+
+
+def ultraeditbench(path: str) -> Any:
+    return UltraEditBench(name="u", path=path, files=(), **COMMON).load(0)
 
 
 def jsonl(path: str) -> Any:
@@ -73,6 +86,8 @@ READERS: dict[str, tuple[Callable[[str], Any], dict[str, Any], bool]] = {
     "knowedit": (knowedit, {"subject": "Ada", "prompt": "Ada is", "target_new": "x"}, False),
     "mquake": (mquake, MQUAKE, False),
     "csk": (csk, CSK, False),
+    "ultraeditbench": (ultraeditbench, ULTRA, False),
+    "ultraeditbench, lines": (ultraeditbench, ULTRA, True),
     "annotations": (lambda path: read_annotations([path]), CSK, False),
     "jsonl": (jsonl, {"prompt": "Ada is", "subject": "Ada", "target": "x"}, True),
     "task": (lambda path: read_file(Path(path)), {"question": "q"}, False),
@@ -154,6 +169,7 @@ FIELDS = {
     "knowedit": ("prompt", "target_new"),
     "mquake": ("requested_rewrite", "questions", "new_answer", "new_single_hops"),
     "csk": ("prompt", "subject", "label"),
+    "ultraeditbench": tuple(ULTRA),
     "jsonl": ("prompt", "subject", "target"),
 }
 # Those that may be missing or null, and must be lists otherwise.
@@ -173,7 +189,7 @@ def test_null_and_other_types_are_named_with_their_field(
 ) -> None:
     read, record, in_lines = READERS[reader]
     lines = [json.dumps(record), json.dumps(record | {name: value, "case_id": 1, "id": "b"})]
-    if reader in ("snippets", "zsre", "knowedit", "mquake", "csk"):
+    if reader in ("snippets", "zsre", "knowedit", "mquake", "csk", "ultraeditbench"):
         lines = [json.dumps(each) for each in (record, record | {name: value})]
     text = "\n".join(lines) if in_lines else f"[{','.join(lines)}]"
     with pytest.raises(ConfigError) as caught:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from editkit.config.compose import compose
+from editkit.config.schema import Problems, construct
+from editkit.datasets.base import AbstractDataset
 from editkit.errors import ConfigError
 from tests.support.datasets import load, problems_of
 
@@ -84,6 +88,18 @@ def test_the_last_request_of_a_chain_has_the_questions_about_the_whole_chain(
         ("Where is Ellie a citizen?", "Croatia", ("Hrvatska",)),
         ("What is the capital of Croatia?", "Split", ()),
     ]
+
+
+@pytest.mark.parametrize("option", ["mquake_cf_3k_v2", "mquake_t"])
+def test_the_further_files_have_the_same_layout(option: str, tmp_path: Path) -> None:
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([chain(answer_extended=["Washington", "DC"])]))
+    node = compose([f"dataset={option}", f"dataset.path={path}"]).config["dataset"]
+    dataset = construct(node, "dataset", AbstractDataset, Problems())
+    assert dataset is not None
+    requests = dataset.load(0).requests
+    assert [request.id for request in requests] == [f"{option}/1/0", f"{option}/1/1"]
+    assert requests[1].portability["multi_hop"][0].answer == "Split"
 
 
 def test_questions_have_the_configured_format_and_results_name_it(tmp_path: Path) -> None:

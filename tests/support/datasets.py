@@ -29,7 +29,7 @@ def load(
     option: str, records: object, folder: Path, *, seed: int = 0, **changes: Any
 ) -> LoadedDataset:
     path = folder / "records.json"
-    path.write_text(json.dumps(records))
+    path.write_text(records if isinstance(records, str) else json.dumps(records))
     return construct_dataset(option, path=str(path), **changes).load(seed)
 
 
