@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from editkit.editors.grace import Grace as Grace
     from editkit.editors.in_context import InContext as InContext
     from editkit.editors.kn import Kn as Kn
+    from editkit.editors.locft import LocFt as LocFt
     from editkit.editors.lora import Lora as Lora
     from editkit.editors.lora import MergedLora as MergedLora
     from editkit.editors.memit import Memit as Memit
@@ -90,6 +91,7 @@ else:
         "Grace": "editors.grace",
         "InContext": "editors.in_context",
         "Kn": "editors.kn",
+        "LocFt": "editors.locft",
         "Lora": "editors.lora",
         "LowRank": "linalg.lowrank",
         "LyapLock": "restraints.lyaplock",

@@ -37,7 +37,7 @@ from editkit.editors.base import AbstractEditor, Plan, Step
 from editkit.errors import OptionError, message
 from editkit.lazy import torch
 from editkit.model.capture import add_to_matrix
-from editkit.model.tokens import encode_with_targets, pad
+from editkit.model.tokens import TargetSequence, encode_with_targets, pad
 from editkit.resources.workload import EditorMemory, Workload
 from editkit.types import EditRequest, Probe
 
@@ -174,6 +174,13 @@ def answers_log_probabilities(
     by probe, (B,) float32, in nats.
     """
     encoded = encode_with_targets(model.tokenizer, probes, chat=model.chat)
+    return sequence_log_probabilities(model, encoded, loss)
+
+
+def sequence_log_probabilities(
+    model: EditableModel, encoded: Sequence[TargetSequence], loss: Loss = "target"
+) -> Callable[[], torch.Tensor]:
+    """`answers_log_probabilities` of prompts and answers that are tokenised already."""
     positions: Sequence[Sequence[int]]
     if loss == "target":
         rows = [sequence.ids[:-1] for sequence in encoded]

@@ -25,7 +25,7 @@ GROUP = "tune"
 OWN = {
     "edits": "tune.edits",
     "milestones": "tune.edits",
-    "batch_size": None,
+    "batch_size": "tune.batch_size",
     "rollback": None,
     "setting": None,
     "name": None,
@@ -278,10 +278,14 @@ def _folder(chosen: Composed, label: str) -> Path:
 def _arms(search: Search) -> dict[str, tuple[str, ...]]:
     """The overrides of the runs of a trial."""
 
-    def of(edits: int, rollback: str) -> tuple[str, ...]:
-        return ("batch_size=1", f"edits={edits}", f"milestones=[{edits}]", f"rollback={rollback}")
+    def of(edits: int, batch_size: int, rollback: str) -> tuple[str, ...]:
+        size = f"batch_size={batch_size}"
+        return (size, f"edits={edits}", f"milestones=[{edits}]", f"rollback={rollback}")
 
-    arms = {SINGLE: of(search.edits, "true"), SEQUENTIAL: of(search.sequential, "false")}
+    arms = {
+        SINGLE: of(search.edits, 1, "true"),
+        SEQUENTIAL: of(search.sequential, search.batch_size, "false"),
+    }
     sizes = {SINGLE: search.edits, SEQUENTIAL: search.sequential}
     return {name: arm for name, arm in arms.items() if sizes[name]}
 
@@ -325,7 +329,9 @@ def _trials(
 
 
 def _renamed(error: ConfigError, arm: str) -> Iterator[str]:
-    """The problems, with the key that the user sets for the number of edits."""
-    key = "tune.edits" if arm == SINGLE else "tune.sequential"
+    """The problems, with the keys that the user sets for the numbers of edits."""
+    keys = {"edits": "tune.edits" if arm == SINGLE else "tune.sequential"}
+    keys |= {"batch_size": "tune.batch_size"}
     for problem in error.problems:
-        yield f"{key}{problem.removeprefix('edits')}" if problem.startswith("edits:") else problem
+        key, colon, rest = problem.partition(":")
+        yield f"{keys.get(key, key)}{colon}{rest}"

@@ -68,12 +68,14 @@ class Search:
     edits: int
     sequential: int
     seed: int
+    batch_size: int = 1  # edits of a step of the sequence
     layers: Layers | None = None
     space: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         minima = {"trials": (self.trials, 1), "edits": (self.edits, 0)}
         minima |= {"sequential": (self.sequential, 0), "seed": (self.seed, 0)}
+        minima |= {"batch_size": (self.batch_size, 1)}
         problems = [
             message(key, "out of range", got=value, expected=f"at least {minimum}")
             for key, (value, minimum) in minima.items()

@@ -48,7 +48,9 @@ def objective(tuning: Tuning, found: Outcome) -> str:
     """What the score is, in one sentence."""
     search = tuning.search
     parts = [f"{search.edits} single edits"] if search.edits else []
-    parts += [f"a sequence of {search.sequential} edits"] if search.sequential else []
+    if search.sequential:
+        batches = f" in batches of {search.batch_size}" if search.batch_size > 1 else ""
+        parts.append(f"a sequence of {search.sequential} edits{batches}")
     metrics = ", ".join(found.metrics) or "efficacy, generalization, locality"
     protocol = f" (protocol {found.protocol})" if found.protocol else ""
     return f"the harmonic mean of {metrics}{protocol}, over {' and '.join(parts)}"

@@ -21,6 +21,7 @@ LAYERS = {
     "pmet": [0, 1, 2],
     "kn": [0, 1, 2],
     "ft": [1],
+    "locft": [1],
     "alphaedit": [0, 1, 2],
     "mend": [1, 2],
     "ultraedit": [0, 1, 2],

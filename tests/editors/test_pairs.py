@@ -55,6 +55,7 @@ ENTRIES = {
 # the singular values of random matrices.
 QUICK = {
     "editor.steps": 2,
+    "editor.epochs": 2,
     "editor.target.steps": 3,
     "editor.target.stop_loss": 0.0,  # of five requests two are asked twice
     "editor.stop_loss": 0.0,

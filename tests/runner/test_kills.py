@@ -29,7 +29,7 @@ def test_trials_cover_every_allowed_pair_and_every_signal() -> None:
         f"{editor}-none"
         for editor in (
             *("adalora", "alphaedit", "d4s", "emmet", "ft", "grace", "kn"),
-            *("lora", "lora_merged", "memit", "memoe", "memoir", "mend", "pmet", "rome"),
+            *("locft", "lora", "lora_merged", "memit", "memoe", "memoir", "mend", "pmet", "rome"),
             *("ultraedit", "wise"),
         )
     } < names

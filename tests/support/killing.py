@@ -41,8 +41,8 @@ INSIDE = {
     "training": ("editkit.hypernet.learner:_Learner.take_step",),
 }
 WITHOUT_STATISTICS = (
-    *("adalora", "ft", "grace", "ice", "ike", "kn", "lora", "memoe", "memoir", "mend", "none"),
-    *("rag", "scr", "ultraedit", "wise"),
+    *("adalora", "ft", "grace", "ice", "ike", "kn", "locft", "lora", "memoe", "memoir", "mend"),
+    *("none", "rag", "scr", "ultraedit", "wise"),
 )
 SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 STEPS = ("editor.steps=3",)
@@ -53,6 +53,7 @@ QUICK = {
     ),
     "ike": ("editor.demonstrations=1",),
     "kn": ("editor.steps=2", "editor.refine=none", "editor.answer=predicted"),
+    "locft": ("editor.epochs=2",),
     "mend": ("editor.hypernetwork=asset:mend/tiny-gpt2",),
     "eac": ("restraint.eac.steps_search=1", "restraint.eac.steps_retrain=2"),
     "prune": ("restraint.prune.function=linear",),

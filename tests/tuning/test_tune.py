@@ -19,8 +19,8 @@ import yaml
 from editkit.config.compose import compose
 from editkit.errors import ConfigError
 from editkit.tuning.prepare import prepare
-from editkit.tuning.table import Number, combined
-from editkit.tuning.write import _place, changed
+from editkit.tuning.table import Number, Outcome, combined
+from editkit.tuning.write import _place, changed, objective
 
 TINY = ("model=tiny-llama", "editor=ft", "tracker=none", "runtime.threads=1")
 SPACE = ("editor.layers=[0]", "editor.lr=0.001,0.004", "editor.norm_constraint=0.01")
@@ -194,6 +194,15 @@ def test_wrong_input_is_reported_together_before_a_model_is_loaded() -> None:
     [
         (("editor=mend", "model=tiny-gpt2"), "tune: editor=mend has no search space"),
         ((*TINY, "tune.edits=5000"), "tune.edits: dataset=world has 2080 requests (got 5000;"),
+        ((*TINY, "batch_size=10"), "Fix: set tune.batch_size"),
+        (
+            (*TINY, "tune.batch_size=0"),
+            "tune.batch_size: out of range (got 0; expected at least 1)",
+        ),
+        (
+            ("model=tiny-llama", "editor=rome", "tune.sequential=4", "tune.batch_size=2"),
+            "tune.batch_size: ",
+        ),
         ((*TINY, "tune.trails=3"), "did you mean tune.trials?"),
         ((*TINY, "tune=nothing"), "tune/nothing"),
         (("model=tiny-llama", "editor=ft,rome"), "editor: one search has one choice"),
@@ -217,6 +226,16 @@ def test_the_trials_edit_facts_that_a_run_in_file_order_does_not_edit() -> None:
         reported[-1].id,
         reported[-2].id,
     ]
+
+
+def test_the_sequence_is_edited_in_batches_and_single_edits_one_by_one() -> None:
+    tuning = prepare(
+        ["model=tiny-llama", "editor=ultraedit", "tune.edits=4", "tune.trials=1"], None
+    )
+    sizes = {name: [word for word in arm if "batch" in word] for name, arm in tuning.arms.items()}
+    assert sizes == {"single": ["batch_size=1"], "sequential": ["batch_size=10"]}
+    found = Outcome(rows=(), protocol=None)
+    assert "a sequence of 50 edits in batches of 10" in objective(tuning, found)
 
 
 def test_a_dataset_with_a_part_for_tuning_is_tuned_on_that_part() -> None:
