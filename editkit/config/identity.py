@@ -32,6 +32,7 @@ LATER: dict[str, Any] = {
     "dataset.separator": "auto",
     "dataset.subject": "required",
     "dataset.occurrence": "first",
+    "dataset.facts": None,
     "editor.target.products": "float32",
 }
 # Former paths of configured classes, and where each class is now. The first former path of a class

@@ -92,9 +92,13 @@ def separator_of(probe: Probe) -> str:
 
 def kind_of(probe: Probe) -> str:
     """What stands between prompt and answer, and why."""
-    if probe.separator is None or probe.separator == AUTO:
-        return _automatic(probe.prompt)
-    return f"{probe.separator!r}, as chosen"
+    return _kind_of(probe.prompt, probe.separator)
+
+
+def _kind_of(prompt: str, separator: str | None) -> str:
+    if separator is None or separator == AUTO:
+        return _automatic(prompt)
+    return f"{separator!r}, as chosen"
 
 
 def _automatic(prompt: str) -> str:
@@ -171,12 +175,21 @@ def separated(request: EditRequest, choice: str) -> EditRequest:
 
 def kinds_of(requests: Iterable[EditRequest]) -> dict[str, int]:
     """What stands between prompts and answers -> the number of prompts, of all kinds."""
-    return dict(Counter(kind_of(probe) for request in requests for probe in _probes(request)))
+    return dict(
+        Counter(_kind_of(*parts) for request in requests for parts in _with_separators(request))
+    )
 
 
-def _probes(request: EditRequest) -> Iterator[Probe]:
-    yield request.probe()
-    yield from (request.probe(prompt=prompt) for prompt in request.paraphrases)
-    yield from request.neighbours
-    yield from itertools.chain(*request.locality.values(), *request.portability.values())
-    yield from (*request.attribute_prompts, *request.hops)
+def _with_separators(request: EditRequest) -> Iterator[tuple[str, str | None]]:
+    """All prompts, each with its separator."""
+    yield request.full_prompt, request.separator
+    for prompt in request.paraphrases:
+        yield prompt, request.separator
+    for probe in itertools.chain(
+        request.neighbours,
+        *request.locality.values(),
+        *request.portability.values(),
+        request.attribute_prompts,
+        request.hops,
+    ):
+        yield probe.prompt, probe.separator

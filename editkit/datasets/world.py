@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from editkit.datasets.base import AbstractDataset, LoadedDataset, Order, arrange
+from editkit.datasets.world_people import further_requests, most_facts
 from editkit.datasets.world_tasks import TASKS, Split, TaskItem, lookups, recital, stream_items
 from editkit.datasets.world_words import (
     OBJECTS,
@@ -26,6 +27,7 @@ from editkit.datasets.world_words import (
     invent_names,
     invent_surnames,
 )
+from editkit.errors import ConfigError, OptionError, message
 from editkit.types import EditRequest, Probe
 
 
@@ -264,19 +266,48 @@ class WorldDataset(AbstractDataset):
 
     name: str
     world_seed: int  # the bundled models know the world of seed 0
+    # The facts about people that can be edited; None: those of the world. Further ones are about
+    # people whom the models do not know.
+    facts: int | None = None
     order: Order
     limit: int | None
 
+    def __post_init__(self) -> None:
+        if self.facts is not None and self.facts < 1:
+            expected = "at least 1, or null for the world's own"
+            raise OptionError(message("facts", "out of range", got=self.facts, expected=expected))
+
     def load(self, seed: int) -> LoadedDataset:
-        all_requests = list(requests(generate_world(self.world_seed)))
+        world = generate_world(self.world_seed)
+        all_requests = list(requests(world))
         content = json.dumps(
             [dataclasses.asdict(request, dict_factory=_as_first) for request in all_requests],
             sort_keys=True,
             ensure_ascii=False,
         )
+        digest = hashlib.sha256(content.encode())
+        if self.facts is not None:
+            all_requests = self._with_further(world, all_requests)
+            # The rest of a request follows from these. Whole ones would take minutes.
+            for request in all_requests:
+                parts = (request.subject, request.prompt, request.target, *request.paraphrases)
+                digest.update("\0".join(parts).encode())
         return LoadedDataset(
             name=self.name,
             requests=arrange(all_requests, order=self.order, seed=seed, limit=self.limit),
-            digest=hashlib.sha256(content.encode()).hexdigest(),
+            digest=digest.hexdigest(),
             origin=f"generated world of seed {self.world_seed}",
+            variant={} if self.facts is None else {"facts": str(self.facts)},
         )
+
+    def _with_further(self, world: World, own: list[EditRequest]) -> list[EditRequest]:
+        """As many requests as are asked for: the world's own, then those of further people."""
+        assert self.facts is not None
+        if self.facts > (most := most_facts(world)):
+            expected = f"at most {most}, so that names stay different"
+            raise ConfigError(
+                message("dataset.facts", "out of range", got=self.facts, expected=expected)
+            )
+        number = max(0, self.facts - len(own))
+        further = itertools.islice(further_requests(world, first=len(own)), number)
+        return [*own[: self.facts], *further]

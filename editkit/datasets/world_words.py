@@ -260,6 +260,11 @@ def invent_names(rng: random.Random, used: set[str], *, kind: str, count: int) -
     return tuple(names)
 
 
+def num_surnames() -> int:
+    """How many surnames there can be: two closed syllables each."""
+    return (len(_ONSETS) * len(_VOWELS) * len(_CODAS)) ** 2
+
+
 def invent_surnames(rng: random.Random, used: set[str], *, count: int) -> tuple[str, ...]:
     """Distinct surnames. Their two closed syllables distinguish them from other names."""
     names: list[str] = []

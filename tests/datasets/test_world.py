@@ -15,12 +15,15 @@ import pytest
 from editkit.datasets.world import (
     TASKS,
     World,
+    WorldDataset,
     corpus,
     documents,
     generate_world,
     requests,
     task_items,
 )
+from editkit.datasets.world_people import further_requests, most_facts
+from editkit.errors import ConfigError
 from editkit.types import EditRequest
 
 
@@ -193,3 +196,54 @@ def test_entailment_is_balanced_and_its_answers_are_choices(world: World) -> Non
 def test_an_unknown_task_is_refused_with_the_known_ones(world: World) -> None:
     with pytest.raises(ValueError, match="arithmetic, entailment, passage, summary"):
         task_items(world, "chess", n=1)
+
+
+def dataset(facts: int | None) -> WorldDataset:
+    return WorldDataset(name="world", world_seed=0, facts=facts, order="file", limit=None)
+
+
+def test_as_many_facts_as_asked_for_are_the_worlds_own_and_then_those_of_further_people(
+    world: World, edits: tuple[EditRequest, ...]
+) -> None:
+    few, many = dataset(100).load(0), dataset(3000).load(0)
+    assert few.requests == edits[:100] and few.digest != many.digest != dataset(None).load(0).digest
+    assert many.requests[: len(edits)] == edits and len(many.requests) == 3000
+    assert many.requests[:2500] == dataset(2500).load(0).requests, (
+        "a smaller number is the first part"
+    )
+    assert many.label == "world facts=3000"
+    assert len({request.full_prompt for request in many.requests}) == 3000
+    assert [request.id for request in many.requests] == [f"world/{n}" for n in range(3000)]
+    own = {word for fact in world.facts for word in fact.subject.split()[1:]}
+    surnames = {request.subject.split()[1] for request in many.requests[len(edits) :]}
+    assert not own & surnames and len(surnames) > 100
+
+
+def test_the_facts_of_further_people_have_the_worlds_relations_and_neighbours(
+    world: World, edits: tuple[EditRequest, ...]
+) -> None:
+    further = list(itertools.islice(further_requests(world, first=2080), 2080))
+    relations = {relation.wordings[0]: relation for relation in world.relations}
+    assert Counter(each.prompt for each in further) == Counter(each.prompt for each in edits)
+    known = {(prompt, fact.object) for fact in world.facts for prompt in fact.trained}
+    countries = world.objects_of("country") | world.objects_of("headquarters")
+    for edit in further:
+        relation = relations[edit.prompt]
+        assert {edit.target, edit.target_old} <= set(relation.objects)
+        assert edit.target != edit.target_old and len(set(edit.paraphrases)) == 3
+        assert edit.full_prompt not in edit.paraphrases
+        assert len(edit.neighbours) == 6
+        assert {(probe.prompt, probe.answer) for probe in edit.neighbours} <= known
+        (two_hop,) = edit.portability.get("two_hop", (None,))
+        if relation.name in ("birthplace", "employer"):
+            assert two_hop is not None and two_hop.answer == countries[edit.target]
+        else:
+            assert two_hop is None
+
+
+def test_the_number_of_facts_is_limited_by_the_surnames(world: World) -> None:
+    assert most_facts(world) == 1_960_000
+    with pytest.raises(ConfigError, match=r"dataset.facts: out of range .*at most 1960000"):
+        dataset(2_000_000).load(0)
+    with pytest.raises(ConfigError, match="facts: out of range"):
+        dataset(0)
