@@ -15,7 +15,7 @@ ORDER = (
     *("resources", "stats", "targets", "hypernet"),
     *("restraints", "editors", "evaluation"),
     *("config", "report", "trackers", "wandb"),
-    *("runner", "bench", "training"),
+    *("runner", "bench", "training", "analysis"),
     *("sweeps", "tuning", "api", "lm_eval", "cli", "roof"),
 )
 MOST_LOOSE_FILES = 6

@@ -15,6 +15,7 @@ import typer
 
 from editkit import __version__
 from editkit.cli import (
+    analyse,
     bench,
     collect,
     evaluate,
@@ -109,6 +110,7 @@ app.add_typer(stats.app, name="stats", rich_help_panel=PREPARE)
 
 app.command("show", rich_help_panel=RESULTS)(show.show)
 app.command("report", rich_help_panel=RESULTS)(report.report)
+app.command("analyse", rich_help_panel=RESULTS)(analyse.analyse)
 app.command("collect", rich_help_panel=RESULTS)(collect.collect)
 app.command("export", rich_help_panel=RESULTS)(export.export)
 app.command("push", rich_help_panel=RESULTS)(wandb.push)

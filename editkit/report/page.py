@@ -10,6 +10,7 @@ from pathlib import Path
 
 from editkit.records.reader import RunRecords
 from editkit.report import formats
+from editkit.report.analyses import sections
 from editkit.report.compare.against_published import (
     HEAD,
     ONLY,
@@ -80,6 +81,7 @@ def page(content: Content) -> str:
         "unrestrained models are dashed. A click on a name "
         "hides or shows it.</p>",
         *(f"<h3>{escape(title)}</h3>{fragment}" for title, fragment in content.drawings),
+        *sections(content.runs, _names(content.runs)[1]),
         *_published(content.published),
         "<h2>Failures and collapses</h2>",
         *_failures(content.runs),

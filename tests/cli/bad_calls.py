@@ -72,6 +72,8 @@ CHEAP: dict[str, str] = {
     "report runs/good --published published/value.csv": "published/value.csv:2: value: 'many' is no number.",
     "report runs/good --published published/edits.csv": "published/edits.csv:2: edits: 'few' is no whole number.",
     f"report /{LONG}": "path: it is too long (got '/xxx",
+    "analyse none lens": f"none: not a folder ({A_RUN}",
+    "analyse runs/good heat": "analysis: unknown (got 'heat'; expected one of lens, update, ",
     "collect none --to x.csv": f"none: not a folder (expected {OTHERS}",
     "collect runs/good": "Missing option '--to'",
     "collect runs/good --to x.txt": "--to: unknown file type (got 'x.txt'; expected a name that ends in .parquet or .csv).",
