@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from editkit.editors.mend import Mend as Mend
     from editkit.editors.pmet import Pmet as Pmet
     from editkit.editors.rome import Rome as Rome
+    from editkit.editors.t_patcher import TPatcher as TPatcher
     from editkit.editors.ultraedit import UltraEdit as UltraEdit
     from editkit.editors.wise import Wise as Wise
     from editkit.errors import ConfigError as ConfigError
@@ -117,6 +118,7 @@ else:
         "SimIE": "restraints.simie",
         "Sphere": "restraints.sphere",
         "Step": "editors.base",
+        "TPatcher": "editors.t_patcher",
         "UltraEdit": "editors.ultraedit",
         "Wise": "editors.wise",
         "edit": "api.editing",

@@ -111,8 +111,9 @@ class Grace(AbstractSideEditor[GracePlan]):
     def self_check(self, model: EditableModel, request: EditRequest) -> list[Comparison]:
         """The search by a cached suffix beside one by the whole network."""
         [sequence] = encode_with_targets(model.tokenizer, [request.probe()], chat=model.chat)
-        (module,), first = self.modules(model), self._first(sequence)
-        return compare_replaced(model, module, self.layers[0], request.probe(), sequence, first)
+        (module,), first, layer = self.modules(model), self._first(sequence), self.layers[0]
+        shape = model.weight(module).shape[:1]
+        return compare_replaced(model, module, layer, request.probe(), sequence, first, shape=shape)
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
         (module,) = self.modules(model)

@@ -52,6 +52,13 @@ def matrix_of(name: str, module: torch.nn.Module) -> torch.Tensor:
     raise ConfigError(not_a_matrix(name, module))
 
 
+def is_matrix_module(module: torch.nn.Module) -> bool:
+    """Whether `matrix_of` finds a matrix."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D | torch.nn.Linear)
+
+
 def rows_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """A parameter as a matrix, as a view of it. A vector is one row; of a stack of matrices, the
     rows follow each other.

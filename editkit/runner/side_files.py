@@ -13,7 +13,7 @@ from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.beside import SIDE_CONFIG, SIDE_TENSORS, AbstractSide, Attached
 from editkit.model.fingerprint import fingerprint
-from editkit.model.matrices import find_module, matrix_of
+from editkit.model.matrices import find_module, is_matrix_module, matrix_of
 from editkit.model.side_value import AbstractBeside
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ def attach_sides(network: Any, tokenizer: Any, folder: Path) -> tuple[AbstractBe
         if not isinstance(side, AbstractSide):
             continue
         module = find_module(network, side.module, of=str(folder))
-        rows, columns = matrix_of(side.module, module).shape
-        problems += side.problems((rows, columns))
+        if is_matrix_module(module):  # else the fingerprint alone says that it fits
+            rows, columns = matrix_of(side.module, module).shape
+            problems += side.problems((rows, columns))
     if problems:
         raise ConfigError(problems)
     moved = [side.to(network.device) for side in sides]

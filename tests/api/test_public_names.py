@@ -13,7 +13,7 @@ NAMES = (
     *("AbstractDataset", "AbstractEditor", "AbstractEvaluator", "AbstractObjectiveRestraint"),
     *("AbstractProtocol", "AbstractSideEditor", "AbstractSolveRestraint", "AbstractTotalRestraint"),
     *("AbstractUpdateRestraint", "AlphaEdit", "ConfigError", "D4S", "Eac", "EditRequest"),
-    *("EditResult", "EditableModel", "Emmet", "Ft", "Grace", "InContext", "Kn", "Lora"),
+    *("EditResult", "EditableModel", "Emmet", "Ft", "Grace", "InContext", "Kn", "LocFt", "Lora"),
     *(
         "LowRank",
         "Measurement",
@@ -29,7 +29,7 @@ NAMES = (
         "Probe",
     ),
     *("Prune", "Rect", "Rome", "Session"),
-    *("Step", "UltraEdit", "Wise", "__version__"),
+    *("Step", "TPatcher", "UltraEdit", "Wise", "__version__"),
     *("EmmetConstraint", "Encore", "LyapLock", "Mose", "Mpes", "Nas", "Nse", "SimIE", "Sphere"),
     *("edit", "export", "load", "load_edited", "load_run", "load_runs", "run"),
 )

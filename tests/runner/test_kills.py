@@ -30,7 +30,7 @@ def test_trials_cover_every_allowed_pair_and_every_signal() -> None:
         for editor in (
             *("adalora", "alphaedit", "d4s", "emmet", "ft", "grace", "kn"),
             *("locft", "lora", "lora_merged", "memit", "memoe", "memoir", "mend", "pmet", "rome"),
-            *("ultraedit", "wise"),
+            *("t_patcher", "ultraedit", "wise"),
         )
     } < names
     for place in ("eac", "d4s", "rect", "prune"):

@@ -30,6 +30,7 @@ from editkit.types import EvalRecord, StepRecord
 from tests.editors.test_grace import GRACE
 from tests.editors.test_memoe import MEMOE
 from tests.editors.test_memoir import MEMOIR
+from tests.editors.test_t_patcher import T_PATCHER
 from tests.editors.test_wise import WISE
 from tests.support.fakes import trajectory
 from tests.support.helpers import requests, tiny_model
@@ -48,7 +49,7 @@ RUN = RUNS["grace"]
 IKE = replace(ICE, name="ike", demonstrations=1)
 EDITORS = [
     *(GRACE, replace(MEMOE, steps=2, noise=0.1), MEMOIR, replace(WISE, shard=2, merge_every=4)),
-    IKE,
+    *(IKE, T_PATCHER),
 ]
 
 

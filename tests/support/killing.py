@@ -42,14 +42,15 @@ INSIDE = {
 }
 WITHOUT_STATISTICS = (
     *("adalora", "ft", "grace", "ice", "ike", "kn", "locft", "lora", "memoe", "memoir", "mend"),
-    *("none", "rag", "scr", "ultraedit", "wise"),
+    *("none", "rag", "scr", "t_patcher", "ultraedit", "wise"),
 )
 SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 STEPS = ("editor.steps=3",)
 QUICK = {
     **dict.fromkeys(("rome", "memit", "emmet", "pmet", "d4s", "alphaedit"), SEARCH),
     **dict.fromkeys(
-        ("adalora", "ft", "grace", "lora", "lora_merged", "memoe", "memoir", "wise"), STEPS
+        ("adalora", "ft", "grace", "lora", "lora_merged", "memoe", "memoir", "t_patcher", "wise"),
+        STEPS,
     ),
     "ike": ("editor.demonstrations=1",),
     "kn": ("editor.steps=2", "editor.refine=none", "editor.answer=predicted"),
