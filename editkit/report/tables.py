@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # "rollback": each batch alone on the unedited model. Its editing metrics cover all batches so far,
 # its tasks and perplexity the last batch.
 ALL_EDITS_SO_FAR = ("before", "milestone", "rollback", None)
-UNITS = ("_bits", "_nats", "_per_token")  # endings of the metrics that are no fractions
+UNITS = ("_bits", "_nats", "_per_token", "_tokens")  # endings of the metrics that are no fractions
 # The protocol of generated texts. Its metrics stand beside those of every other protocol.
 TEXT = "text"
 ALONE = "each batch alone on the unedited model"  # how edits are measured with rollback

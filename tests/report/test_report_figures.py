@@ -15,11 +15,15 @@ from editkit.evaluation.base import Moment, Samples
 from editkit.evaluation.values import Values, values
 from editkit.linalg.lowrank import LowRank
 from editkit.records.find import load_runs
+from editkit.records.reader import load_run
 from editkit.records.writer import save_samples
 from editkit.report.compare.subjects import Measured, measured
 from editkit.report.figures import heatmaps, scatter
+from editkit.report.figures.panels import sheets
+from editkit.report.figures.run_figures import draw_routing
+from editkit.report.tables import is_fraction
 from editkit.targets.keys import keys_and_outputs
-from editkit.types import SampleRecord
+from editkit.types import EvalRecord, SampleRecord
 from tests.support.helpers import requests, tiny_model
 from tests.support.records import changed, editing
 from tests.support.sweeps import PRUNE, add_run, config_of, evals_of
@@ -142,3 +146,32 @@ def test_before_the_first_edit_and_without_notes_there_is_nothing_to_compare() -
 def test_a_count_below_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="count: out of range"):
         Values(name="values", count=0, every=1)
+
+
+def test_routing_is_drawn_by_edits_for_each_kind_of_prompt(tmp_path: Path) -> None:
+    def routing(step: int, metric: str, task: str, value: float) -> EvalRecord:
+        record = changed(editing(step, metric, value), kind="routing", task=task, protocol=None)
+        assert is_fraction("routing", metric) == (metric != "context_tokens")
+        return record
+
+    found = [
+        routing(step, metric, task, value)
+        for step in (1, 2)
+        for metric, task, value in (
+            ("recall", "paraphrase", 0.5),
+            ("false_alarms", "neighbour", 0.1 * step),
+            ("context_tokens", "prompt", 20.0),
+        )
+    ]
+    folder = add_run(tmp_path, config_of(0, restraint={}), found)
+    [sheet] = [sheet for sheet in sheets(subjects_in(tmp_path)) if sheet.name == "routing"]
+    assert [panel.title for panel in sheet.panels] == [
+        "recall, paraphrase",
+        "false alarms, neighbour",
+        "context tokens, prompt",
+    ]
+    assert [panel.is_fraction for panel in sheet.panels] == [True, True, False]
+    [line] = sheet.panels[1].lines
+    assert line.mean == (0.1, 0.2)
+    figure = draw_routing(load_run(folder))
+    assert figure is not None and len(figure.axes) == 3

@@ -96,6 +96,9 @@ def sheets(subjects: Sequence[Measured]) -> Iterator[Sheet]:
                 )
         if panels := tuple(_editing_panels(of_dataset, TEXT)):
             yield Sheet(name=f"{prefix}texts", title=f"{dataset}: generated texts", panels=panels)
+        if panels := tuple(_routing_panels(of_dataset)):
+            title = f"{dataset}: prompts that are sent beside the weights"
+            yield Sheet(name=f"{prefix}routing", title=title, panels=panels)
         for suite in dict.fromkeys(
             record.measurement.suite
             for run_view in of_dataset
@@ -200,6 +203,24 @@ def _editing_panels(of_dataset: Sequence[Measured], protocol: str | None) -> Ite
             title=f"{title}, {task}" if task else title,
             is_log=False,
             is_fraction=is_fraction("editing", metric),
+            lines=lines_of(of_dataset, points),
+        )
+
+
+def _routing_panels(of_dataset: Sequence[Measured]) -> Iterator[Panel]:
+    """Recall on edited prompts and paraphrases, false alarms on locality prompts, and what texts
+    cost.
+    """
+
+    def is_wanted(record: EvalRecord) -> bool:
+        return record.measurement.kind == "routing"
+
+    for task, metric in _names(of_dataset, is_wanted):
+        points = _points_of_all(of_dataset, is_wanted, metric=metric, task=task)
+        yield Panel(
+            title=f"{metric.replace('_', ' ')}, {task}",
+            is_log=False,
+            is_fraction=is_fraction("routing", metric),
             lines=lines_of(of_dataset, points),
         )
 

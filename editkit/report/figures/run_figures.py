@@ -61,6 +61,7 @@ def draw_figures(folder: Path) -> tuple[Path, ...]:
         "spectrum": draw_spectrum(run),
         "l1_norm": draw_l1_norm(run),
         "tasks": draw_tasks(run),
+        "routing": draw_routing(run),
         "texts": draw_editing(run, TEXT),
     }
     figures |= {
@@ -134,6 +135,16 @@ def draw_tasks(run: RunRecords) -> Figure | None:
             record
         )
     return _draw_panels(run, panels, ylabel="score, %")
+
+
+def draw_routing(run: RunRecords) -> Figure | None:
+    """Which prompts are sent beside the weights, a panel for each kind of prompt."""
+    panels: dict[str, list[EvalRecord]] = {}
+    for record in run.evals:
+        if record.measurement.kind == "routing" and is_summarised(record):
+            metric = record.measurement.metric.replace("_", " ")
+            panels.setdefault(f"{metric}, {record.measurement.task}", []).append(record)
+    return _draw_panels(run, panels, ylabel="prompts, %")
 
 
 def _draw_weights(run: RunRecords, titles: Mapping[str, str], *, scale: str) -> Figure | None:
