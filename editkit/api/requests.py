@@ -30,9 +30,15 @@ def request_of(*, prompt: str | None, subject: str | None, target: str | None) -
 
 
 def batch_of(
-    requests: EditRequest | Sequence[EditRequest], editor: AbstractAnyEditor[Any]
+    requests: EditRequest | Sequence[EditRequest],
+    editor: AbstractAnyEditor[Any],
+    *,
+    is_edited: bool = True,
 ) -> tuple[EditRequest, ...]:
     """The requests, checked.
+
+    Args:
+        is_edited: whether they are one batch of edits.
 
     Raises:
         ConfigError: there is none, there are more than the editor edits at a time, a prompt does
@@ -41,7 +47,7 @@ def batch_of(
     batch = (requests,) if isinstance(requests, EditRequest) else tuple(requests)
     if not batch:
         raise ConfigError(message("requests", "empty", expected="at least one edit request"))
-    limit = editor.max_batch_size
+    limit = editor.max_batch_size if is_edited else None
     if limit is not None and len(batch) > limit:
         problem = f"{type(editor).__name__} edits {limit} at a time"
         fix = "call `edit` of one Session for each of them"

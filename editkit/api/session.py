@@ -22,6 +22,7 @@ from editkit.api.probing import (
 )
 from editkit.api.requests import batch_of, request_of
 from editkit.api.result import EditResult
+from editkit.api.unedited import require_none_beside, unedited
 from editkit.editors.base import AbstractAnyEditor, AbstractEditor, Step
 from editkit.errors import ConfigError, OptionError, keys_under, message
 from editkit.lazy import torch
@@ -123,7 +124,7 @@ class Session:
         )
         self.model, self.editor, self.restraints = model, method.editor, method.restraints
         if isinstance(self.editor, AbstractEditor):
-            _require_none_beside(model)
+            require_none_beside(model)
         if lacking := self.editor.lacks():
             raise ConfigError([f"editor.{problem}" for problem in lacking])
         if self.editor.needs_moments and method.stats is None:
@@ -138,7 +139,7 @@ class Session:
                 )
             )
         self._is_checked = False  # whether the editor's shortcuts were compared
-        with kept_generators(), _unedited(model):
+        with kept_generators(), unedited(model):
             _warn(check_reading(model, SAMPLE))
             self._frozen = greedy_answers(model, [*self._probes, *self._canaries])
             with keys_under("editor"):
@@ -184,6 +185,7 @@ class Session:
         prompt: str | None = None,
         subject: str | None = None,
         target: str | None = None,
+        pool: Sequence[EditRequest] = (),
     ) -> EditResult:
         """Edits one batch of requests in, or one fact given by prompt, subject and target.
 
@@ -192,6 +194,7 @@ class Session:
         Args:
             prompt: with "{}" in the place of the subject: "The capital of {} is".
             target: bare text without a leading blank.
+            pool: other requests, of which IKE's demonstrations are made, and T-Patcher's memories.
 
         Raises:
             ConfigError: a request is invalid, longer than the model's context length, one of too
@@ -204,7 +207,10 @@ class Session:
             problem = "requests were given, and prompt, subject or target too"
             raise ConfigError(message("requests", problem, fix="leave one of the two out"))
         batch = batch_of(requests, self.editor)
-        room = self.editor.context_tokens(model, batch, ())
+        asked = {request.full_prompt for request in batch}
+        others = batch_of(pool, self.editor, is_edited=False) if pool else ()
+        others = tuple(each for each in others if each.full_prompt not in asked)
+        room = self.editor.context_tokens(model, batch, others)
         require_room(model, batch, self._contexts, [()] * len(batch), before=room)
         require_routed(model, self.editor, batch)
         if not self._is_checked:
@@ -217,6 +223,7 @@ class Session:
             contexts=self._contexts,
             state=state.editor,
             moments=self._moments,
+            pool=others,
             objective=self.restraints.objective,
             others=tuple(side for side in model.sides if side not in state.sides),
         )
@@ -363,33 +370,6 @@ class Session:
         for restraint in self.restraints.totals.values():
             if restraint.is_due(number):
                 restrain_totals(self.model, restraint, self._totals(), self._base_sigma_max)
-
-
-@contextlib.contextmanager
-def _unedited(model: EditableModel) -> Iterator[None]:
-    """Inside, all weights are W_0 and nothing stands beside them; afterwards the edits are back."""
-    totals, sides = model.totals(), model.sides
-    if not sides and all(total.is_zero for total in totals.values()):
-        yield
-        return
-    model.restore({name: Total(total.shape) for name, total in totals.items()})
-    model.attach()
-    try:
-        yield
-    finally:
-        model.restore(totals)
-        model.attach(*sides)
-
-
-def _require_none_beside(model: EditableModel) -> None:
-    """Raises ConfigError if something stands beside the weights: it would change what an editor of
-    weights reads.
-    """
-    if model.sides:
-        problem = "another editor has put something beside the weights"
-        got = ", ".join(side.place for side in model.sides)
-        fix = "edit the weights first, or take it away with model.undo() or model.reset()"
-        raise ConfigError(message("editor", problem, got=got, expected="a plain model", fix=fix))
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -153,7 +153,7 @@ class InContext(AbstractSideEditor[TextPlan]):
         """
         if len(step.pool) < self.demonstrations:
             problem = "demonstrations are made of other requests, and there are too few"
-            fix = "edit in a run, which has a dataset, or set demonstrations=0"
+            fix = "edit in a run, give `edit` a pool of requests, or set demonstrations=0"
             got, expected = len(step.pool), f"at least {self.demonstrations}"
             raise OptionError(
                 message("demonstrations", problem, got=got, expected=expected, fix=fix)

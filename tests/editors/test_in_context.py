@@ -192,6 +192,16 @@ def test_no_demonstration_is_made_of_an_edit_of_the_run() -> None:
         Session(tiny_model("gpt2"), IKE).edit(request(0))
 
 
+def test_a_session_is_given_the_requests_that_demonstrations_are_made_of() -> None:
+    model, one = tiny_model("gpt2"), replace(IKE, demonstrations=1)
+    asked = [request(0), other(1)]
+    Session(model, one).edit(request(0), pool=asked)
+    [side] = model.sides
+    assert isinstance(side, TextMemory)
+    [entry] = side.entries
+    assert entry.examples == entry_of(one, [other(1)]).examples != ""
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
