@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from editkit.editors.mend import Mend as Mend
     from editkit.editors.pmet import Pmet as Pmet
     from editkit.editors.rome import Rome as Rome
+    from editkit.editors.serac import Serac as Serac
     from editkit.editors.t_patcher import TPatcher as TPatcher
     from editkit.editors.ultraedit import UltraEdit as UltraEdit
     from editkit.editors.wise import Wise as Wise
@@ -114,6 +115,7 @@ else:
         "Prune": "restraints.prune",
         "Rect": "restraints.rect",
         "Rome": "editors.rome",
+        "Serac": "editors.serac",
         "Session": "api.session",
         "SimIE": "restraints.simie",
         "Sphere": "restraints.sphere",

@@ -1,4 +1,4 @@
-"""`editkit train`: training of a hypernetwork."""
+"""`editkit train`: training of a hypernetwork, or of a pair of models."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from editkit.config.explain import unwritable_is_invalid
 
 
 def train(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """Train the hypernetwork of an editor: editkit train editor=mend model=tiny-gpt2 dataset=world.
+    """Train what an editor needs: editkit train editor=mend model=tiny-gpt2 dataset=world.
 
     Re-running the same command resumes an interrupted training. The folder of the training contains
-    the hypernetwork. A run loads it with editor.hypernetwork=<folder>.
+    MEND's hypernetwork or SERAC's pair of models. A run loads it with editor.hypernetwork=<folder>
+    or editor.pair=<folder>.
     """
     from editkit.training.build import build_training
 
@@ -24,4 +25,4 @@ def train(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
         code = execute(training)
     if code:
         raise typer.Exit(code)
-    typer.echo(f"editor.hypernetwork={training.folder}")
+    typer.echo(f"editor.{training.kind.key}={training.folder}")

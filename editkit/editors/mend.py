@@ -25,20 +25,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from editkit.editors.base import AbstractEditor, Plan, Step
+from editkit.editors.trained import (
+    changed_problem,
+    header_problems,
+    model_problems,
+    request_problems,
+    trained_provenance,
+)
 from editkit.errors import OptionError, message
 from editkit.files import file_digest
 from editkit.hypernet.factors import gradient_factors, questions
 from editkit.hypernet.memory import gradient_bytes, network_bytes, training_bytes
 from editkit.hypernet.network import Hypernetwork, NetworkOptions
 from editkit.hypernet.options import TrainingOptions
-from editkit.hypernet.store import (
-    SHOWN,
-    Header,
-    load_hypernetwork,
-    read_header,
-    read_tensors,
-    resolve,
-)
+from editkit.hypernet.store import HYPERNETWORK, Header, load_hypernetwork, read_header, resolve
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.model.tokens import encode_with_targets
@@ -106,64 +106,17 @@ class Mend(AbstractEditor[MendPlan]):
         """A hypernetwork that can be read."""
         if self.hypernetwork is None:
             return [MISSING]
-        try:
-            read_header(self.hypernetwork)
-        except OptionError as error:
-            return list(error.problems)
-        return []
+        return header_problems(self.hypernetwork, HYPERNETWORK)
 
     def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
         """Refuses a damaged hypernetwork, and one that was trained on some of these requests."""
         if lacking := self.lacks():
             return lacking
         assert self.hypernetwork is not None
-        try:
-            read_tensors(self.hypernetwork)
-        except OptionError as error:
-            return list(error.problems)
-        header = read_header(self.hypernetwork)
-        return [*self._leak(header, data, requests), *self._other_separators(header, requests)]
-
-    def _leak(
-        self, header: Header, data: LoadedDataset, requests: Sequence[EditRequest]
-    ) -> list[str]:
-        leaks = header.leaks(requests, data.digest)
-        if not leaks:
-            return []
-        shown = ", ".join(leaks[:SHOWN]) + (", ..." if len(leaks) > SHOWN else "")
-        held_out = header.facts.get("held_apart")
-        kept = f"the first {held_out} of its dataset were held out; " if held_out else ""
-        return [
-            message(
-                "hypernetwork",
-                f"{self.hypernetwork} was trained on {len(leaks)} of the {len(requests)} requests "
-                "to edit",
-                got=shown,
-                fix=f"{kept}edit other requests (edits, dataset.order, dataset.limit), or train "
-                "one with editor.train.held_apart",
-            )
-        ]
-
-    def _other_separators(self, header: Header, requests: Sequence[EditRequest]) -> list[str]:
-        others = header.other_separators(requests)
-        if not others:
-            return []
-        return [
-            message(
-                "hypernetwork",
-                f"{self.hypernetwork} was trained with other text between prompt and target",
-                got=sorted(others),
-                expected=" or ".join(map(repr, sorted(header.separators))),
-                fix="set dataset.separator as in the training, or train one with this text",
-            )
-        ]
+        return request_problems(self.hypernetwork, HYPERNETWORK, data, requests)
 
     def provenance(self) -> Mapping[str, object]:
-        if self.hypernetwork is None:
-            return {}
-        header = read_header(self.hypernetwork)
-        digest = file_digest(resolve(self.hypernetwork))
-        return {"hypernetwork": {"file": self.hypernetwork, "digest": digest, **header.facts}}
+        return trained_provenance(self.hypernetwork, HYPERNETWORK)
 
     def memory(self, work: Workload) -> EditorMemory:
         file = None if self.hypernetwork is None else resolve(self.hypernetwork)
@@ -233,13 +186,7 @@ class Mend(AbstractEditor[MendPlan]):
         if key not in self._loaded:
             if (now := self._digest()) != digest:
                 raise OptionError(
-                    message(
-                        "hypernetwork",
-                        f"{self.hypernetwork} is not the file that this run began with",
-                        got=f"SHA-256 {now[:12]}...",
-                        expected=f"{digest[:12]}...",
-                        fix="restore that file, or start anew with resume=never",
-                    )
+                    changed_problem(self.hypernetwork, HYPERNETWORK, now=now, then=digest)
                 )
             network, header = load_hypernetwork(self.hypernetwork, device=model.device)
             self._check(model, header)
@@ -248,17 +195,8 @@ class Mend(AbstractEditor[MendPlan]):
         return self._loaded[key][0]
 
     def _check(self, model: EditableModel, header: Header) -> None:
-        problems = []
-        if header.fingerprint != model.fingerprint:
-            problems.append(
-                message(
-                    "hypernetwork",
-                    f"{self.hypernetwork} was trained for another model",
-                    got=f"{model.name}, fingerprint {model.fingerprint[:12]}...",
-                    expected=f"{header.model}, fingerprint {header.fingerprint[:12]}...",
-                    fix="train one with `editkit train editor=mend model=...`",
-                )
-            )
+        assert self.hypernetwork is not None
+        problems = model_problems(self.hypernetwork, HYPERNETWORK, header, model)
         now, then = model.chat and model.chat.label, header.facts.get("chat_template")
         if now != then:
             problem = f"{self.hypernetwork} was trained with another chat template"

@@ -1,5 +1,5 @@
-"""The safetensors file of a trained hypernetwork. Its header describes the model and the training
-data, and has a checksum of everything in the file.
+"""The safetensors file of what an editor was trained: MEND's hypernetwork, SERAC's pair of models.
+Its header describes the model and the training data, and has a checksum of everything in the file.
 
 The header has the fingerprint of the model, the ids of the training requests with the digest of
 their dataset, and a digest of each prompt. A run that would edit one of these requests is refused,
@@ -33,13 +33,27 @@ SHOWN = 5  # number of ids in an error message
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a file holds."""
+
+    key: str  # the editor's option that names the file
+    file: str  # its name within a folder
+    editor: str  # whose training writes it
+    noun: str
+
+
+HYPERNETWORK = Kind(key="hypernetwork", file=FILE, editor="mend", noun="a hypernetwork")
+PAIR = Kind(key="pair", file="pair.safetensors", editor="serac", noun="a pair of models")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Header:
-    """The header of a hypernetwork's file."""
+    """The header of such a file."""
 
     model: str  # its name
     fingerprint: str
     modules: Mapping[str, tuple[int, int]]  # (O, I), in order
-    network: Mapping[str, Any]  # NetworkOptions
+    network: Mapping[str, Any]  # NetworkOptions; of a pair, the counterfactual model's and others
     dataset: str  # digest of the training dataset
     trained: tuple[str, ...]  # ids of the requests used for training or validation
     prompts: frozenset[str]  # digests of their prompts
@@ -47,9 +61,7 @@ class Header:
     facts: Mapping[str, Any]  # description of the training and its results
 
     def leaks(self, requests: Sequence[EditRequest], digest: str) -> list[str]:
-        """The ids of those requests that were used to train this hypernetwork. `digest` is that of
-        their dataset.
-        """
+        """The ids of those requests that were trained on. `digest` is that of their dataset."""
         ids = set(self.trained) if digest == self.dataset else set()
         return [
             request.id
@@ -71,16 +83,16 @@ def prompt_digest(request: EditRequest) -> str:
     return hashlib.sha256(request.full_prompt.encode()).hexdigest()[:12]
 
 
-def resolve(path: str) -> Path:
-    """The file of `editor.hypernetwork`, which is a file, a folder with one, or "asset:..." for a
-    bundled one.
+def resolve(path: str, kind: Kind = HYPERNETWORK) -> Path:
+    """The file of such an option, which is a file, a folder with one, or "asset:..." for a bundled
+    one.
     """
     place = Path(path).expanduser()
     if path.startswith(ASSET):
         place = (
             Path(str(importlib.resources.files("editkit"))) / "assets" / path.removeprefix(ASSET)
         )
-    return place / FILE if place.is_dir() else place
+    return place / kind.file if place.is_dir() else place
 
 
 def save_hypernetwork(
@@ -93,7 +105,33 @@ def save_hypernetwork(
     trained: Iterable[EditRequest],
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes the file atomically."""
+    """Writes the file of a hypernetwork atomically."""
+    save_trained(
+        path,
+        network.tensors,
+        modules=network.shapes,
+        network=dataclasses.asdict(network.options),
+        model=model,
+        fingerprint=fingerprint,
+        dataset=dataset,
+        trained=trained,
+        facts=facts,
+    )
+
+
+def save_trained(
+    path: Path,
+    tensors: TensorState,
+    *,
+    modules: Mapping[str, tuple[int, int]],
+    network: Mapping[str, Any],
+    model: str,
+    fingerprint: str,
+    dataset: str,
+    trained: Iterable[EditRequest],
+    facts: Mapping[str, Any],
+) -> None:
+    """Writes a file of tensors atomically. The arguments are those of `Header`."""
     from safetensors.torch import save_file
 
     requests = list(trained)
@@ -101,15 +139,15 @@ def save_hypernetwork(
         "format": FORMAT,
         "model": model,
         "fingerprint": fingerprint,
-        "modules": {module: list(shape) for module, shape in network.shapes.items()},
-        "network": dataclasses.asdict(network.options),
+        "modules": {module: list(shape) for module, shape in modules.items()},
+        "network": dict(network),
         "dataset": dataset,
         "trained": [request.id for request in requests],
         "prompts": sorted({prompt_digest(request) for request in requests}),
         "separators": sorted({separator_of(request.probe()) for request in requests}),
         "facts": dict(facts),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header[CHECKSUM] = _checksum(header, tensors)
     with written_atomically(path) as temporary:
         save_file(tensors, temporary, metadata={"editkit": json.dumps(header)})
@@ -125,16 +163,16 @@ def _checksum(header: Mapping[str, Any], tensors: TensorState) -> str:
     return total.hexdigest()
 
 
-def read_header(path: str) -> Header:
+def read_header(path: str, kind: Kind = HYPERNETWORK) -> Header:
     """The header of the file. The weights are not read, and the checksum is not compared.
 
     Raises:
-        OptionError: there is no such file, or it is not a hypernetwork of editkit.
+        OptionError: there is no such file, or it is not one of editkit.
     """
-    file = resolve(path)
+    file = resolve(path, kind)
     if not file.is_file():
-        fix = "train one with `editkit train editor=mend model=... dataset=...`"
-        raise OptionError(message("hypernetwork", f"there is no file {file}", got=path, fix=fix))
+        fix = f"train one with `editkit train editor={kind.editor} model=... dataset=...`"
+        raise OptionError(message(kind.key, f"there is no file {file}", got=path, fix=fix))
     try:
         header = _content(file)
         if header["format"] not in (FORMAT, WITHOUT_CHECKSUM):
@@ -155,8 +193,8 @@ def read_header(path: str) -> Header:
             facts=header["facts"],
         )
     except (ValueError, KeyError, TypeError, MemoryError) as error:
-        problem = f"{file} is not a hypernetwork of editkit ({type(error).__name__}: {error})"
-        raise OptionError(message("hypernetwork", problem)) from None
+        problem = f"{file} is not {kind.noun} of editkit ({type(error).__name__}: {error})"
+        raise OptionError(message(kind.key, problem)) from None
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -184,7 +222,7 @@ def load_hypernetwork(
     ), header
 
 
-def read_tensors(path: str) -> dict[str, torch.Tensor]:
+def read_tensors(path: str, kind: Kind = HYPERNETWORK) -> dict[str, torch.Tensor]:
     """The tensors of a file whose header was read, on the CPU.
 
     Raises:
@@ -193,14 +231,14 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = resolve(path)
+    file = resolve(path, kind)
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise OptionError(message("hypernetwork", f"cannot read {file} ({error})")) from None
+        raise OptionError(message(kind.key, f"cannot read {file} ({error})")) from None
     content = _content(file)
     if content["format"] == FORMAT and content.get(CHECKSUM) != _checksum(content, tensors):
         problem = f"{file} is damaged: it does not match its checksum"
         fix = "restore the file, or repeat its training"
-        raise OptionError(message("hypernetwork", problem, fix=fix))
+        raise OptionError(message(kind.key, problem, fix=fix))
     return tensors

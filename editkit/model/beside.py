@@ -1,8 +1,9 @@
-"""What stands beside the weights: sides at a module, and texts before a prompt.
+"""What stands beside the weights: sides at a module, texts before a prompt, and a stand-in.
 
 A side at a module reads the module's input and changes its output. It chooses once for each prompt,
 from the prompt's tokens and the module's input there. The choice holds for the tokens of this
 prompt and for all that follow. A memory of texts (`editkit.model.texts`) changes the prompt itself.
+A stand-in (`editkit.model.stand_in`) is another model that answers some prompts.
 So each sequence is routed by itself: its batch, padding and a cache of keys and values change no
 choice. An unrouted side chooses nothing: every token of every text goes through it.
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from editkit.errors import message
 from editkit.lazy import torch
 from editkit.model.side_value import AbstractBeside
+from editkit.model.stand_in import AbstractStandIn, Head, Text, paths, widened
 from editkit.model.texts import AbstractTexts, Reader
 
 if TYPE_CHECKING:
@@ -192,10 +194,12 @@ class Routing:
     ends_BT: torch.Tensor | None
     # By place of a side, the choice of each row, which the rest of the row's text follows.
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+    # What a stand-in read last of each row, which the rest of the row's text follows.
+    texts: list[Text] = field(default_factory=list)
 
     def after(self) -> Routing:
         """The routing of further passes over the same texts, one text a row."""
-        return Routing(None, self.chosen)
+        return Routing(None, self.chosen, self.texts)
 
 
 class Attached:
@@ -220,14 +224,25 @@ class Attached:
         self._ids = torch.empty(0, 0)  # of the pass that runs
         self._handles: list[Any] = []
         module = network.get_submodule(base)
+        self._tokenizer = tokenizer
         at_modules = [side for side in sides if isinstance(side, AbstractSide)]
         texts = [side for side in sides if isinstance(side, AbstractTexts)]
+        stand_ins = [side for side in sides if isinstance(side, AbstractStandIn)]
         self.reader = Reader(network, tokenizer, texts, lambda ends: self.routed(Routing(ends)))
         if texts:  # first: sides read the tokens that the texts lead to
             self._handles += self.reader.hooks(module, is_stated=lambda: self._given is not None)
-        if at_modules:
+        if at_modules or stand_ins:
             hook = module.register_forward_pre_hook
             self._handles.append(hook(self._begin, with_kwargs=True))
+        for stand_in in stand_ins[-1:]:  # the latest: logits have one place
+            self._handles.append(
+                # Before texts return the columns that were given.
+                module.register_forward_hook(
+                    self._answering(stand_in), with_kwargs=True, prepend=True
+                )
+            )
+            head: Any = network.get_output_embeddings()  # type: ignore[operator]
+            self._handles += Head(head, stand_in).handles
         for number, side in enumerate(at_modules):
             module = network.get_submodule(side.module)
             self._handles.append(module.register_forward_hook(self._changing(number, side)))
@@ -281,6 +296,47 @@ class Attached:
             return changed if torch.is_tensor(output) else (changed, *output[1:])
 
         return hook
+
+    def _answering(self, stand_in: AbstractStandIn) -> Any:
+        def hook(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            hidden_BTD = output.last_hidden_state
+            texts = self._texts(stand_in, kwargs.get("attention_mask"))
+            self._routing.texts[:] = {text.row: text for text in texts}.values()  # the last ones
+            with torch.no_grad():
+                wide = widened(stand_in, hidden_BTD, texts)
+            if wide is hidden_BTD:
+                return None
+            output["last_hidden_state"] = wide
+            return output
+
+        return hook
+
+    def _texts(self, stand_in: AbstractStandIn, mask: torch.Tensor | None) -> list[Text]:
+        """The texts of the pass that runs, and what the stand-in does with each."""
+        ends_BT, ids_BT = self._routing.ends_BT, self._ids
+        if ends_BT is None:
+            if len(self._routing.texts) != len(ids_BT):
+                return []
+            rows = zip(self._routing.texts, ids_BT.tolist(), strict=True)
+            return [text.followed_by(ids) for text, ids in rows]
+        columns_T = torch.arange(ids_BT.shape[1], device=ends_BT.device)
+        place = Place(ends_BT=ends_BT, columns_T=columns_T)
+        prompts = Prompts(
+            inputs_BTI=ids_BT[..., None], ids_BT=ids_BT.to(ends_BT.device), place=place
+        )
+        asked = prompts.ids()
+        answers = stand_in.answers(asked, self._tokenizer)
+        attends_BTT = None if mask is None or mask.dim() != 4 else mask[:, 0].cpu() == 0
+        of_BT, found = prompts.of_BT.cpu(), list[Text]()
+        for number, answered in enumerate(answers):
+            rows_N, columns_N = torch.where(of_BT == number)
+            row, ids = int(rows_N[0]), ids_BT[int(rows_N[0])].tolist()
+            attends_TT = None if attends_BTT is None else attends_BTT[row]
+            found += [
+                Text(answered, tuple(ids[column] for column in path), row, tuple(path))
+                for path in paths(columns_N.tolist(), attends_TT)
+            ]
+        return found
 
     def _by_row(self, values: torch.Tensor) -> torch.Tensor:
         """Some networks call their MLPs with rows of tokens, (B x T, X): here (B, T, X)."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from editkit.lazy import torch
 from editkit.model.beside import NONE, AbstractSide, AbstractUnroutedSide, Routing
 from editkit.model.capture import capture
+from editkit.model.stand_in import AbstractStandIn
 from editkit.model.texts import AbstractTexts
 from editkit.model.tokens import pad
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 TOKENS_AT_ONCE = 512
+HALF = 0.5
 
 
 def routed(model: EditableModel, prompts: Sequence[Sequence[int]]) -> list[bool]:
-    """Whether each prompt is sent to one of the model's sides, or gets a text beside the weights. A
-    pass ends at the last side. With an unrouted one there is none: every prompt is.
+    """Whether each prompt is sent to one of the model's sides, gets a text beside the weights, or
+    is answered by a stand-in for at least one half. A pass ends at the last side. With an unrouted
+    one there is none: every prompt is.
     """
     sides = [side for side in model.sides if isinstance(side, AbstractSide)]
     if any(isinstance(side, AbstractUnroutedSide) for side in sides):
@@ -31,6 +34,10 @@ def routed(model: EditableModel, prompts: Sequence[Sequence[int]]) -> list[bool]
     read = model.reader.prompted(prompts, longest=model.max_length)
     found = [ids != tuple(prompt) for ids, prompt in zip(read, prompts, strict=True)]
     prompts = read
+    for stand_in in [side for side in model.sides if isinstance(side, AbstractStandIn)]:
+        answers = stand_in.answers([tuple(prompt) for prompt in prompts], model.tokenizer)
+        for index, answered in enumerate(answers):
+            found[index] |= answered is not None and answered.share >= HALF
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     while order and modules:
         rows = max(1, TOKENS_AT_ONCE // len(prompts[order[-1]]))

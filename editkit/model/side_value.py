@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 class AbstractBeside(abc.ABC):
-    """A value that stands beside the weights: a frozen dataclass of one of the two kinds,
-    `editkit.model.beside.AbstractSide` and `editkit.model.texts.AbstractTexts`.
+    """A value that stands beside the weights: a frozen dataclass of one of three kinds,
+    `editkit.model.beside.AbstractSide`, `editkit.model.texts.AbstractTexts` and
+    `editkit.model.stand_in.AbstractStandIn`.
     """
 
     @property

@@ -15,8 +15,10 @@ from editkit.config.parts import Parts
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.editors.base import AbstractAnyEditor
 from editkit.editors.mend import Mend
+from editkit.editors.serac import Serac
 from editkit.errors import message
 from editkit.hypernet.examples import Split, split
+from editkit.hypernet.store import HYPERNETWORK, PAIR, Kind
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
 from editkit.resources.footprint import Demand
@@ -27,6 +29,9 @@ KEPT = (
     *("model", "editor", "dataset", "tracker", "runtime", "recipe"),
     *Settings.__dataclass_fields__,
 )
+# the keys of an editor that a training does not depend on
+UNTRAINED = ("hypernetwork", "step_scale", "pair", "threshold", "cosine", "mixture")
+Trainable = Mend | Serac
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class Training:
     """A checked training: everything that it needs before a model is loaded."""
 
     model: ModelConfig
-    editor: Mend
+    editor: Trainable
     data: LoadedDataset
     split: Split
     tracker: AbstractTracker
@@ -50,6 +55,11 @@ class Training:
         return replace(self, data=data, split=divide(data, self.editor, seed=self.settings.seed))
 
     @property
+    def kind(self) -> Kind:
+        """What its file holds."""
+        return PAIR if isinstance(self.editor, Serac) else HYPERNETWORK
+
+    @property
     def resume(self) -> Literal["auto", "never"]:
         return self.settings.resume
 
@@ -58,7 +68,7 @@ class Training:
         return self.settings.when_locked
 
 
-def divide(data: LoadedDataset, editor: Mend, *, seed: int) -> Split:
+def divide(data: LoadedDataset, editor: Trainable, *, seed: int) -> Split:
     """The parts of the dataset, by the editor's options. Raises ConfigError if it is too little."""
     options = editor.train
     return split(
@@ -85,14 +95,14 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
         parts.one("tracker", AbstractTracker),
         parts.one("runtime", Runtime),
     )
-    if editor is not None and not isinstance(editor, Mend):
+    if editor is not None and not isinstance(editor, Trainable):
         parts.problems.add(
             message(
                 "editor",
                 "this editor has nothing to train",
                 got=parts.name_of("editor"),
-                expected="an editor with a hypernetwork",
-                fix="choose editor=mend",
+                expected="an editor with a hypernetwork, or a pair of models",
+                fix="choose editor=mend or editor=serac",
             )
         )
     if settings is not None:
@@ -103,15 +113,11 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
     else:
         data = None
     parts.finish()
-    assert settings and model and isinstance(editor, Mend) and data and tracker and runtime
+    assert settings and model and isinstance(editor, Trainable) and data and tracker and runtime
     divided = divide(data, editor, seed=settings.seed)
     name = settings.name or folder_name(f"{model.label}-{parts.name_of('editor')}-training")
     kept = {key: value for key, value in parts.config.items() if key in KEPT} | {"name": name}
-    trained = {
-        key: value
-        for key, value in parts.config["editor"].items()
-        if key not in ("hypernetwork", "step_scale")
-    }
+    trained = {key: value for key, value in parts.config["editor"].items() if key not in UNTRAINED}
     digits = config_hash(
         {"model": parts.config["model"], "dataset": parts.config["dataset"], "training": trained}
     )

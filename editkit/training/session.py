@@ -1,16 +1,18 @@
 """A training with the files of a run (config, provenance, steps, evals, state, DONE or FAILED), and
-its hypernetwork. The same command resumes an interrupted training to the same bits.
+its hypernetwork or pair of models. The same command resumes an interrupted training to the same
+bits.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from editkit.editors.serac import Serac
 from editkit.hypernet.learner import Diverged, Event, Learning, LearningState
 from editkit.hypernet.network import new_hypernetwork
-from editkit.hypernet.store import FILE, save_hypernetwork
+from editkit.hypernet.store import HYPERNETWORK, PAIR, save_hypernetwork, save_trained
 from editkit.records.tracker import RunInfo
 from editkit.records.writer import EVALS
 from editkit.runner.base import AbstractSession, AbstractWork, Loaded, load_model
@@ -19,6 +21,10 @@ from editkit.runner.folder import Collapsed
 from editkit.runner.provenance import describe, peak_memory_bytes
 from editkit.training.build import Training
 from editkit.training.figures import draw_training
+from editkit.training.serac import PairLearning
+
+if TYPE_CHECKING:
+    from editkit.model.editable import EditableModel
 
 GROUPS = ("network", "adam", "chains", "best")  # of tensors in a checkpoint
 
@@ -33,7 +39,7 @@ def train(training: Training) -> int:
 class TrainingSession(AbstractSession[Training, LearningState]):
     """The session of a training."""
 
-    results = (FILE,)
+    results = (HYPERNETWORK.file, PAIR.file)
 
     def state(self, checkpoint: Checkpoint) -> LearningState:
         return learning_state(checkpoint)
@@ -43,33 +49,53 @@ class TrainingSession(AbstractSession[Training, LearningState]):
     ) -> TrainingWork:
         training = self.settings
         loaded = load_model(training, began_with, should_stop=should_stop, training=training.editor)
-        model = loaded.model
         if loaded.data.known_only:
             training = training.of(loaded.data)
-        shapes = {
-            module: (model.weight(module).shape[0], model.weight(module).shape[1])
-            for module in training.editor.modules(model)
-        }
-        seed = training.settings.seed
-        learning = Learning(
-            model=model,
-            network=new_hypernetwork(shapes, training.editor.network, seed=seed),
-            split=training.split,
-            options=training.editor.train,
-            seed=seed,
-            checkpoint_every=training.settings.checkpoint.every,
-            should_stop=should_stop,
-        )
+        learning = learning_of(training, loaded.model, should_stop)
         return TrainingWork(training, learning, loaded)
 
     def already_done(self) -> str:
-        return f"already trained: {self.settings.folder / FILE} (resume=never trains anew)"
+        file = self.settings.folder / self.settings.kind.file
+        return f"already trained: {file} (resume=never trains anew)"
+
+
+def learning_of(
+    training: Training, model: EditableModel, should_stop: Callable[[], bool]
+) -> Learning | PairLearning:
+    """The training on a loaded model."""
+    editor, seed = training.editor, training.settings.seed
+    every = training.settings.checkpoint.every
+    if isinstance(editor, Serac):
+        editor.require(model)
+        return PairLearning(
+            model=model,
+            editor=editor,
+            split=training.split,
+            seed=seed,
+            checkpoint_every=every,
+            should_stop=should_stop,
+        )
+    shapes = {
+        module: (model.weight(module).shape[0], model.weight(module).shape[1])
+        for module in editor.modules(model)
+    }
+    return Learning(
+        model=model,
+        network=new_hypernetwork(shapes, editor.network, seed=seed),
+        split=training.split,
+        options=editor.train,
+        seed=seed,
+        checkpoint_every=every,
+        should_stop=should_stop,
+    )
 
 
 class TrainingWork(AbstractWork[LearningState]):
     """A training whose model is loaded."""
 
-    def __init__(self, training: Training, learning: Learning, loaded: Loaded) -> None:
+    def __init__(
+        self, training: Training, learning: Learning | PairLearning, loaded: Loaded
+    ) -> None:
         self.training, self.learning, self.loaded = training, learning, loaded
         self.outcome: LearningState | None = None  # of the newest checkpoint
 
@@ -118,15 +144,18 @@ class TrainingWork(AbstractWork[LearningState]):
             "validation": self._validation(outcome.best_step),
             "chat_template": chat.label if (chat := self.loaded.model.chat) else None,
         }
-        save_hypernetwork(
-            training.folder / FILE,
-            outcome.best_of(self.learning.network),
-            model=self.loaded.model.name,
-            fingerprint=self.loaded.model.fingerprint,
-            dataset=training.data.digest,
-            trained=training.split.used,
-            facts=facts,
-        )
+        about: dict[str, Any] = {
+            "model": self.loaded.model.name,
+            "fingerprint": self.loaded.model.fingerprint,
+            "dataset": training.data.digest,
+            "trained": training.split.used,
+            "facts": facts,
+        }
+        path, learning = training.folder / training.kind.file, self.learning
+        if isinstance(learning, PairLearning):
+            save_trained(path, outcome.best, modules={}, network=learning.config(), **about)
+        else:
+            save_hypernetwork(path, outcome.best_of(learning.network), **about)
 
     def _validation(self, step: int) -> dict[str, float | None]:
         """The validation results of a step."""

@@ -28,7 +28,7 @@ NAMES = (
         "Pmet",
         "Probe",
     ),
-    *("Prune", "Rect", "Rome", "Session"),
+    *("Prune", "Rect", "Rome", "Serac", "Session"),
     *("Step", "TPatcher", "UltraEdit", "Wise", "__version__"),
     *("EmmetConstraint", "Encore", "LyapLock", "Mose", "Mpes", "Nas", "Nse", "SimIE", "Sphere"),
     *("edit", "export", "load", "load_edited", "load_run", "load_runs", "run"),

@@ -136,7 +136,7 @@ COMPOSED: dict[str, str] = {
     "validate SMALL dataset.order=x": "dataset.order: invalid value (got 'x'; expected 'file', 'shuffled' or 'reversed').",
     "validate SMALL evaluation.protocols=[x]": "evaluation.protocols.0: invalid value (got 'x'; expected one of probability, argmax, token, generate, distribution).",
     "submit SMALL editor=romee": "In 'config': Could not find 'editor/romee' Available options in 'editor': adalora alphaedit d4s",
-    "train SMALL editor=rome": "editor: this editor has nothing to train (got 'rome'; expected an editor with a hypernetwork). Fix: choose",
+    "train SMALL editor=rome": "editor: this editor has nothing to train (got 'rome'; expected an editor with a hypernetwork, or a pair of models). Fix: choose",
     "tune editor=rome model=tiny-gpt2 tune.trials=0": "tune.trials: out of range (got 0; expected at least 1).",
     "probe model=nope": "In 'config': Could not find 'model/nope' Available options in 'model': gemma-2-2b gpt-neox-20b gpt2 gpt2-large",
     "probe model=hf model.id=models/list": "model.id: models/list/config.json: it holds no object but a list (expected a JSON object).",

@@ -47,7 +47,7 @@ ONE_SEAT = ("objective", "solve")  # places that have room for one restraint
 EDITS = 5
 # What stands beside the weights after each of the edits, of which the last two repeat earlier ones.
 ENTRIES = {
-    **{name: [1, 2, 3, 3, 3] for name in ("grace", "ice", "ike", "memoir", "rag", "scr")},
+    **{name: [1, 2, 3, 3, 3] for name in ("grace", "ice", "ike", "memoir", "rag", "scr", "serac")},
     **{"memoe": [4] * EDITS, "wise": [1] * EDITS},
 }
 
@@ -72,6 +72,7 @@ QUICK = {
     "editor.radius": 1e-3,  # random matrices are small
     "editor.demonstrations": 1,  # short enough for the tests' models
     "editor.facts": 1,
+    "editor.pair": "untrained",
     # exists; `run` puts one of the model at hand in its place
     "editor.hypernetwork": "asset:mend/tiny-gpt2",
 }

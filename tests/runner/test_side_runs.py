@@ -30,6 +30,7 @@ from editkit.types import EvalRecord, StepRecord
 from tests.editors.test_grace import GRACE
 from tests.editors.test_memoe import MEMOE
 from tests.editors.test_memoir import MEMOIR
+from tests.editors.test_serac import SERAC
 from tests.editors.test_t_patcher import T_PATCHER
 from tests.editors.test_wise import WISE
 from tests.support.fakes import trajectory
@@ -46,10 +47,21 @@ RUNS = {
     "ike": (*COMMON, "editor=ike", "editor.demonstrations=2"),
 }
 RUN = RUNS["grace"]
+# Of each kind of side, a run to export: codebook, adapter, experts, masked memory, side memory,
+# patches, texts, stand-in.
+QUICK = ("model=tiny-gpt2", "suite=none", "tracker=none", "edits=3", "milestones=[3]")
+EXPORTED = {
+    **{
+        editor: (*QUICK, f"editor={editor}", "editor.steps=5")
+        for editor in ("grace", "lora", "memoe", "memoir", "t_patcher", "wise")
+    },
+    "ike": (*QUICK, "editor=ike", "editor.demonstrations=2"),
+    "serac": (*QUICK, "editor=serac", "editor.pair=untrained", "editor.cosine=0.5"),
+}
 IKE = replace(ICE, name="ike", demonstrations=1)
 EDITORS = [
     *(GRACE, replace(MEMOE, steps=2, noise=0.1), MEMOIR, replace(WISE, shard=2, merge_every=4)),
-    *(IKE, T_PATCHER),
+    *(IKE, SERAC, T_PATCHER),
 ]
 
 
@@ -163,42 +175,50 @@ def test_a_killed_run_is_completed_with_the_same_records_and_state(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_an_exported_folder_gives_the_same_logits_in_a_fresh_process(
-    run: Sequence[str], tmp_path: Path
-) -> None:
-    undisturbed = undisturbed_run(tmp_path / "outputs", run)
-    export(undisturbed, folder := tmp_path / "exported")
-    facts = json.loads((undisturbed / "provenance.json").read_text())
-    assert facts["requests"]
-    script = tmp_path / "fresh.py"
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run and the exported folder of each kind, and the logits that one fresh
+    process gave for all of them.
+    """
+    place = tmp_path_factory.mktemp("exported")
+    for kind, run in EXPORTED.items():
+        export(undisturbed_run(place / kind / "outputs", run), place / kind / "folder")
+    texts = [each.full_prompt for each in build(compose([*COMMON]).config).data.requests[:3]]
+    script = place / "fresh.py"
     script.write_text(
-        "import sys, torch, transformers, editkit\n"
-        "network = editkit.load_edited(sys.argv[1])\n"
-        "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "texts = [tokenizer(text, return_tensors='pt') for text in sys.argv[3:]]\n"
-        "torch.save([network(**text).logits for text in texts], sys.argv[2])\n"
+        "import pathlib, sys, torch, transformers, editkit\n"
+        "for place in map(pathlib.Path, sys.argv[2:]):\n"
+        "    network = editkit.load_edited(place / 'folder')\n"
+        "    tokenizer = transformers.AutoTokenizer.from_pretrained(place / 'folder')\n"
+        "    texts = [tokenizer(text, return_tensors='pt') for text in eval(sys.argv[1])]\n"
+        "    torch.save([network(**text).logits for text in texts], place / 'logits.pt')\n"
     )
-    experiment = build(compose([*run]).config)
-    texts = [each.full_prompt for each in experiment.data.requests[:6]]
-    out = tmp_path / "logits.pt"
-    subprocess.run(
-        [sys.executable, str(script), str(folder), str(out), *texts], check=True, timeout=120
-    )
-    theirs = torch.load(out)
+    folders = [str(place / kind) for kind in EXPORTED]
+    command = [sys.executable, str(script), repr(texts), *folders]
+    subprocess.run(command, check=True, timeout=300)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_an_exported_folder_gives_the_same_logits_in_a_fresh_process(
+    kind: str, exported: Path
+) -> None:
+    whole = run_folder(exported / kind / "outputs")
+    assert json.loads((whole / "provenance.json").read_text())["requests"]
+    experiment = build(compose([*EXPORTED[kind]]).config)
+    texts = [each.full_prompt for each in experiment.data.requests[:3]]
     model = ModelConfig(id="asset:tiny-gpt2").load("cpu")
-    edited = load_state(undisturbed / "state").editor
-    model.attach(*experiment.editor.attach(model, edited))  # type: ignore[attr-defined]
+    state = load_state(whole / "state").editor
+    sides = experiment.editor.attach(model, state)  # type: ignore[attr-defined]
     changed = 0
-    for text, logits in zip(texts, theirs, strict=True):
+    for text, logits in zip(texts, torch.load(exported / kind / "logits.pt"), strict=True):
         encoded = model.tokenizer(text, return_tensors="pt")
         with torch.no_grad():
+            model.attach(*sides)
             assert torch.equal(model.network(**encoded).logits, logits)
-            sides = model.sides
             model.attach()
             changed += not torch.equal(model.network(**encoded).logits, logits)
-            model.attach(*sides)
     assert changed == len(texts)
 
 

@@ -42,7 +42,7 @@ INSIDE = {
 }
 WITHOUT_STATISTICS = (
     *("adalora", "ft", "grace", "ice", "ike", "kn", "locft", "lora", "memoe", "memoir", "mend"),
-    *("none", "rag", "scr", "t_patcher", "ultraedit", "wise"),
+    *("none", "rag", "scr", "serac", "t_patcher", "ultraedit", "wise"),
 )
 SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 STEPS = ("editor.steps=3",)
@@ -53,6 +53,7 @@ QUICK = {
         STEPS,
     ),
     "ike": ("editor.demonstrations=1",),
+    "serac": ("editor.pair=untrained",),
     "kn": ("editor.steps=2", "editor.refine=none", "editor.answer=predicted"),
     "locft": ("editor.epochs=2",),
     "mend": ("editor.hypernetwork=asset:mend/tiny-gpt2",),

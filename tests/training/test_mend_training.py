@@ -441,6 +441,7 @@ def test_an_editor_without_training_says_so() -> None:
     from editkit.config.compose import compose
 
     with pytest.raises(
-        ConfigError, match=r"nothing to train \(got 'rome'; .*\. Fix: choose editor=mend\."
+        ConfigError,
+        match=r"nothing to train \(got 'rome'; .*\. Fix: choose editor=mend or editor=serac\.",
     ):
         build_training(compose(["editor=rome"]).config, choices={"editor": "rome"})
