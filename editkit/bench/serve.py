@@ -1,5 +1,7 @@
 """Queries of a model with something beside its weights, against the same model without it.
 
+Texts before a prompt cost tokens with every query; they are counted, too.
+
 Every query is one prompt of CounterFact's length, short, so that what is added weighs most. Its
 prefill and its cached generation are timed in turn: unedited, and with each editor's sides, for the
 prompt of an edit and for one that the sides leave alone. GRACE's codebook has 10,000 entries.
@@ -33,7 +35,7 @@ from editkit.errors import ConfigError
 from editkit.lazy import torch
 from editkit.model.editable import EditableModel
 from editkit.model.generate import generate
-from editkit.model.side_routes import routed
+from editkit.model.side_routes import context_tokens, routed
 from editkit.model.side_value import AbstractBeside
 from editkit.model.tokens import encode_prompts
 from editkit.stats.store import Moments
@@ -43,6 +45,7 @@ ENTRIES = 10_000
 ROUNDS = 3  # timings of each query for one of `repeats`
 PROMPTS = 2  # that no edit is about
 EDITS = 1
+DEMONSTRATIONS = 4  # of IKE
 NEW_TOKENS = 8
 STEPS = 10  # of a search whose time is compared between a small and a large codebook
 ATTENTION = ("q_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
@@ -50,8 +53,14 @@ ATTENTION = ("q_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 # matrices that LoRA's authors adapt.
 SERVED: Mapping[str, tuple[str, ...]] = {
     "grace": ("editor.layers=[{layer}]", "editor.radius=1e-4", "editor.start=output"),
+    "ice": (),
+    "ike": (f"editor.demonstrations={DEMONSTRATIONS}",),
     "lora": ("editor.layers=null", "editor.targets=[{attention}]"),
     "memoe": ("editor.layers=[{layer}]",),
+    "rag": (),
+    # a threshold that the edit's own prompt reaches alone
+    "serac": ("editor.pair=untrained", "editor.cosine=0.999"),
+    "t_patcher": (),
     "wise": ("editor.layers=[{layer}]",),
 }
 
@@ -72,17 +81,19 @@ class _Latency:
 
 def measure(options: Options) -> Comparison:
     """The table row is the prefill of a prompt that GRACE leaves alone. `served` has the latency of
-    each editor, relative to the unedited model; `edit_growth` is the time of GRACE's edit beside
+    each editor, relative to the unedited model, and the tokens that it puts before a prompt, as a
+    mean; `edit_growth` is the time of GRACE's edit beside
     10,000 entries over that beside none.
     """
     model = model_of(options.shape, options.model, device=options.device, dtype=options.dtype)
-    requests = requests_for(options.shape, EDITS + PROMPTS)
+    requests = requests_for(options.shape, EDITS + PROMPTS + DEMONSTRATIONS)
+    pool, requests = requests[EDITS + PROMPTS :], requests[: EDITS + PROMPTS]
     edited, others = requests[:EDITS], requests[EDITS:]
     timing, served = PairedTiming(device=options.device), dict[str, dict[str, float]]()
     difference, growth = 0.0, 0.0
     for name in SERVED:
         editor = editor_of(name, model, options)
-        state = edit(model, editor, edited, editor.init(model, Moments()))
+        state = edit(model, editor, edited, editor.init(model, Moments()), pool)
         sides = tuple(_filled(side) for side in editor.attach(model, state))
         served[name] = _latencies(model, sides, requests, options)
         if name == "grace":
@@ -105,7 +116,9 @@ def editor_of(
     values = {"layer": options.shape.rome_layer, "attention": ",".join(attention)}
     overrides = [f"editor={name}", *(line.format(**values) for line in SERVED[name])]
     problems = Problems()
-    node = compose([*overrides, f"editor.steps={steps}"]).config["editor"]
+    node = compose(overrides).config["editor"]
+    if "steps" in node:
+        node["steps"] = steps
     editor = construct(node, "editor", AbstractSideEditor, problems)
     if editor is None or (lacking := editor.lacks()):
         raise ConfigError(problems.messages or [f"editor.{each}" for each in lacking])
@@ -117,10 +130,11 @@ def edit(
     editor: AbstractSideEditor[Any],
     requests: Sequence[EditRequest],
     state: TensorState,
+    pool: Sequence[EditRequest] = (),
 ) -> TensorState:
     """The editor's state after one batch of edits. Nothing stands beside the model afterwards."""
     model.attach(*editor.attach(model, state))
-    step = Step(model=model, requests=tuple(requests), state=state)
+    step = Step(model=model, requests=tuple(requests), state=state, pool=tuple(pool))
     state = editor.propose(step, editor.plan(step))
     model.attach()
     return state
@@ -146,8 +160,11 @@ def _latencies(
                     model.attach(*attached)
                     cost, _result = timed(functools.partial(query, prompt), options.device)
                     seconds.append(_seconds(cost, options))
+    model.attach(*sides)
+    added = context_tokens(model, prompts)
     model.attach()
-    return {kind: latency.ratio for kind, latency in sorted(found.items())}
+    ratios = {kind: latency.ratio for kind, latency in sorted(found.items())}
+    return ratios | ({} if added is None else {"context tokens": statistics.fmean(added)})
 
 
 def _seconds(cost: Cost, options: Options) -> float:
