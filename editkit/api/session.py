@@ -29,6 +29,7 @@ from editkit.lazy import torch
 from editkit.linalg.spectral import Spectrum, extreme_singular_values
 from editkit.linalg.total import Total
 from editkit.resources.stopwatch import Stopwatch
+from editkit.runner.card import session_card
 from editkit.runner.checkpoint import generator_states, restore_generators
 from editkit.runner.context_length import require_room
 from editkit.runner.export import save_model
@@ -328,8 +329,10 @@ class Session:
             [{"prompt": request.full_prompt, "target": request.target} for request in kept.requests]
             for kept in self._history[1:]
         ]
-        about = {"editor": type(self.editor).__name__, "edits": edits}
-        save_model(self.model, Path(to), about=about)
+        editor = type(self.editor).__name__
+        about = {"editor": editor, "edits": edits}
+        card = session_card(self.model, editor=editor, num_edits=len(edits))
+        save_model(self.model, Path(to), about=about, card=card)
 
     @contextlib.contextmanager
     def restrained(self, name: str | None = None) -> Iterator[None]:

@@ -116,9 +116,8 @@ def write_adapter(
     folder: Path,
     *,
     form: Literal["lora", "delta"] | str,
-    about: Mapping[str, Any],
 ) -> None:
-    """Writes an adapter with its card."""
+    """Writes the files of an adapter."""
     from safetensors.torch import save_file
 
     if form == "lora":
@@ -139,7 +138,6 @@ def write_adapter(
             tensors[f"{name}.right"] = factor.right_IR.contiguous()
         facts = {"base": adapter.base, "update": "left @ right.T, (d_out, d_in)"}
         save_file(tensors, folder / DELTA, metadata=facts)
-    (folder / "README.md").write_text(_card(adapter, form, about))
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -155,42 +153,3 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         "target_modules": list(adapter.factors),
         "fan_in_fan_out": adapter.is_transposed,
     }
-
-
-def _card(adapter: Adapter, form: str, about: Mapping[str, Any]) -> str:
-    """The README of the folder: what was edited and how exact its factors are."""
-    config = about["config"]
-    restraints = ", ".join(config.get("restraint") or {}) or "none"
-    use = (
-        "`peft.PeftModel.from_pretrained(base, folder)`"
-        if form == "lora"
-        else f"`{DELTA}` has `<module>.left` (d_out, rank) and `<module>.right` (d_in, rank); add"
-        " `left @ right.T` to the module's matrix."
-    )
-    head = ["---", f"base_model: {json.dumps(adapter.base)}"]
-    head += ["library_name: peft"] if form == "lora" else []
-    rows = [
-        f"| `{name}` | {factor.rank} | {adapter.errors[name]:.2g} |"
-        for name, factor in adapter.factors.items()
-    ]
-    lines = [
-        *head,
-        "tags: [knowledge-editing, editkit]",
-        "---",
-        "",
-        "# An edited model",
-        "",
-        f"- Base model: `{adapter.base}`",
-        f"- Editor: {(config.get('editor') or {}).get('name', '?')}; restraints: {restraints}",
-        f"- Steps: {about['step']}; view: {about['view'] or 'as the run left it'}",
-        f"- Dataset: {(config.get('dataset') or {}).get('name', '?')}",
-        f"- Use: {use}",
-        "",
-        "The error is that of the sum of all updates of a matrix, relative, in the Frobenius norm.",
-        "",
-        "| matrix | rank | error |",
-        "|---|---:|---:|",
-        *rows,
-        "",
-    ]
-    return "\n".join(lines)

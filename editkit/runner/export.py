@@ -20,6 +20,7 @@ from editkit.records.reader import RunRecords, load_run
 from editkit.records.views import trajectory_view
 from editkit.restraints.base import AbstractRestraint, AbstractTotalRestraint
 from editkit.runner.adapter import adapter_of, products, write_adapter
+from editkit.runner.card import run_card, write_card
 from editkit.runner.checkpoint import RunState, load_state
 from editkit.runner.inputs import MODEL
 from editkit.runner.side_files import write_sides
@@ -70,12 +71,14 @@ def export(
             )
         )
     model, state = _edited(records, view, problems, device="cpu")
-    about = _about(records, state, view)
+    about, step = _about(records, state, view), state.step
     if form == "model":
-        save_model(model, to, about=about)
+        card = run_card(records, step=step, view=view, has_sides=bool(model.sides))
+        save_model(model, to, about=about, card=card)
         return {}
     adapter = adapter_of(model, model.totals() or products(model.sides), rank=rank)
-    _write(to, about, lambda folder: write_adapter(adapter, folder, form=form, about=about))
+    card = run_card(records, step=step, view=view, adapter=adapter, form=form)
+    _write(to, about, card, lambda folder: write_adapter(adapter, folder, form=form))
     return adapter.errors
 
 
@@ -185,12 +188,13 @@ def _about(records: RunRecords, state: RunState, view: str | None) -> dict[str, 
     }
 
 
-def save_model(model: EditableModel, to: Path, *, about: Mapping[str, Any]) -> None:
+def save_model(model: EditableModel, to: Path, *, about: Mapping[str, Any], card: str) -> None:
     """Writes the model and what stands beside its weights as a folder, which appears whole or not
     at all.
 
     Args:
         about: the content of editkit.json.
+        card: the content of README.md.
 
     Raises:
         ConfigError: the folder exists and is not empty, or cannot be written.
@@ -201,10 +205,10 @@ def save_model(model: EditableModel, to: Path, *, about: Mapping[str, Any]) -> N
         model.tokenizer.save_pretrained(folder)
         write_sides(model, folder)
 
-    _write(to, about, fill)
+    _write(to, about, card, fill)
 
 
-def _write(to: Path, about: Mapping[str, Any], fill: Callable[[Path], object]) -> None:
+def _write(to: Path, about: Mapping[str, Any], card: str, fill: Callable[[Path], object]) -> None:
     """Fills a folder under a temporary name in the same place, then renames it. Raises ConfigError
     if it cannot be written.
     """
@@ -213,6 +217,7 @@ def _write(to: Path, about: Mapping[str, Any], fill: Callable[[Path], object]) -
         to.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         fill(temporary)
+        write_card(temporary, card)
         (temporary / "editkit.json").write_text(json.dumps(about, indent=1))
         for path in temporary.rglob("*.safetensors"):
             with_usual_mode(path)
