@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +137,8 @@ def _step(fields: dict[str, Any]) -> StepRecord:
         known[name] = _numbers(name, known.get(name, {}))
     modules = known.get("modules", {})
     known["modules"] = {
-        module: _numbers(f"modules.{module}", figures) for module, figures in modules.items()
+        sys.intern(module): _numbers(f"modules.{module}", figures)
+        for module, figures in modules.items()
     }
     if known.get("side") is not None:
         known["side"] = _numbers("side", known["side"])
@@ -154,20 +157,29 @@ def _evaluation(fields: dict[str, Any]) -> EvalRecord:
 
 def _known(record: type[_Record], fields: dict[str, Any]) -> dict[str, Any]:
     """The fields that this version knows. Later versions may write more."""
-    fields_of = list(dataclasses.fields(record))
-    if record is EvalRecord:  # its lines are flat
-        fields_of += dataclasses.fields(Measurement)
-    names = {field.name for field in fields_of} - {"measurement"}
-    required = [
-        field.name
-        for field in fields_of
-        if _is_required(field) and field.name in names - {"value", "stderr"}
-    ]
+    names, required = _names(are_flat=record is EvalRecord)
     if missing := [name for name in required if name not in fields]:
         raise ValueError(f"without {', '.join(missing)}")
     if not isinstance(fields["step"], int):
         raise ValueError(f"step is {fields['step']!r}, not a whole number")
     return {name: value for name, value in fields.items() if name in names}
+
+
+@functools.cache  # asked for every line
+def _names(*, are_flat: bool) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The names of the fields of evaluations, whose lines are flat, or of steps; and of those that
+    no line may lack.
+    """
+    fields_of = list(dataclasses.fields(EvalRecord if are_flat else StepRecord))
+    if are_flat:
+        fields_of += dataclasses.fields(Measurement)
+    names = frozenset(field.name for field in fields_of) - {"measurement"}
+    required = [
+        field.name
+        for field in fields_of
+        if _is_required(field) and field.name in names - {"value", "stderr"}
+    ]
+    return names, tuple(required)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -183,7 +195,10 @@ def _numbers(where: str, fields: Any) -> dict[str, float]:
         if value is not None and not isinstance(value, int | float)
     ]:
         raise ValueError(f"{where}.{wrong[0]} is {fields[wrong[0]]!r}, not a number")
-    return {name: math.nan if value is None else value for name, value in fields.items()}
+    # A long run has the same names in every line: one text for all of them.
+    return {
+        sys.intern(name): math.nan if value is None else value for name, value in fields.items()
+    }
 
 
 def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:

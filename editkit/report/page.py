@@ -23,6 +23,7 @@ from editkit.report.compare.significance import Comparison
 from editkit.report.compare.summary import Summary
 from editkit.report.escape import escape
 from editkit.report.figures import curves
+from editkit.report.figures.panels import MAX_POINTS
 from editkit.report.labels import labels
 from editkit.report.tables import edits_by_step
 
@@ -79,7 +80,8 @@ def page(content: Content) -> str:
         "<h2>Curves</h2>",
         "<p class='note'>A line is the mean over seeds, its band one standard deviation; "
         "unrestrained models are dashed. A click on a name "
-        "hides or shows it.</p>",
+        f"hides or shows it. Of a line of more than {MAX_POINTS} points, {MAX_POINTS} are drawn, "
+        "evenly spread, the first and the last among them.</p>",
         *(f"<h3>{escape(title)}</h3>{fragment}" for title, fragment in content.drawings),
         *sections(content.runs, _names(content.runs)[1]),
         *_published(content.published),

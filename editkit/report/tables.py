@@ -7,6 +7,7 @@ them in a column are refused.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -100,7 +101,7 @@ def is_fraction(kind: str, metric: str) -> bool:
 def edits_by_step(steps: Iterable[StepRecord]) -> dict[int, int]:
     """The number of edits in the model after each step. No step may be missing."""
     edits, total = {0: 0}, 0
-    for record in sorted(steps, key=lambda record: record.step):
+    for record in sorted(steps, key=operator.attrgetter("step")):
         total += len(record.requests)
         edits[record.step] = total
     return edits
@@ -158,9 +159,11 @@ def summarise(
             or record.measurement.protocol in (protocol, TEXT)
         )
     ]
-    weights = weight_cells(steps, evals, trajectory)
     if not records:
-        return _table_of_weights(weights, edits, milestones)
+        return _table_of_weights(weight_cells(steps, evals, trajectory), edits, milestones)
+    shown_steps = {record.step for record in records}  # few of a long run's
+    steps = [step for step in steps if step.step in shown_steps]
+    weights = weight_cells(steps, evals, trajectory)
     # sorted is stable: tasks keep the order of the file
     keys = headlines(sorted(dict.fromkeys(key_of(record) for record in records), key=place_of))
     by_key = {key: [record for record in records if key_of(record) == key] for key in keys}

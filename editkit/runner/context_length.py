@@ -82,10 +82,11 @@ def _too_long(
     encoded = encode(model.tokenizer, [template.replace(PLACE, "") for template in contexts])
     around = max((len(template.ids) for template in encoded), default=0)
     sequence_are = "prompt and target, without the last token, are"
+    room = model.max_length  # not asked again for each of many requests
     for request, alone in zip(requests, lengths, strict=True):
-        if alone > model.max_length:
+        if alone > room:
             yield _Problem(request, sequence_are, alone)
-        elif alone + around > model.max_length:  # only these are worth the exact count
+        elif alone + around > room:  # only these are worth the exact count
             texts = [
                 fill(request.prompt, request.subject, context=context).text for context in contexts
             ]
@@ -93,7 +94,7 @@ def _too_long(
                 model.tokenizer, [request.probe(prompt=text) for text in texts], chat=model.chat
             )
             longest = max(len(sequence.ids) - 1 for sequence in sequences)
-            if longest > model.max_length:
+            if longest > room:
                 text = f"in the editor's longest context template, {sequence_are}"
                 yield _Problem(request, text, longest)
 
@@ -103,14 +104,13 @@ def _long_answers(
 ) -> Iterator[_Problem]:
     """Answers with more tokens than the context length."""
     # No token stands for less than half a byte, so that most answers need no tokenizer.
+    room = model.max_length
     candidates = dict.fromkeys(
-        probe
-        for probe in probes
-        if 2 * len(probe.answer.encode("utf-8", "surrogatepass")) > model.max_length
+        probe for probe in probes if 2 * len(probe.answer.encode("utf-8", "surrogatepass")) > room
     )
     sequences = encode_with_targets(model.tokenizer, list(candidates), chat=model.chat)
     for probe, sequence in zip(candidates, sequences, strict=True):
-        if len(sequence.target_ids) > model.max_length:
+        if len(sequence.target_ids) > room:
             text = f"the answer {shortened(probe.answer)} to {shortened(probe.prompt)} is"
             yield _Problem(request, text, len(sequence.target_ids))
 

@@ -60,6 +60,14 @@ def test_ls_lists_every_option_of_every_group_with_its_description(editkit: Call
         ), option
 
 
+def test_ls_pairs_says_which_restraint_works_with_which_editor(editkit: Call) -> None:
+    code, out, _ = editkit("ls", "pairs")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0 and ["editor", "objective", "solve", "update", "total"] in lines
+    assert any(line[:1] == ["grace"] and line[1:] == ["-"] * 4 for line in lines)
+    assert "d4s" in out
+
+
 def test_ls_of_a_group_lists_only_that_group_and_an_unknown_one_is_a_mistake(editkit: Call) -> None:
     _, out, _ = editkit("ls", "editor")
     assert "rome" in out and "counterfact" not in out

@@ -22,6 +22,7 @@ import torch
 from editkit.config.build import build
 from editkit.config.compose import compose, conf_folder
 from editkit.config.experiment import Experiment
+from editkit.config.pairs import pairs
 from editkit.config.schema import Problems, construct
 from editkit.editors.base import AbstractSideEditor
 from editkit.editors.mend import Mend
@@ -278,6 +279,16 @@ def test_a_pair_that_is_put_together_here_is_what_composing_it_gives() -> None:
         parts = config(editor, restraints)
         assert set(whole["restraint"]) == set(parts["restraint"])
         assert whole["editor"].keys() == parts["editor"].keys()
+
+
+def test_the_table_of_pairs_is_that_of_the_classes() -> None:
+    rows = {row.editor: row.restraints for row in pairs()}
+    assert rows.keys() == {editor for editor in EDITORS if not inherent(editor)}
+    for editor, by_place in rows.items():
+        assert tuple(by_place) == PLACES
+        assert {(place, name) for place, names in by_place.items() for name in names} == {
+            (place_of(name), name) for name in RESTRAINTS if is_allowed(editor, (name,))
+        }
 
 
 def test_the_guides_table_says_which_editor_takes_which_restraint() -> None:

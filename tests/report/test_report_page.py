@@ -70,6 +70,7 @@ def test_the_page_holds_tests_failures_provenance_and_the_published_numbers(writ
     body = re.sub(r"<script.*?</script>", "", written.page.read_text(), flags=re.DOTALL)
     for wanted in (
         "paired t-tests",
+        "more than 400 points, 400 are drawn",
         "<h2>Comparison with the published numbers</h2>",
         "collapse",
         "configuration and provenance",
