@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from editkit.config.parts import Parts
 from editkit.errors import ConfigError, message
@@ -65,11 +65,12 @@ class Subject:
             self.model.attach(*sides)
 
 
+@dataclass(frozen=True, kw_only=True)
 class AbstractAnalysis(abc.ABC):
-    """One analysis. Its results are JSON values."""
+    """One analysis. Its options are its fields, and its results are JSON values."""
 
-    name: str
-    needs_weights = False  # whether it reads the updates of matrices
+    name: ClassVar[str]
+    needs_weights: ClassVar[bool] = False  # whether it reads the updates of matrices
 
     def problems(self, subject: Subject) -> list[str]:
         """Why it cannot be made."""

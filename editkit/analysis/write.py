@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from editkit.analysis.base import AbstractAnalysis, Table, open_run
+from editkit.analysis.circuit import Circuit
 from editkit.analysis.failures import Failures
 from editkit.analysis.lens import Lens
 from editkit.analysis.recall import Recall
@@ -21,18 +22,24 @@ from editkit.report.analyses import FOLDER
 from editkit.report.figures.print_sheets import save
 
 ANALYSES: dict[str, type[AbstractAnalysis]] = {
-    kind.name: kind for kind in (Lens, Update, Failures, Recall)
+    kind.name: kind for kind in (Lens, Update, Failures, Recall, Circuit)
 }
 
 
 def analyse(
-    run: Path, what: str, *, view: str | None = None, requests: int = 50
+    run: Path,
+    what: str,
+    *,
+    view: str | None = None,
+    requests: int = 50,
+    options: Mapping[str, object] | None = None,
 ) -> tuple[Path, Sequence[Table]]:
     """Makes the analysis `what` of the run's last checkpoint.
 
     Args:
         view: None for the model as the run left it, or the name of a view.
         requests: at most so many of the first edits.
+        options: of the analysis, such as the edges of a circuit.
 
     Returns:
         The file with the results, and the tables.
@@ -44,7 +51,12 @@ def analyse(
     if what not in ANALYSES:
         expected = f"one of {', '.join(ANALYSES)}"
         raise ConfigError(message("analysis", "unknown", got=what, expected=expected))
-    analysis = ANALYSES[what]()
+    kind, given = ANALYSES[what], dict(options or {})
+    known = [field.name for field in dataclasses.fields(kind)] if given else []
+    if unknown := [name for name in given if name not in known]:
+        expected = f"one of {', '.join(known)}" if known else "no options"
+        raise ConfigError(message(f"--{unknown[0]}", f"no option of {what}", expected=expected))
+    analysis = kind(**given)
     subject = open_run(run, view=view, requests=requests)
     if problems := analysis.problems(subject):
         raise ConfigError(problems)

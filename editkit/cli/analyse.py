@@ -15,7 +15,8 @@ def analyse(
         typer.Argument(
             help="lens: ranks of the old and new answers after each block. update: what was"
             " written, by neuron and as words. failures: what the model says where an edit failed."
-            " recall: hidden states of recalled facts on two components."
+            " recall: hidden states of recalled facts on two components. circuit: the heads and"
+            " MLPs that carry the facts."
         ),
     ],
     view: Annotated[
@@ -25,6 +26,15 @@ def analyse(
         ),
     ] = None,
     requests: Annotated[int, typer.Option(help="At most so many of the first edits.")] = 50,
+    edges: Annotated[
+        int | None, typer.Option(help="Edges of a circuit, by default 3000.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of a circuit's integrated gradients, by default 5.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Analyse the edited model of a run beside the unedited one."""
     from rich import box
@@ -33,7 +43,9 @@ def analyse(
     from editkit.analysis.write import analyse as make
     from editkit.cli.arguments import console
 
-    path, tables = make(run, what, view=view, requests=requests)
+    given = {"edges": edges, "steps": steps}
+    options = {name: value for name, value in given.items() if value is not None}
+    path, tables = make(run, what, view=view, requests=requests, options=options)
     shown = console()
     for table in tables:
         drawn = Table(title=table.title, title_justify="left", box=box.SIMPLE)

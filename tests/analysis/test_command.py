@@ -13,6 +13,8 @@ from editkit.analysis.write import ANALYSES, analyse
 from editkit.errors import ConfigError
 from editkit.report.write import report
 
+SMALL = {"edges": 100, "steps": 2}
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,7 +35,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_analysis_is_written_and_shown_on_the_page(run: Path, tmp_path: Path) -> None:
     for what in ANALYSES:
         for view in (None, "prune"):
-            path, tables = analyse(run, what, view=view, requests=6)
+            path, tables = analyse(
+                run, what, view=view, requests=6, options=SMALL if what == "circuit" else None
+            )
             content = json.loads(path.read_text())
             assert content["view"] == (view or "unrestrained")
             assert len(content["requests"]) == 6
@@ -48,12 +52,18 @@ def test_every_analysis_is_written_and_shown_on_the_page(run: Path, tmp_path: Pa
 
 
 def test_what_cannot_be_analysed_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected one of lens, update, failures, recall"):
+    with pytest.raises(
+        ConfigError, match="expected one of lens, update, failures, recall, circuit"
+    ):
         analyse(run, "heat")
     with pytest.raises(ConfigError, match="--requests: too few edits to be compared"):
         analyse(run, "recall", requests=2)
     with pytest.raises(ConfigError, match="--view: the run has no such view"):
         analyse(run, "lens", view="rect")
+    with pytest.raises(ConfigError, match="--edges: no option of lens"):
+        analyse(run, "lens", options={"edges": 3})
+    with pytest.raises(ConfigError, match="2 problems"):
+        analyse(run, "circuit", options={"edges": 0, "steps": 0})
     with pytest.raises(ConfigError, match="--requests: out of range"):
         analyse(run, "lens", requests=0)
     other = tmp_path / "seed0"

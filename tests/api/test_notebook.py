@@ -27,6 +27,7 @@ def texts(notebook: Any) -> dict[int, str]:
 
 
 # The kernel is another process. Its sockets and loops warn when they are closed.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbformat
