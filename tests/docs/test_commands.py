@@ -38,7 +38,8 @@ STARTERS = {"torchrun": 4, "srun": 3}
 HYDRA_FLAGS = {"--multirun", "-m", "--detach", "--help", "--info"}
 HYDRA_OPTIONS = {"--cfg", "--config-dir"}
 # Files that only a reader has, and what stands for them here.
-STANDS_FOR = {"editor.hypernetwork": "asset:mend/tiny-gpt2"}
+STANDS_FOR = {"editor.hypernetwork": "asset:mend/tiny-gpt2", "editor.pair": "untrained"}
+TRAINED = {"editor=mend": "editor.hypernetwork", "editor=serac": "editor.pair"}
 COMPOSED = ("run", "submit", "train", "validate", "probe", "stats build", "stats compare")
 
 
@@ -156,13 +157,14 @@ def cells(overrides: Sequence[str]) -> Iterator[list[str]]:
     parsed = OverridesParser.create().parse_overrides(present)
     for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
         for cell in batch:
-            yield from (with_hypernetwork([*cell, *further]) for further in own)
+            yield from (with_trained([*cell, *further]) for further in own)
 
 
-def with_hypernetwork(cell: list[str]) -> list[str]:
-    """A preset's MEND cells are refused until a hypernetwork is trained, as their page says."""
-    is_bare = "editor=mend" in cell and not any("editor.hypernetwork" in word for word in cell)
-    return [*cell, f"editor.hypernetwork={STANDS_FOR['editor.hypernetwork']}"] if is_bare else cell
+def with_trained(cell: list[str]) -> list[str]:
+    """A preset's cells of MEND and SERAC are refused until they are trained, as their page says."""
+    wanted = [key for editor, key in TRAINED.items() if editor in cell]
+    missing = [key for key in wanted if not any(key in word for word in cell)]
+    return [*cell, *(f"{key}={STANDS_FOR[key]}" for key in missing)]
 
 
 def test_no_reason_is_left_over() -> None:
