@@ -89,10 +89,13 @@ def measure(options: Options) -> Comparison:
     requests = requests_for(options.shape, EDITS + PROMPTS + DEMONSTRATIONS)
     pool, requests = requests[EDITS + PROMPTS :], requests[: EDITS + PROMPTS]
     edited, others = requests[:EDITS], requests[EDITS:]
+    room = NEW_TOKENS + max(map(len, _prompts(model, requests)))
     timing, served = PairedTiming(device=options.device), dict[str, dict[str, float]]()
     difference, growth = 0.0, 0.0
     for name in SERVED:
         editor = editor_of(name, model, options)
+        if editor.context_tokens(model, edited, pool) > model.max_length - room:
+            continue  # small shapes have no room for demonstrations
         state = edit(model, editor, edited, editor.init(model, Moments()), pool)
         sides = tuple(_filled(side) for side in editor.attach(model, state))
         served[name] = _latencies(model, sides, requests, options)
