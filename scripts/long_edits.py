@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,10 @@ def command_of(arguments: argparse.Namespace) -> list[str]:
 
 def watch(
     command: list[str], folder: Path, kill_at: int | None, start: int
-) -> list[dict[str, Any]]:
-    """Runs the command until it ends, or until its step file has reached `kill_at`. Returns a row
+) -> Iterator[dict[str, Any]]:
+    """Runs the command until it ends, or until its step file has reached `kill_at`. Yields a row
     for each new step: CPU seconds and resident bytes of the process.
     """
-    rows: list[dict[str, Any]] = []
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     seen = -1
     while process.poll() is None:
@@ -75,14 +75,13 @@ def watch(
             continue
         seen = step
         if reading := usage(process.pid):
-            rows.append({"start": start, "step": step} | reading)
+            yield {"start": start, "step": step} | reading
         if kill_at is not None and step >= kill_at:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            return rows
+            return
     if process.returncode:
         raise SystemExit(f"the run ended with {process.returncode}")
-    return rows
 
 
 def usage(pid: int) -> dict[str, float] | None:
@@ -188,12 +187,14 @@ def main() -> int:
     steps = -(-arguments.edits // arguments.batch)
     kills = sorted(random.Random(arguments.seed).sample(range(1, steps), arguments.kills))
     rows: list[dict[str, Any]] = []
-    for start, kill_at in enumerate([*kills, None]):
-        rows += watch(command_of(arguments), arguments.to, kill_at, start)
-    with (arguments.to / "curve.csv").open("w", newline="") as file:
+    arguments.to.mkdir(parents=True, exist_ok=True)
+    with (arguments.to / "curve.csv").open("w", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, ["start", "step", "cpu_s", "resident_bytes"])
         writer.writeheader()
-        writer.writerows(rows)
+        for start, kill_at in enumerate([*kills, None]):
+            for row in watch(command_of(arguments), arguments.to, kill_at, start):
+                writer.writerow(row)
+                rows.append(row)
     path = steps_file(arguments.to)
     assert path is not None, "the run has ended and has a step file"
     summary = summary_of(arguments, rows, kills, load_run(path.parent))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from editkit.lazy import torch
 
@@ -18,18 +17,19 @@ def reset_peak_memory(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: clears the high-water mark
+        with suppress(OSError), open("/proc/self/clear_refs", "wb", buffering=0) as file:
+            file.write(b"5")  # Linux: clears the high-water mark
 
 
 def peak_memory(device: str) -> int:
     """Bytes; 0 if the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    # Twenty times a step: a part of the file, as bytes, takes a third of the time of its lines.
+    with suppress(OSError), open("/proc/self/status", "rb", buffering=0) as file:
+        _, _, after = file.read(4096).partition(b"VmHWM:")
+        if after:
+            return int(after.split(maxsplit=1)[0]) * 1024
     return 0
 
 

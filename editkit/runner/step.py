@@ -212,7 +212,9 @@ def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord
     with clock.phase("telemetry"):
         spectra: Mapping[str, Spectrum] = state.spectra
         modules: Mapping[str, Mapping[str, float]] = {}
+        side: Mapping[str, float] | None = None
         if run.schedule.has_telemetry(number):
+            side = side_figures(model.sides)
             if not model.sides:  # else the weights are what they were
                 spectra = {
                     module: extreme_singular_values(model.weight(module), start)
@@ -226,7 +228,7 @@ def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord
         target=batch.plan.summary,
         modules=modules,
         nonfinite=batch.nonfinite or model.nonfinite_module(),
-        side=side_figures(model.sides),
+        side=side,
     )
     state = replace(
         state,

@@ -105,6 +105,14 @@ def test_with_rollback_every_batch_stands_alone(editor: Any) -> None:
     assert entries == [1] * 6
 
 
+def test_what_stands_beside_the_weights_is_recorded_as_often_as_the_weights() -> None:
+    whole = job()
+    rare = replace(whole, schedule=replace(whole.schedule, telemetry_every=4, milestones=(0, 3)))
+    steps = [event for event in run_edits(rare) if isinstance(event, StepRecord)]
+    assert [step.step for step in steps if step.side is not None] == [3, 4, 6]
+    assert [step.step for step in steps if step.modules] == [0, 3, 4, 6]
+
+
 def test_routing_is_measured_at_milestones() -> None:
     events = [
         event.measurement
