@@ -22,6 +22,7 @@ from editkit.cli import (
     export,
     ls,
     probe,
+    pull,
     report,
     run,
     show,
@@ -106,6 +107,8 @@ app.command("tune", rich_help_panel=EXPERIMENTS)(tune.tune)
 app.command("ls", rich_help_panel=PREPARE)(ls.list_options)
 app.command("validate", rich_help_panel=PREPARE)(validate.validate)
 app.command("probe", rich_help_panel=PREPARE)(probe.probe)
+app.command("pull", rich_help_panel=PREPARE)(pull.pull)
+app.command("share", rich_help_panel=PREPARE)(pull.share)
 app.add_typer(stats.app, name="stats", rich_help_panel=PREPARE)
 
 app.command("show", rich_help_panel=RESULTS)(show.show)

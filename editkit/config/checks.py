@@ -16,6 +16,7 @@ from editkit.model.load import ModelConfig
 from editkit.restraints.base import Restraints
 from editkit.stats.corpus import StatsConfig
 from editkit.stats.imported import lacking
+from editkit.stats.remote import absent
 
 
 def check_combination(
@@ -82,9 +83,11 @@ def check_imported(
     stats: StatsConfig | None,
     model: ModelConfig | None,
 ) -> None:
-    """The imported second moments that an editor needs, as far as their headers tell."""
+    """The second moments that an editor needs and others computed, as far as headers tell."""
     if editor is not None and stats is not None and model is not None and editor.needs_moments:
         parts.problems.add_all(lacking(stats, model.label))
+        if stats.remote is not None:
+            parts.problems.add_all(f"stats.{problem}" for problem in absent(stats.remote))
 
 
 def check_rollback(parts: Parts, settings: Settings | None, restraints: Restraints | None) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 UNHASHED = (
     *("name", "experiment_name", "seed", "paths", "checkpoint", "resume", "retry_failed"),
     *("when_locked", "tracker", "runtime", "recipe"),
-    *("stats.folder", "stats.save_every_s", "evaluation.thresholds"),
+    *("stats.folder", "stats.save_every_s", "stats.remote", "stats.remote_timeout_s"),
+    "evaluation.thresholds",
     *("model.device_map", "model.allow_pickle", "editor.train", "restraint.eac.source"),
 )
 # Options added later, with the value that reproduces earlier behaviour. A run with that value keeps

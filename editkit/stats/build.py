@@ -12,6 +12,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,7 @@ from editkit.stats.corpus import StatsConfig, digest, fewest, texts
 from editkit.stats.estimate import estimate
 from editkit.stats.imported import imported_keys
 from editkit.stats.parts import Parts, compute, locked
+from editkit.stats.remote import Remote
 from editkit.stats.shards import ALONE, Shard
 from editkit.stats.store import MomentKey, Moments, mapped_into, read, write
 
@@ -174,9 +176,11 @@ def fill_store(
     Returns whether all second moments are stored afterwards.
 
     Raises:
-        ConfigError: the texts have no tokens, or unfinished sums are damaged.
+        ConfigError: the texts have no tokens, unfinished sums are damaged, or the remote does not
+            answer or holds a damaged file.
     """
     announce, progress = announce or _ignore, progress or _ignore
+    _pull(required, announce)
     if not (missing := required.missing()):
         return True
     model, config = required.model, required.config
@@ -223,6 +227,20 @@ def fill_store(
     with contextlib.suppress(OSError):  # another process's sums lie there, or it was quicker
         parts.folder.parent.rmdir()
     return True
+
+
+def _pull(required: Statistics, announce: Callable[[str], None]) -> None:
+    """Fetches the missing second moments that the remote has."""
+    address = required.config.remote
+    if address is None or not (missing := required.missing()):
+        return
+    remote = Remote(address=address, timeout_s=required.config.remote_timeout_s)
+    entries = remote.entries()
+    found = [module for module in missing if required.keys[module].file_name in entries]
+    announce(f"{len(found)} of {len(missing)} second moments are at {address}")
+    for module in found:
+        key = required.keys[module]
+        remote.fetch(entries[key.file_name], required.folder, partial(read, key=key))
 
 
 def _digest(keys: Sequence[MomentKey]) -> str:

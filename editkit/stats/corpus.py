@@ -18,6 +18,7 @@ from typing import Literal
 
 from editkit.errors import ConfigError, OptionError, message
 from editkit.stats.collect import Products
+from editkit.stats.remote import form_problems
 
 COUNTED_AT_ONCE = 100  # documents whose tokens are counted together
 
@@ -49,6 +50,9 @@ class StatsConfig:
     products: Products
     save_every_s: float  # seconds between two saves of unfinished sums
     folder: str
+    # asked before second moments are computed: a folder, http(s)://... or hub:owner/name
+    remote: str | None = None
+    remote_timeout_s: float = 20.0  # the longest wait for an answer
 
     def __post_init__(self) -> None:
         positive = ("num_documents", "vectors_per_dimension", "context_length", "batch_tokens")
@@ -68,6 +72,12 @@ class StatsConfig:
             )
         if self.save_every_s < 0:
             problems.append(message("save_every_s", "must not be negative", got=self.save_every_s))
+        if self.remote is not None:
+            problems += form_problems(self.remote)
+        if self.remote_timeout_s <= 0:
+            problems.append(
+                message("remote_timeout_s", "must be positive", got=self.remote_timeout_s)
+            )
         if self.separator == "":
             problems.append(
                 message(
