@@ -81,6 +81,17 @@ docs: setup  ## Build the documentation into site/; a broken link or reference i
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
+.PHONY: dist
+dist: setup  ## Build the sdist and the wheel into dist/, and check how an index would show them (twine)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+.PHONY: image
+image:  ## Build the Docker image for the CPU; docs/install.md has the arguments for CUDA
+	docker build -t editkit .
+
 .PHONY: bench
 bench: setup  ## The speed of telemetry on GPT-2 XL's shape against a reference
 	$(BIN)/editkit bench telemetry --shape gpt2-xl
