@@ -14,6 +14,7 @@ from editkit.analysis.base import AbstractAnalysis, Table, open_run
 from editkit.analysis.circuit import Circuit
 from editkit.analysis.failures import Failures
 from editkit.analysis.lens import Lens
+from editkit.analysis.objectives import Objectives
 from editkit.analysis.recall import Recall
 from editkit.analysis.update import Update
 from editkit.errors import ConfigError, message
@@ -22,7 +23,7 @@ from editkit.report.analyses import FOLDER
 from editkit.report.figures.print_sheets import save
 
 ANALYSES: dict[str, type[AbstractAnalysis]] = {
-    kind.name: kind for kind in (Lens, Update, Failures, Recall, Circuit)
+    kind.name: kind for kind in (Lens, Update, Failures, Recall, Circuit, Objectives)
 }
 
 

@@ -16,7 +16,7 @@ def analyse(
             help="lens: ranks of the old and new answers after each block. update: what was"
             " written, by neuron and as words. failures: what the model says where an edit failed."
             " recall: hidden states of recalled facts on two components. circuit: the heads and"
-            " MLPs that carry the facts."
+            " MLPs that carry the facts. objectives: the perplexity of the targets."
         ),
     ],
     view: Annotated[

@@ -10,6 +10,7 @@ import torch
 from editkit.analysis.base import Subject
 from editkit.analysis.failures import class_of
 from editkit.analysis.lens import PLACES, read_lens
+from editkit.analysis.objectives import log_probabilities, perplexity
 from editkit.analysis.recall import Recall, final_states
 from editkit.analysis.update import COLUMNS, HITS, Update
 from editkit.linalg.lowrank import LowRank
@@ -211,3 +212,18 @@ def test_states_that_did_not_move_cannot_be_told_apart() -> None:
     )["groups"]["edits"]
     assert found["moved"] == 0
     assert found["told_apart"] <= 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_perplexity_of_targets(kind: Kind) -> None:
+    model = tiny_model(kind)
+    found = log_probabilities(model, REQUESTS)
+    for request, values in zip(REQUESTS, found, strict=True):
+        prompt = model.tokenizer(request.full_prompt)["input_ids"]
+        ids = model.tokenizer(f"{request.full_prompt} {request.target}")["input_ids"]
+        with torch.no_grad():
+            log_p_TV = model.network(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = [float(log_p_TV[at - 1, ids[at]]) for at in range(len(prompt), len(ids))]
+        assert values == pytest.approx(expected, rel=1e-3)
+    assert perplexity([-1.0, -3.0]) == pytest.approx(2.718281828**2)
+    assert perplexity([-5000.0]) == float("inf")
