@@ -68,7 +68,7 @@ class Recording:
         def hook(_module: Any, args: tuple[Any, ...]) -> None:
             values = args[0][0].unflatten(-1, (graph.num_heads, -1))
             weight = weight_DO.unflatten(-1, (graph.num_heads, -1))
-            self.noted.append(torch.einsum("thw,dhw->htd", values, weight))
+            self.noted.append(torch.einsum("tnw,dnw->ntd", values, weight))
 
         return hook
 
@@ -115,12 +115,12 @@ class Recording:
             for place, kind in enumerate(kinds):
                 streams_RTD = self._composed(layer, kind, self._streams[layer, "a"])
                 # `forward`, as a call would come back here
-                projected_RTO = module.forward(norm.forward(streams_RTD))
-                projected_RTO = projected_RTO[..., place * share : (place + 1) * share]
-                each = share // len(projected_RTO)
+                projected_RTP = module.forward(norm.forward(streams_RTD))
+                projected_RTP = projected_RTP[..., place * share : (place + 1) * share]
+                each = share // len(projected_RTP)
                 parts += [
-                    of_reader_TO[:, head * each : (head + 1) * each]
-                    for head, of_reader_TO in enumerate(projected_RTO)
+                    of_reader_TP[:, head * each : (head + 1) * each]
+                    for head, of_reader_TP in enumerate(projected_RTP)
                 ]
             return torch.cat(parts, dim=-1)[None]
 

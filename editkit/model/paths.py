@@ -15,7 +15,7 @@ they were in another pass (path patching; Goldowsky-Dill et al. 2023, arXiv 2304
 
 Biases and whatever else stands in the stream are in both passes and cancel.
 
-Shape letters: S sources, R readers, T tokens, D width of the stream, H heads, O of a projection.
+Shape letters: S sources, R readers, T tokens, D width of the stream, H heads, P of a projection.
 """
 
 from __future__ import annotations

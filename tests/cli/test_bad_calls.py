@@ -20,7 +20,7 @@ from tests.support.datasets import construct_dataset
 
 READERS = sorted(
     {option.name for option in options() if option.group == "dataset"}
-    - {"world", "facts", "zsre_train"}
+    - {"world", "facts", "forms", "zsre_train"}
 )
 # What is wrong with a file of requests, and what is told of it.
 FILES = {

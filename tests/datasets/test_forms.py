@@ -7,18 +7,17 @@ from dataclasses import replace
 
 import pytest
 
+from editkit.datasets.base import AbstractDataset
 from editkit.datasets.facts import Facts
-from editkit.datasets.forms import LETTERS, Forms
+from editkit.datasets.forms import LETTERS, Form, Forms
 from editkit.datasets.world import WorldDataset
 from editkit.errors import ConfigError
 
 FACTS = Facts(name="facts", split="report", order="file", limit=60)
 
 
-def forms(form: str, **options: object) -> Forms:
-    return Forms(
-        **{"name": "forms", "form": form, "source": FACTS, "order": "file", "limit": 40} | options
-    )
+def forms(form: Form, source: AbstractDataset = FACTS, limit: int | None = 40) -> Forms:
+    return Forms(name="forms", form=form, source=source, order="file", limit=limit)
 
 
 def options_of(prompt: str) -> dict[str, str]:
