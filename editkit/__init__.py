@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from editkit.editors.locft import LocFt as LocFt
     from editkit.editors.lora import Lora as Lora
     from editkit.editors.lora import MergedLora as MergedLora
+    from editkit.editors.malmen import Malmen as Malmen
     from editkit.editors.memit import Memit as Memit
     from editkit.editors.memoe import Memoe as Memoe
     from editkit.editors.memoir import Memoir as Memoir
@@ -97,6 +98,7 @@ else:
         "Lora": "editors.lora",
         "LowRank": "linalg.lowrank",
         "LyapLock": "restraints.lyaplock",
+        "Malmen": "editors.malmen",
         "Measurement": "types",
         "Measures": "api.probing",
         "Memit": "editors.memit",

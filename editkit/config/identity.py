@@ -18,7 +18,8 @@ UNHASHED = (
     *("when_locked", "tracker", "runtime", "recipe"),
     *("stats.folder", "stats.save_every_s", "stats.remote", "stats.remote_timeout_s"),
     "evaluation.thresholds",
-    *("model.device_map", "model.allow_pickle", "editor.train", "restraint.eac.source"),
+    *("model.device_map", "model.allow_pickle", "editor.train", "editor.trajectory"),
+    "restraint.eac.source",
 )
 # Options added later, with the value that reproduces earlier behaviour. A run with that value keeps
 # its folder.

@@ -20,41 +20,29 @@ Shape letters: O d_out, I d_in, B requests, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from editkit.editors.base import AbstractEditor, Plan, Step
-from editkit.editors.trained import (
-    changed_problem,
-    header_problems,
-    model_problems,
-    request_problems,
-    trained_provenance,
-)
+from editkit.editors.base import Plan, Step
+from editkit.editors.hypernetwork import AbstractHypernetEditor
 from editkit.errors import OptionError, message
-from editkit.files import file_digest
+from editkit.hypernet.abstract import Shape
 from editkit.hypernet.factors import gradient_factors, questions
+from editkit.hypernet.learner import MendLearning
 from editkit.hypernet.memory import gradient_bytes, network_bytes, training_bytes
-from editkit.hypernet.network import Hypernetwork, NetworkOptions
-from editkit.hypernet.options import TrainingOptions
-from editkit.hypernet.store import HYPERNETWORK, Header, load_hypernetwork, read_header, resolve
+from editkit.hypernet.network import Hypernetwork, NetworkOptions, new_hypernetwork
+from editkit.hypernet.store import HYPERNETWORK, Header, Kind, resolve
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.model.tokens import encode_with_targets
 from editkit.resources.workload import REQUEST, EditorMemory, TrainingMemory, Workload
-from editkit.types import EditRequest, TensorState
+from editkit.types import TensorState
 
 if TYPE_CHECKING:
-    from editkit.datasets.base import LoadedDataset
+    from editkit.hypernet.examples import Split
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
-
-MISSING = message(
-    "hypernetwork",
-    "not set, and MEND needs a trained one",
-    fix="train one with `editkit train editor=mend model=... dataset=...`, which prints its folder",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,26 +53,18 @@ class MendPlan(Plan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mend(AbstractEditor[MendPlan]):
+class Mend(AbstractHypernetEditor[MendPlan, Hypernetwork]):
     """A trained editor. The options are documented in `conf/editor/mend.yaml`.
 
     Raises:
         OptionError: an option is out of range.
     """
 
-    needs_subject: ClassVar[bool] = False
+    kind: ClassVar[Kind] = HYPERNETWORK
+    needs_network: ClassVar[bool] = True
 
-    name: str
-    layers: tuple[int, ...]
-    hypernetwork: str | None
     step_scale: float
     network: NetworkOptions
-    train: TrainingOptions
-    # The loaded file by path, digest and device. A real model's takes hundreds of megabytes, and
-    # every edit needs it.
-    _loaded: dict[tuple[str, str, str], tuple[Hypernetwork, Header]] = field(
-        init=False, repr=False, compare=False, default_factory=dict
-    )
 
     def __post_init__(self) -> None:
         problems = []
@@ -102,22 +82,6 @@ class Mend(AbstractEditor[MendPlan]):
         """In the order of `layers`; within a layer in the order in which a pass reaches them."""
         return model.mlp_matrices(self.layers)
 
-    def lacks(self) -> list[str]:
-        """A hypernetwork that can be read."""
-        if self.hypernetwork is None:
-            return [MISSING]
-        return header_problems(self.hypernetwork, HYPERNETWORK)
-
-    def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
-        """Refuses a damaged hypernetwork, and one that was trained on some of these requests."""
-        if lacking := self.lacks():
-            return lacking
-        assert self.hypernetwork is not None
-        return request_problems(self.hypernetwork, HYPERNETWORK, data, requests)
-
-    def provenance(self) -> Mapping[str, object]:
-        return trained_provenance(self.hypernetwork, HYPERNETWORK)
-
     def memory(self, work: Workload) -> EditorMemory:
         file = None if self.hypernetwork is None else resolve(self.hypernetwork)
         return EditorMemory(
@@ -128,8 +92,33 @@ class Mend(AbstractEditor[MendPlan]):
             else network_bytes(work, self.network),
         )
 
+    def new_network(self, shapes: Mapping[str, Shape], *, seed: int) -> Hypernetwork:
+        return new_hypernetwork(shapes, self.network, seed=seed)
+
+    def stored_network(self, header: Header, tensors: Mapping[str, torch.Tensor]) -> Hypernetwork:
+        options = NetworkOptions(**header.network)
+        return Hypernetwork(shapes=header.modules, options=options, tensors=tensors)
+
+    def learning(
+        self,
+        model: EditableModel,
+        split: Split,
+        *,
+        seed: int,
+        checkpoint_every: int,
+        should_stop: Callable[[], bool],
+    ) -> MendLearning:
+        return MendLearning(
+            model=model,
+            network=self.new_network(self.shapes(model), seed=seed),
+            split=split,
+            options=self.train,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            should_stop=should_stop,
+        )
+
     def training_memory(self, work: Workload, *, is_gpu: bool, reading: float) -> TrainingMemory:
-        """What `editkit train` takes; arguments as `hypernet.memory.training_bytes`."""
         return training_bytes(work, self.network, self.train, is_gpu=is_gpu, reading=reading)
 
     def init(self, model: EditableModel, moments: Moments) -> TensorState:
@@ -138,10 +127,8 @@ class Mend(AbstractEditor[MendPlan]):
         Raises:
             OptionError: the hypernetwork belongs to another model or to other matrices.
         """
-        self._network(model, self._digest())
-        return {
-            "hypernetwork": torch.tensor(list(bytes.fromhex(self._digest())), dtype=torch.uint8)
-        }
+        self.trained_network(model, self.network_digest())
+        return self.digest_state()
 
     def plan(self, step: Step) -> MendPlan:
         """Finds the updates; the weights are only read.
@@ -150,7 +137,7 @@ class Mend(AbstractEditor[MendPlan]):
             OptionError: the run began with another hypernetwork.
         """
         model = step.model
-        network = self._network(model, bytes(step.state["hypernetwork"].tolist()).hex())
+        network = self.trained_network(model, self.digest_of(step.state))
         probes = [request.probe() for request in step.requests]
         texts = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
         factors, log_p_B = gradient_factors(model, network.modules, texts)
@@ -171,46 +158,3 @@ class Mend(AbstractEditor[MendPlan]):
 
     def propose(self, step: Step, module: str, plan: MendPlan) -> LowRank:
         return plan.updates[module]
-
-    def _digest(self) -> str:
-        if self.hypernetwork is None:
-            raise OptionError(MISSING)
-        read_header(self.hypernetwork)  # reports what is wrong with the file
-        return file_digest(resolve(self.hypernetwork))
-
-    def _network(self, model: EditableModel, digest: str) -> Hypernetwork:
-        """The hypernetwork with this digest on the model's device, checked against the model."""
-        if self.hypernetwork is None:
-            raise OptionError(MISSING)
-        key = (self.hypernetwork, digest, str(model.device))
-        if key not in self._loaded:
-            if (now := self._digest()) != digest:
-                raise OptionError(
-                    changed_problem(self.hypernetwork, HYPERNETWORK, now=now, then=digest)
-                )
-            network, header = load_hypernetwork(self.hypernetwork, device=model.device)
-            self._check(model, header)
-            self._loaded.clear()
-            self._loaded[key] = (network, header)
-        return self._loaded[key][0]
-
-    def _check(self, model: EditableModel, header: Header) -> None:
-        assert self.hypernetwork is not None
-        problems = model_problems(self.hypernetwork, HYPERNETWORK, header, model)
-        now, then = model.chat and model.chat.label, header.facts.get("chat_template")
-        if now != then:
-            problem = f"{self.hypernetwork} was trained with another chat template"
-            fix = "set model.chat_template as in the training, or train one for this template"
-            problems.append(message("hypernetwork", problem, got=now, expected=str(then), fix=fix))
-        modules = self.modules(model)
-        if tuple(header.modules) != modules:
-            problems.append(
-                message(
-                    "layers",
-                    f"{self.hypernetwork} was trained for other matrices",
-                    got=f"{list(self.layers)}, which are {', '.join(modules)}",
-                    expected=", ".join(header.modules),
-                )
-            )
-        if problems:
-            raise OptionError(problems)

@@ -27,32 +27,26 @@ Shape letters: O d_out, I d_in, Z = I + O, T target tokens of a batch.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from editkit.editors.base import AbstractEditor, Plan, Step
-from editkit.errors import ConfigError, OptionError, message
-from editkit.hypernet.factors import questions
-from editkit.hypernet.features import joined, target_features
-from editkit.hypernet.network import Factors, Shape, name_of
+from editkit.editors.mlp_choice import Matrix, choice_problems, chosen_matrices
+from editkit.errors import OptionError, message
+from editkit.hypernet.abstract import Factors, Shape, name_of
+from editkit.hypernet.features import joined, requests_features
 from editkit.hypernet.normaliser import Normal, Normaliser
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.linalg.recursive import Memory, ridge
-from editkit.model.tokens import encode_with_targets
-from editkit.resources.workload import REQUEST, EditorMemory, Workload
-from editkit.types import EditRequest, TensorState
+from editkit.resources.workload import REQUEST, TARGET_TOKENS, EditorMemory, Workload
+from editkit.types import TensorState
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
-
-Matrix = Literal["gate", "up", "down"]
-ORDER: tuple[Matrix, ...] = ("gate", "up", "down")  # of a forward pass
-TARGET_TOKENS = 3  # of a request, typically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,51 +83,13 @@ class UltraEdit(AbstractEditor[UltraEditPlan]):
             for name in ("step_size", "ridge", "mini_batch")
             if not 0 < getattr(self, name) < math.inf
         ]
-        if not self.matrices or len(set(self.matrices)) < len(self.matrices):
-            got, expected = list(self.matrices), "some of gate, up and down, each once"
-            problems.append(message("matrices", "unusable choice", got=got, expected=expected))
-        if unused := sorted(set(self.layers_of) - set(self.matrices)):
-            expected = f"some of the edited matrices: {', '.join(self.matrices)}"
-            problems.append(
-                message("layers_of", "names other matrices", got=unused, expected=expected)
-            )
-        named = {"layers": self.layers} | {
-            f"layers_of.{matrix}": layers for matrix, layers in self.layers_of.items()
-        }
-        problems += [
-            message(key, "unusable layers", got=list(layers), expected="layers, each once")
-            for key, layers in named.items()
-            if not layers or len(set(layers)) < len(layers)
-        ]
+        problems += choice_problems(self.layers, self.matrices, self.layers_of)
         if problems:
             raise OptionError(problems)
 
     def modules(self, model: EditableModel) -> tuple[str, ...]:
-        """From below, within a layer in the order of a forward pass.
-
-        Raises:
-            ConfigError: a layer is out of range, the MLP has no such matrix, or the model is an
-                expert of a mixture, which sees only some of the tokens.
-        """
-        if model.family.expert is not None:
-            problem = "an expert of a mixture sees some target tokens only"
-            got = f"expert {model.family.expert}"
-            raise ConfigError(message("editor.layers", problem, got=got))
-        chosen = {matrix: self.layers_of.get(matrix, self.layers) for matrix in self.matrices}
-        layers = sorted(set(itertools.chain.from_iterable(chosen.values())))
-        names = {layer: model.mlp_matrices([layer]) for layer in layers}
-        if "gate" in chosen and any(len(of_layer) < len(ORDER) for of_layer in names.values()):
-            problem = f"the MLP of {model.name} has no separate gate"
-            expected = "up, down"
-            raise ConfigError(
-                message("editor.matrices", problem, got=list(self.matrices), expected=expected)
-            )
-        return tuple(
-            names[layer][ORDER.index(matrix) - len(ORDER)]
-            for layer in layers
-            for matrix in ORDER
-            if layer in chosen.get(matrix, ())
-        )
+        """As `chosen_matrices`."""
+        return chosen_matrices(model, self.layers, self.matrices, self.layers_of)
 
     def memory(self, work: Workload) -> EditorMemory:
         tokens = TARGET_TOKENS * work.batch_size
@@ -162,7 +118,9 @@ class UltraEdit(AbstractEditor[UltraEditPlan]):
 
     def plan(self, step: Step) -> UltraEditPlan:
         """Observes the batch and finds the updates of all matrices. The weights are only read."""
-        features, log_p_B = self._features(step.model, step.requests)
+        features, log_p_B = requests_features(
+            step.model, self.modules(step.model), step.requests, self.mini_batch
+        )
         shapes = _shapes(step.model, features)
         state, maps = dict(step.state), {}
         for shape in dict.fromkeys(shapes.values()):
@@ -185,20 +143,6 @@ class UltraEdit(AbstractEditor[UltraEditPlan]):
 
     def observe(self, step: Step, plan: UltraEditPlan) -> TensorState:
         return plan.statistics
-
-    def _features(
-        self, model: EditableModel, requests: Sequence[EditRequest]
-    ) -> tuple[dict[str, Factors], torch.Tensor]:
-        """By matrix, the features of all target tokens; and log p of each request's target."""
-        modules, found, log_p = self.modules(model), list[dict[str, Factors]](), []
-        for start in range(0, len(requests), self.mini_batch):
-            probes = [each.probe() for each in requests[start : start + self.mini_batch]]
-            texts = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
-            features, log_p_B = target_features(model, modules, texts)
-            found.append(features)
-            log_p.append(log_p_B)
-        by_module = {module: joined(part[module] for part in found) for module in modules}
-        return by_module, torch.cat(log_p)
 
     def _update(self, features: Factors, of_inputs: Normal, of_gradients: Normal) -> LowRank:
         """D with one column a token, float32."""

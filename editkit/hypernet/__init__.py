@@ -1,3 +1,3 @@
-"""MEND's hypernetwork: its computation, storage and training. The editor `editkit.editors.mend`
-uses it.
+"""Hypernetworks: their computation, storage and training. `editkit.editors.mend` uses MEND's,
+`editkit.editors.malmen` that of MALMEN and RLEdit.
 """

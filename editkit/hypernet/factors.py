@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from editkit.hypernet.network import Factors, Hypernetwork
+from editkit.hypernet.abstract import Factors
+from editkit.hypernet.network import Hypernetwork
 from editkit.lazy import torch
 from editkit.model.capture import add_low_rank, capture_for_gradients
 from editkit.model.tokens import PromptBatch, TargetSequence, pad

@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from editkit.hypernet.factors import Questions, log_probabilities
-from editkit.hypernet.network import Factors
+from editkit.hypernet.abstract import Factors
+from editkit.hypernet.factors import Questions, log_probabilities, questions
 from editkit.lazy import torch
 from editkit.model.capture import capture_for_gradients
+from editkit.model.tokens import encode_with_targets
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
+    from editkit.types import EditRequest
 
 
 def target_features(
@@ -37,6 +39,24 @@ def target_features(
         module: Factors(captured.inputs[module][places].float(), gradient_BTO[places].float())
         for module, gradient_BTO in zip(modules, gradients, strict=True)
     }, log_p_B.detach()
+
+
+def requests_features(
+    model: EditableModel,
+    modules: Sequence[str],
+    requests: Sequence[EditRequest],
+    mini_batch: int,
+) -> tuple[dict[str, Factors], torch.Tensor]:
+    """As `target_features`, of requests in passes of `mini_batch`."""
+    found, log_p = list[dict[str, Factors]](), []
+    for start in range(0, len(requests), mini_batch):
+        probes = [each.probe() for each in requests[start : start + mini_batch]]
+        texts = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
+        features, log_p_B = target_features(model, modules, texts)
+        found.append(features)
+        log_p.append(log_p_B)
+    by_module = {module: joined(part[module] for part in found) for module in modules}
+    return by_module, torch.cat(log_p)
 
 
 def joined(parts: Iterable[Factors]) -> Factors:

@@ -1,17 +1,17 @@
-"""MEND's two losses (Mitchell et al. 2022, section 3.3) for a batch of single edits or chains of
-edits:
+"""MEND's two losses (Mitchell et al. 2022, section 3.3) of edited models:
 
     L = c_edit * -log p_edited(target | paraphrase) + c_loc * KL(p_base || p_edited)
 
-The KL divergence is the mean over the tokens of the locality texts.
+The KL divergence is the mean over the tokens of the locality texts. Every edit has a model of its
+own (MEND), or all of them are in one (MALMEN).
 
 Shape letters: B edits, R factors, P positions, V vocabulary, L locality texts per edit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
 
+# By the rows of a batch, a context in which row i passes the edited model of `rows[i]`.
+Edited = Callable[[Sequence[int]], AbstractContextManager[None]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Losses:
     """The losses of each edit, (B,) float32, in nats."""
@@ -33,33 +37,49 @@ class Losses:
     locality_B: torch.Tensor  # KL, mean over all tokens of the edit's locality texts
 
 
+def by_row(model: EditableModel, updates: RowUpdates) -> Edited:
+    """Models of which each has its own row of the updates."""
+
+    @contextmanager
+    def edited(rows: Sequence[int]) -> Iterator[None]:
+        with ExitStack() as hooks:
+            enter(hooks, model, rows_of(updates, rows))
+            yield
+
+    return edited
+
+
 def losses(
     model: EditableModel,
-    updates: RowUpdates,
+    edited: Edited,
     examples: Sequence[Example],
     *,
     also: Sequence[tuple[int, Probe]] = (),
+    base: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Losses:
-    """The losses of the edited models. Gradients flow into `updates`.
+    """The losses of the edited models. Gradients flow into their updates.
 
     Args:
+        base: a context in which the model is the one whose predictions are to stay.
         also: further (row, prompt with its target) of earlier edits of a row's model. They have
             the same weight in the row's mean as the row's own edit.
     """
     probes = [*(example.question for example in examples), *(probe for _, probe in also)]
     rows = [*range(len(examples)), *(row for row, _ in also)]
     batch = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
-    with ExitStack() as hooks:
-        enter(hooks, model, rows_of(updates, rows))
+    with edited(rows):
         log_p, _ = log_probabilities(model, batch)
     index = torch.tensor(rows, device=model.device)
     counts_B = torch.bincount(index, minlength=len(examples))
     edit_B = torch.zeros(len(examples), device=model.device).index_add(0, index, -log_p) / counts_B
-    return Losses(edit_B=edit_B, locality_B=locality_loss(model, updates, examples))
+    return Losses(edit_B=edit_B, locality_B=_locality_loss(model, edited, examples, base))
 
 
-def locality_loss(
-    model: EditableModel, updates: RowUpdates, examples: Sequence[Example]
+def _locality_loss(
+    model: EditableModel,
+    edited: Edited,
+    examples: Sequence[Example],
+    base: Callable[[], AbstractContextManager[None]],
 ) -> torch.Tensor:
     """KL(p_base || p_edited) over the examples' locality texts, (B,)."""
     probes = [probe for example in examples for probe in example.locality]
@@ -69,14 +89,13 @@ def locality_loss(
         device=model.device,
     )
     is_token_BT = batch.mask_BT.bool()
-    with torch.no_grad():
+    with torch.no_grad(), base():
         base_PV = (
             model.hidden_to_logits(model.final_hidden(batch)[is_token_BT])
             .float()
             .log_softmax(dim=-1)
         )
-    with ExitStack() as hooks:
-        enter(hooks, model, rows_of(updates, rows))
+    with edited(rows):
         edited_PV = (
             model.hidden_to_logits(model.final_hidden(batch)[is_token_BT])
             .float()
@@ -88,9 +107,7 @@ def locality_loss(
     return sums_B / torch.bincount(index_P, minlength=len(examples))
 
 
-def kept_answers(
-    model: EditableModel, updates: RowUpdates, examples: Sequence[Example]
-) -> torch.Tensor:
+def kept_answers(model: EditableModel, edited: Edited, examples: Sequence[Example]) -> torch.Tensor:
     """Whether the most probable tokens at the positions of a locality text's answer are those of
     the unedited model, (B, L).
     """
@@ -98,9 +115,8 @@ def kept_answers(
     rows = [row for row, example in enumerate(examples) for _ in example.locality]
     batch = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
     best = []
-    for hooked in (None, rows_of(updates, rows)):
-        with torch.no_grad(), ExitStack() as hooks:
-            enter(hooks, model, hooked)
+    for hooked in (nullcontext(), edited(rows)):
+        with torch.no_grad(), hooked:
             hidden_BTD = model.final_hidden(batch.prompts)
             best.append(
                 model.hidden_to_logits(hidden_BTD[batch.rows_P, batch.columns_P]).argmax(dim=-1)

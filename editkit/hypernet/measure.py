@@ -5,21 +5,19 @@ examples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from editkit.hypernet.examples import Example
 from editkit.hypernet.factors import (
     Questions,
     RowUpdates,
-    enter,
     gradient_factors,
     joined,
     log_probabilities,
     questions,
     row_updates,
 )
-from editkit.hypernet.losses import kept_answers, losses
+from editkit.hypernet.losses import Edited, by_row, kept_answers, losses
 from editkit.hypernet.network import Hypernetwork
 from editkit.lazy import torch
 from editkit.model.tokens import encode_with_targets
@@ -62,31 +60,21 @@ def measure(
                 updates = joined(updates, row_updates(network, factors))
         assert updates is not None
         for link in links:
-            for name, value in _measured(model, updates, link).items():
+            for name, value in measured(model, by_row(model, updates), link).items():
                 sums[name] = sums.get(name, 0.0) + value
     return {name: value / (num_chains * sequence) for name, value in sums.items()}
 
 
-def _measured(
-    model: EditableModel, updates: RowUpdates, chosen: Sequence[Example]
-) -> dict[str, float]:
-    """The sums over edits."""
+def measured(model: EditableModel, edited: Edited, chosen: Sequence[Example]) -> dict[str, float]:
+    """The sums over edits of what `measure` returns."""
     with torch.no_grad():
-        loss = losses(model, updates, chosen)
+        loss = losses(model, edited, chosen)
         probes = [example.request.probe() for example in chosen]
         probes += [example.question for example in chosen]
         batch = questions(model, encode_with_targets(model.tokenizer, probes, chat=model.chat))
-        with ExitStack() as hooks:
-            enter(
-                hooks,
-                model,
-                {
-                    name: (left.repeat(2, 1, 1), right.repeat(2, 1, 1))
-                    for name, (left, right) in updates.items()
-                },
-            )
+        with edited([*range(len(chosen)), *range(len(chosen))]):
             _, is_best = log_probabilities(model, batch)
-        kept = kept_answers(model, updates, chosen)
+        kept = kept_answers(model, edited, chosen)
     return {
         "edit_loss": float(loss.edit_B.sum()),
         "locality_loss": float(loss.locality_B.sum()),

@@ -9,7 +9,16 @@ from __future__ import annotations
 from editkit.hypernet.measure import ROWS
 from editkit.hypernet.network import NetworkOptions, num_bytes
 from editkit.hypernet.options import TrainingOptions
-from editkit.resources.workload import LOGITS, PROMPT, REQUEST, TrainingMemory, Workload
+from editkit.hypernet.ridge_network import TOKENS, RidgeOptions
+from editkit.hypernet.ridge_network import num_bytes as ridge_num_bytes
+from editkit.resources.workload import (
+    LOGITS,
+    PROMPT,
+    REQUEST,
+    TARGET_TOKENS,
+    TrainingMemory,
+    Workload,
+)
 
 # Copies of a matrix's factors while a hypernetwork transforms them. Its hidden layer has half as
 # many.
@@ -77,4 +86,51 @@ def training_bytes(
         copied=copied,
         phases=phases,
         saving={"step": "a lower editor.train.at_once"},
+    )
+
+
+def ridge_network_bytes(work: Workload, network: RidgeOptions) -> float:
+    """The tensors of a new network of MALMEN for these matrices."""
+    return float(ridge_num_bytes(work.shapes, network))
+
+
+def ridge_training_bytes(
+    work: Workload,
+    network: RidgeOptions,
+    options: TrainingOptions,
+    *,
+    mini_batch: int,
+    is_gpu: bool,
+    reading: float,
+) -> TrainingMemory:
+    """As `training_bytes`, of MALMEN and RLEdit: a batch's features and updates in factors, and the
+    sum of the updates of a trajectory.
+    """
+    one, size = ridge_network_bytes(work, network), min(network.rank, work.both)
+    tokens = TARGET_TOKENS * options.accumulate
+    # Inputs and gradients, V and its gradient in float32; the right factors and theirs in float64.
+    features = work.num_matrices * tokens * work.both * (4 + 4 + 4 + 8 + 8)
+    solving = 3 * 8 * tokens**2
+    transformed = 4 * TOKENS * TRANSFORMED * network.blocks * (work.both + size)
+    rows = REQUEST * mini_batch
+    gradient = work.kept(rows, work.blocks_with_gradient) + work.logits(rows)
+    texts = REQUEST * options.locality_texts
+    logits = texts * work.architecture.vocabulary * 4
+    losses = options.at_once * (
+        (2 * LOGITS + 2) * logits + work.kept(texts + REQUEST, work.blocks_with_gradient)
+    )
+    totals = 2 * 4 * work.num_matrices * work.matrix if options.sequence > 1 else 0
+    copied = 3 * one
+    phases = {
+        "weights read": reading,
+        "step": features + totals + max(gradient, losses, solving, transformed),
+    }
+    if not is_gpu:
+        phases["checkpoint"] = copied + reading
+    return TrainingMemory(
+        kept=4 * one,
+        on_host=2 * one,
+        copied=copied,
+        phases=phases,
+        saving={"step": "a lower editor.train.at_once or editor.train.accumulate"},
     )

@@ -26,14 +26,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from editkit.errors import OptionError, message
+from editkit.hypernet.abstract import STEP_SIZES, AbstractNetwork, Factors, Shape, name_of
 from editkit.lazy import torch
-from editkit.linalg.running import NAMES, Running
+from editkit.linalg.running import Running
 
 TINY = 1e-7  # added to standard deviations, as in the authors' code
-STATISTICS = NAMES  # running statistics of a shape; all other tensors learn
-STEP_SIZES = "step_sizes"
-
-Shape = tuple[int, int]  # (O, I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,62 +55,11 @@ class NetworkOptions:
             raise OptionError(problems)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Factors:
-    """The inputs of a matrix and the gradients of its outputs, by token; zeros for tokens that do
-    not count.
-    """
-
-    inputs_NI: torch.Tensor
-    gradients_NO: torch.Tensor
-
-    @property
-    def counts_N(self) -> torch.Tensor:
-        """Whether a token counts: neither its input nor its gradient is zero."""
-        return (self.inputs_NI != 0).any(dim=-1) & (self.gradients_NO != 0).any(dim=-1)
-
-
 @dataclass(frozen=True, eq=False)
-class Hypernetwork:
-    """Weights and running statistics for a set of matrices. Immutable: its methods return new ones.
-    Only an optimiser that owns the tensors changes them.
-    """
+class Hypernetwork(AbstractNetwork):
+    """MEND's weights and running statistics."""
 
-    shapes: Mapping[str, Shape]  # by module, in the order in which they are edited
     options: NetworkOptions
-    tensors: Mapping[str, torch.Tensor]
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        return tuple(self.shapes)
-
-    def modules_of(self, shape: Shape) -> tuple[str, ...]:
-        """The matrices of that shape, which share one network."""
-        return tuple(module for module, own in self.shapes.items() if tuple(own) == tuple(shape))
-
-    def learned(self) -> dict[str, torch.Tensor]:
-        """The tensors that Adam updates."""
-        return {
-            name: tensor
-            for name, tensor in self.tensors.items()
-            if name.rpartition(".")[2] not in STATISTICS
-        }
-
-    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Hypernetwork:
-        """The same network with some tensors replaced."""
-        return replace(self, tensors={**self.tensors, **tensors})
-
-    def to(self, device: torch.device | str) -> Hypernetwork:
-        """The same network on another device."""
-        return replace(
-            self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()}
-        )
-
-    def detached(self) -> Hypernetwork:
-        """A detached copy."""
-        return replace(
-            self, tensors={name: tensor.detach().clone() for name, tensor in self.tensors.items()}
-        )
 
     def observed(self, factors: Mapping[str, Factors]) -> Hypernetwork:
         """The network with the statistics of further tokens, matrix by matrix."""
@@ -187,11 +133,6 @@ def num_bytes(shapes: Sequence[Shape], options: NetworkOptions) -> int:
             2 * min(options.rank, size) * size + size + 2 * shapes.count(shape) * size
         ) + 8 * (2 * size + 1)
     return count
-
-
-def name_of(shape: Sequence[int]) -> str:
-    """The prefix of the tensor names of a shape's network: "512x128" for O = 512, I = 128."""
-    return f"{shape[0]}x{shape[1]}"
 
 
 def _layer(

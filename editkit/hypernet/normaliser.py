@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from editkit.hypernet.network import Factors, Shape
+from editkit.hypernet.abstract import Factors, Shape
 from editkit.lazy import torch
 from editkit.linalg.running import Running
 

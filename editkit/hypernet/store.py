@@ -20,7 +20,7 @@ from typing import Any
 from editkit.datasets.separators import BLANK, separator_of
 from editkit.errors import OptionError, message
 from editkit.files import written_atomically
-from editkit.hypernet.network import Hypernetwork, NetworkOptions
+from editkit.hypernet.abstract import AbstractNetwork
 from editkit.lazy import torch
 from editkit.types import EditRequest, TensorState
 
@@ -43,6 +43,8 @@ class Kind:
 
 
 HYPERNETWORK = Kind(key="hypernetwork", file=FILE, editor="mend", noun="a hypernetwork")
+# of MALMEN and RLEdit
+RIDGE = Kind(key="hypernetwork", file=FILE, editor="malmen", noun="a hypernetwork")
 PAIR = Kind(key="pair", file="pair.safetensors", editor="serac", noun="a pair of models")
 
 
@@ -59,6 +61,11 @@ class Header:
     prompts: frozenset[str]  # digests of their prompts
     separators: frozenset[str]  # between their prompts and targets
     facts: Mapping[str, Any]  # description of the training and its results
+
+    @property
+    def editor(self) -> str:
+        """Whose hypernetwork it is; the facts of MEND's name none."""
+        return str(self.facts.get("editor", HYPERNETWORK.editor))
 
     def leaks(self, requests: Sequence[EditRequest], digest: str) -> list[str]:
         """The ids of those requests that were trained on. `digest` is that of their dataset."""
@@ -97,7 +104,7 @@ def resolve(path: str, kind: Kind = HYPERNETWORK) -> Path:
 
 def save_hypernetwork(
     path: Path,
-    network: Hypernetwork,
+    network: AbstractNetwork,
     *,
     model: str,
     fingerprint: str,
@@ -204,22 +211,6 @@ def _content(file: Path) -> dict[str, Any]:
         described = json.loads(opened.read(min(length, file.stat().st_size)))
     content: dict[str, Any] = json.loads(described["__metadata__"]["editkit"])
     return content
-
-
-def load_hypernetwork(
-    path: str, *, device: torch.device | str = "cpu"
-) -> tuple[Hypernetwork, Header]:
-    """The hypernetwork and the header of its file.
-
-    Raises:
-        OptionError: the file is unreadable, or does not match its checksum.
-    """
-    header, tensors = read_header(path), read_tensors(path)
-    return Hypernetwork(
-        shapes=header.modules,
-        options=NetworkOptions(**header.network),
-        tensors={name: tensor.to(device) for name, tensor in tensors.items()},
-    ), header
 
 
 def read_tensors(path: str, kind: Kind = HYPERNETWORK) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ PASS = (8, 4)
 # Tokens of a request up to the subject's end, and after it (CounterFact, GPT-2's tokenizer).
 PROMPT = (10, 5)
 REQUEST = sum(PROMPT)
+TARGET_TOKENS = 3  # of a request, typically
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,11 @@ from editkit.config.identity import config_hash
 from editkit.config.parts import Parts
 from editkit.datasets.base import AbstractDataset, LoadedDataset
 from editkit.editors.base import AbstractAnyEditor
-from editkit.editors.mend import Mend
+from editkit.editors.hypernetwork import AbstractHypernetEditor
 from editkit.editors.serac import Serac
 from editkit.errors import message
 from editkit.hypernet.examples import Split, split
-from editkit.hypernet.store import HYPERNETWORK, PAIR, Kind
+from editkit.hypernet.store import PAIR, RIDGE, Kind
 from editkit.model.load import ModelConfig
 from editkit.records.tracker import AbstractTracker
 from editkit.resources.footprint import Demand
@@ -31,7 +31,7 @@ KEPT = (
 )
 # the keys of an editor that a training does not depend on
 UNTRAINED = ("hypernetwork", "step_scale", "pair", "threshold", "cosine", "mixture")
-Trainable = Mend | Serac
+Trainable = AbstractHypernetEditor[Any, Any] | Serac
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Training:
     @property
     def kind(self) -> Kind:
         """What its file holds."""
-        return PAIR if isinstance(self.editor, Serac) else HYPERNETWORK
+        return PAIR if isinstance(self.editor, Serac) else self.editor.kind
 
     @property
     def resume(self) -> Literal["auto", "never"]:
@@ -71,11 +71,14 @@ class Training:
 def divide(data: LoadedDataset, editor: Trainable, *, seed: int) -> Split:
     """The parts of the dataset, by the editor's options. Raises ConfigError if it is too little."""
     options = editor.train
+    batches = 1
+    if isinstance(editor, AbstractHypernetEditor) and editor.kind is RIDGE:
+        batches = editor.train.sequence  # of a step
     return split(
         data.requests,
         held_apart=options.held_apart,
         validation=options.validation,
-        least=options.accumulate,
+        least=options.accumulate * batches,
         seed=seed,
     )
 
@@ -95,14 +98,14 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
         parts.one("tracker", AbstractTracker),
         parts.one("runtime", Runtime),
     )
-    if editor is not None and not isinstance(editor, Trainable):
+    if editor is not None and not isinstance(editor, AbstractHypernetEditor | Serac):
         parts.problems.add(
             message(
                 "editor",
                 "this editor has nothing to train",
                 got=parts.name_of("editor"),
                 expected="an editor with a hypernetwork, or a pair of models",
-                fix="choose editor=mend or editor=serac",
+                fix="choose editor=mend, malmen, rledit or serac",
             )
         )
     if settings is not None:
@@ -113,7 +116,8 @@ def build_training(config: Any, *, choices: Mapping[str, Any] | None = None) -> 
     else:
         data = None
     parts.finish()
-    assert settings and model and isinstance(editor, Trainable) and data and tracker and runtime
+    assert settings and model and data and tracker and runtime
+    assert isinstance(editor, AbstractHypernetEditor | Serac)
     divided = divide(data, editor, seed=settings.seed)
     name = settings.name or folder_name(f"{model.label}-{parts.name_of('editor')}-training")
     kept = {key: value for key, value in parts.config.items() if key in KEPT} | {"name": name}

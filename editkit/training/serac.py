@@ -27,7 +27,7 @@ from editkit.datasets.separators import joined
 from editkit.editors.scoped_memory import NETWORK, ScopedMemory, distances
 from editkit.editors.serac import HEAD, ScopeOptions, Serac, counterfactual_of
 from editkit.hypernet.examples import Example, Split, examples
-from editkit.hypernet.learner import (
+from editkit.hypernet.learning import (
     PROTOCOL,
     TIMING,
     VIEW,

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from editkit.editors.serac import Serac
-from editkit.hypernet.learner import Diverged, Event, Learning, LearningState
-from editkit.hypernet.network import new_hypernetwork
-from editkit.hypernet.store import HYPERNETWORK, PAIR, save_hypernetwork, save_trained
+from editkit.hypernet.learning import AbstractLearning, Diverged, Event, LearningState
+from editkit.hypernet.store import HYPERNETWORK, PAIR, RIDGE, save_hypernetwork, save_trained
 from editkit.records.tracker import RunInfo
 from editkit.records.writer import EVALS
 from editkit.runner.base import AbstractSession, AbstractWork, Loaded, load_model
@@ -26,6 +25,8 @@ from editkit.training.serac import PairLearning
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
+# options of the editor that describe a training, in the header of its result
+TRAINED = ("layers", "matrices", "layers_of", "train", "trajectory")
 GROUPS = ("network", "adam", "chains", "best")  # of tensors in a checkpoint
 
 
@@ -61,7 +62,7 @@ class TrainingSession(AbstractSession[Training, LearningState]):
 
 def learning_of(
     training: Training, model: EditableModel, should_stop: Callable[[], bool]
-) -> Learning | PairLearning:
+) -> AbstractLearning[Any] | PairLearning:
     """The training on a loaded model."""
     editor, seed = training.editor, training.settings.seed
     every = training.settings.checkpoint.every
@@ -75,18 +76,8 @@ def learning_of(
             checkpoint_every=every,
             should_stop=should_stop,
         )
-    shapes = {
-        module: (model.weight(module).shape[0], model.weight(module).shape[1])
-        for module in editor.modules(model)
-    }
-    return Learning(
-        model=model,
-        network=new_hypernetwork(shapes, editor.network, seed=seed),
-        split=training.split,
-        options=editor.train,
-        seed=seed,
-        checkpoint_every=every,
-        should_stop=should_stop,
+    return editor.learning(
+        model, training.split, seed=seed, checkpoint_every=every, should_stop=should_stop
     )
 
 
@@ -94,7 +85,7 @@ class TrainingWork(AbstractWork[LearningState]):
     """A training whose model is loaded."""
 
     def __init__(
-        self, training: Training, learning: Learning | PairLearning, loaded: Loaded
+        self, training: Training, learning: AbstractLearning[Any] | PairLearning, loaded: Loaded
     ) -> None:
         self.training, self.learning, self.loaded = training, learning, loaded
         self.outcome: LearningState | None = None  # of the newest checkpoint
@@ -138,12 +129,14 @@ class TrainingWork(AbstractWork[LearningState]):
             "best_step": outcome.best_step,
             "validation_loss": outcome.best_loss,
             "held_apart": training.split.num_held_apart,
-            "train": {key: options[key] for key in options if key in ("layers", "train")},
+            "train": {key: options[key] for key in options if key in TRAINED},
             "dataset": training.data.label,
             "seed": training.settings.seed,
             "validation": self._validation(outcome.best_step),
             "chat_template": chat.label if (chat := self.loaded.model.chat) else None,
         }
+        if training.kind is RIDGE:
+            facts["editor"] = RIDGE.editor
         about: dict[str, Any] = {
             "model": self.loaded.model.name,
             "fingerprint": self.loaded.model.fingerprint,
@@ -155,7 +148,8 @@ class TrainingWork(AbstractWork[LearningState]):
         if isinstance(learning, PairLearning):
             save_trained(path, outcome.best, modules={}, network=learning.config(), **about)
         else:
-            save_hypernetwork(path, outcome.best_of(learning.network), **about)
+            network = outcome.best_of(learning.network)
+            save_hypernetwork(path, network, **about)
 
     def _validation(self, step: int) -> dict[str, float | None]:
         """The validation results of a step."""

@@ -12,7 +12,7 @@ from editkit.datasets.separators import separated
 from editkit.evaluation.editing import EditingEvaluator
 from editkit.evaluation.protocols.generate import Generate
 from editkit.hypernet.examples import Example
-from editkit.hypernet.losses import losses
+from editkit.hypernet.losses import by_row, losses
 from editkit.model.editable import EditableModel
 from editkit.model.generate import generate_texts
 from editkit.types import EditRequest
@@ -85,7 +85,7 @@ def test_the_training_of_a_hypernetwork_scores_paraphrases_as_a_run_does() -> No
         example = Example(
             request=request, paraphrase=request.paraphrases[0], locality=request.neighbours
         )
-        loss = float(losses(model, {}, [example]).edit_B)
+        loss = float(losses(model, by_row(model, {}), [example]).edit_B)
         result = EditingEvaluator(protocols=("probability",), tokens_per_batch=512)._answers(
             model, result_questions(request), None
         )["probability"]

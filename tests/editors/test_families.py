@@ -22,6 +22,7 @@ LAYERS = {
     "kn": [0, 1, 2],
     "ft": [1],
     "locft": [1],
+    "malmen": [0, 1, 2],
     "alphaedit": [0, 1, 2],
     "mend": [1, 2],
     "ultraedit": [0, 1, 2],

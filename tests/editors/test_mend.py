@@ -13,8 +13,9 @@ from editkit.config.build import build
 from editkit.config.compose import compose
 from editkit.editors.mend import Mend
 from editkit.errors import ConfigError
+from editkit.hypernet.abstract import Factors, name_of
 from editkit.hypernet.factors import gradient_factors, joined, questions, row_updates
-from editkit.hypernet.network import Factors, Hypernetwork, name_of
+from editkit.hypernet.network import Hypernetwork
 from editkit.hypernet.store import read_header
 from editkit.linalg.lowrank import LowRank
 from editkit.model.chat import ChatTemplate

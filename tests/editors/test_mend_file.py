@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from editkit.errors import OptionError
-from editkit.hypernet.store import load_hypernetwork
 from tests.support.helpers import tiny_model
-from tests.support.hypernets import facts, mend, saved
+from tests.support.hypernets import facts, load_hypernetwork, mend, saved
 
 
 @pytest.fixture

@@ -74,9 +74,9 @@ QUICK = {
     "editor.demonstrations": 1,  # short enough for the tests' models
     "editor.facts": 1,
     "editor.pair": "untrained",
-    # exists; `run` puts one of the model at hand in its place
-    "editor.hypernetwork": "asset:mend/tiny-gpt2",
 }
+# exists; `run` puts one of the model at hand in its place
+NETWORKS = {"mend": "asset:mend/tiny-gpt2"}
 
 
 @functools.cache
@@ -98,6 +98,8 @@ def config(editor: str, restraints: tuple[str, ...], *, model: str = "tiny-gpt2"
         node = functools.reduce(lambda node, part: node.get(part, {}), parents, found)
         if name in node:
             node[name] = value
+    if editor in NETWORKS:
+        found["editor"]["hypernetwork"] = NETWORKS[editor]
     return found | {
         "dataset": {
             "_target_": "tests.support.build_parts.FewRequests",

@@ -10,7 +10,8 @@ import torch
 
 from editkit.editors.ultraedit import UltraEdit
 from editkit.errors import ConfigError, OptionError
-from editkit.hypernet.network import Factors
+from editkit.hypernet.abstract import Factors
+from editkit.hypernet.features import requests_features
 from editkit.hypernet.normaliser import SMALLEST, Normaliser
 from editkit.linalg.recursive import Memory, ridge
 from editkit.linalg.running import Running
@@ -96,7 +97,7 @@ def test_the_update_is_the_primal_ridge_solution_over_two_batches(kind: Any) -> 
     for batch in BATCHES:
         asked = [requests(5)[index] for index in batch]
         plan = plan_of(model, editor, asked, state)
-        features, _ = editor._features(model, asked)
+        features, _ = requests_features(model, modules, asked, editor.mini_batch)
         for name, plain in plain_features(model, modules, asked, editor.mini_batch).items():
             own = features[name]
             for found, wanted in zip((own.inputs_NI, own.gradients_NO), plain, strict=True):

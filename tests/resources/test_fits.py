@@ -17,8 +17,10 @@ from editkit.config.build import build, memory_demand
 from editkit.config.compose import compose
 from editkit.editors.mend import Mend
 from editkit.errors import ConfigError
-from editkit.hypernet.learner import LearningState, _Learner
-from editkit.hypernet.network import STEP_SIZES, new_hypernetwork, num_bytes
+from editkit.hypernet.abstract import STEP_SIZES
+from editkit.hypernet.learner import MendLearner
+from editkit.hypernet.learning import LearningState
+from editkit.hypernet.network import new_hypernetwork, num_bytes
 from editkit.model import hub
 from editkit.model.families import Outline
 from editkit.model.load import ModelConfig
@@ -136,8 +138,8 @@ def test_an_infinite_step_size_is_a_mistake() -> None:
 
 def test_no_state_is_copied_but_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    state = _Learner.state
-    monkeypatch.setattr(_Learner, "state", lambda self: taken.append(self.step) or state(self))
+    state = MendLearner.state
+    monkeypatch.setattr(MendLearner, "state", lambda self: taken.append(self.step) or state(self))
     job = learning(tiny_model("gpt2"), steps=5, validate_every=5)
     object.__setattr__(job, "checkpoint_every", 100)
     assert (
@@ -147,7 +149,7 @@ def test_no_state_is_copied_but_for_checkpoints(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("step", [2, 3])  # within a chain, and where a new one begins
 def test_a_refused_step_leaves_no_trace(step: int) -> None:
-    learner = _Learner(learning(tiny_model("gpt2"), sequence=2), None)
+    learner = MendLearner(learning(tiny_model("gpt2"), sequence=2), None)
     for _ in range(step - 1):
         learner.take_step()
     with torch.no_grad():
@@ -164,7 +166,7 @@ def test_a_refused_step_leaves_no_trace(step: int) -> None:
 
 
 def test_a_state_is_the_learners_no_more() -> None:
-    learner = _Learner(learning(tiny_model("gpt2")), None)
+    learner = MendLearner(learning(tiny_model("gpt2")), None)
     state = learner.state()
     former = {name: tensor.clone() for name, tensor in state.network.items()}
     learner.take_step()

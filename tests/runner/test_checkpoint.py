@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from editkit.errors import ConfigError
-from editkit.hypernet.learner import LearningState
+from editkit.hypernet.learning import LearningState
 from editkit.runner.checkpoint import (
     Checkpoint,
     load_state,

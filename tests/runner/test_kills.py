@@ -29,8 +29,8 @@ def test_trials_cover_every_allowed_pair_and_every_signal() -> None:
         f"{editor}-none"
         for editor in (
             *("adalora", "alphaedit", "d4s", "emmet", "ft", "grace", "kn"),
-            *("locft", "lora", "lora_merged", "memit", "memoe", "memoir", "mend", "pmet", "rome"),
-            *("t_patcher", "ultraedit", "wise"),
+            *("locft", "lora", "lora_merged", "malmen", "memit", "memoe", "memoir"),
+            *("mend", "pmet", "rledit", "rome", "t_patcher", "ultraedit", "wise"),
         )
     } < names
     for place in ("eac", "d4s", "rect", "prune"):

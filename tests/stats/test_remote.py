@@ -20,11 +20,11 @@ from typer.testing import CliRunner, Result
 from editkit.cli.main import app
 from editkit.config.identity import config_hash
 from editkit.errors import ConfigError, OptionError
-from editkit.hypernet.store import load_hypernetwork
 from editkit.stats import remote as remotes
 from editkit.stats.build import build, fill_store, statistics
 from editkit.stats.remote import INDEX, Remote, share
 from tests.support.helpers import SENTENCES, tiny_model
+from tests.support.hypernets import load_hypernetwork
 from tests.support.paths import ROOT
 from tests.support.statistics import text_stats
 

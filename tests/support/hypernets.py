@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from editkit.editors.mend import Mend
-from editkit.hypernet.learner import Learning
+from editkit.hypernet.learner import MendLearning
 from editkit.hypernet.network import Hypernetwork, NetworkOptions, new_hypernetwork
 from editkit.hypernet.options import TrainingOptions
-from editkit.hypernet.store import save_hypernetwork
+from editkit.hypernet.store import Header, read_header, read_tensors, save_hypernetwork
 from editkit.model.editable import EditableModel
 from editkit.types import EditRequest, Probe
 
@@ -103,6 +103,12 @@ def saved(
     return path
 
 
+def load_hypernetwork(path: str) -> tuple[Hypernetwork, Header]:
+    """The hypernetwork in a file of MEND, and its header."""
+    header = read_header(path)
+    return mend().stored_network(header, read_tensors(path)), header
+
+
 def facts(count: int = 12, **changes: Any) -> list[EditRequest]:
     """Small requests, each with two paraphrases and two neighbours."""
     made = []
@@ -126,7 +132,7 @@ def facts(count: int = 12, **changes: Any) -> list[EditRequest]:
 
 def learning(
     model: EditableModel, *, network: Hypernetwork | None = None, **changes: Any
-) -> Learning:
+) -> MendLearning:
     from editkit.hypernet.examples import split
 
     chosen = options(**changes)
@@ -137,7 +143,7 @@ def learning(
         least=chosen.accumulate,
         seed=0,
     )
-    return Learning(
+    return MendLearning(
         model=model,
         network=network or random_network(model),
         split=divided,

@@ -38,11 +38,11 @@ INSIDE = {
     "statistics": ("editkit.stats.collect:Collector.add_block",),
     "evaluation": ("editkit.evaluation.scoring.teacher_forcing:_run",),
     "writing": ("os:fsync", "os:replace"),
-    "training": ("editkit.hypernet.learner:_Learner.take_step",),
+    "training": ("editkit.hypernet.learning:AbstractLearner.take_step",),
 }
 WITHOUT_STATISTICS = (
-    *("adalora", "ft", "grace", "ice", "ike", "kn", "locft", "lora", "memoe", "memoir", "mend"),
-    *("none", "rag", "scr", "serac", "t_patcher", "ultraedit", "wise"),
+    *("adalora", "ft", "grace", "ice", "ike", "kn", "locft", "lora", "malmen", "memoe", "memoir"),
+    *("mend", "none", "rag", "rledit", "scr", "serac", "t_patcher", "ultraedit", "wise"),
 )
 SEARCH = ("editor.target.steps=3", "editor.context_lengths=[[4,2]]")
 STEPS = ("editor.steps=3",)

@@ -15,11 +15,11 @@ import torch
 from torch.func import functional_call, grad
 
 from editkit.errors import ConfigError
+from editkit.hypernet.abstract import STEP_SIZES, name_of
 from editkit.hypernet.examples import examples, locality_texts, split
-from editkit.hypernet.learner import Diverged, LearningState, _Learner
+from editkit.hypernet.learner import MendLearner
+from editkit.hypernet.learning import Diverged, LearningState
 from editkit.hypernet.measure import measure
-from editkit.hypernet.network import STEP_SIZES, name_of
-from editkit.hypernet.store import load_hypernetwork
 from editkit.model.load import ModelConfig
 from editkit.model.tokens import encode_with_target
 from editkit.runner.checkpoint import read_checkpoint, write_checkpoint
@@ -27,7 +27,7 @@ from editkit.training.build import build_training
 from editkit.training.session import checkpoint_of, learning_state, train
 from editkit.types import EvalRecord, StepRecord, as_json
 from tests.support.helpers import KINDS, Kind, tiny_model
-from tests.support.hypernets import facts, learning, options, random_network
+from tests.support.hypernets import facts, learning, load_hypernetwork, options, random_network
 
 
 def plain_step(training: Any, chosen: Any) -> tuple[dict[str, torch.Tensor], float, float]:
@@ -136,7 +136,7 @@ def plain_step(training: Any, chosen: Any) -> tuple[dict[str, torch.Tensor], flo
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_training_step_is_the_plain_one(kind: Kind) -> None:
     training = learning(tiny_model(kind))
-    learner = _Learner(training, None)
+    learner = MendLearner(training, None)
     before = {name: tensor.detach().clone() for name, tensor in learner.network.learned().items()}
     gradients, edit, locality = plain_step(training, learner.drawn(1))
     record = learner.take_step()
@@ -158,7 +158,7 @@ def test_a_training_step_is_the_plain_one(kind: Kind) -> None:
 def test_edits_one_by_one_accumulate_to_the_gradient_of_all_at_once() -> None:
     gradients = []
     for at_once in (1, 4):
-        learner = _Learner(learning(tiny_model("gpt2"), accumulate=4, at_once=at_once), None)
+        learner = MendLearner(learning(tiny_model("gpt2"), accumulate=4, at_once=at_once), None)
         learner.take_step()
         gradients.append({name: tensor.grad for name, tensor in learner.network.learned().items()})
     for name, gradient in gradients[0].items():
@@ -442,6 +442,6 @@ def test_an_editor_without_training_says_so() -> None:
 
     with pytest.raises(
         ConfigError,
-        match=r"nothing to train \(got 'rome'; .*\. Fix: choose editor=mend or editor=serac\.",
+        match=r"nothing to train \(got 'rome'; .*\. Fix: choose editor=mend, malmen, rledit or serac\.",
     ):
         build_training(compose(["editor=rome"]).config, choices={"editor": "rome"})

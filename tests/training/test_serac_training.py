@@ -14,7 +14,7 @@ from editkit.editors.scoped_memory import ScopedMemory, mean_embeddings
 from editkit.editors.serac import Serac
 from editkit.errors import ConfigError, OptionError
 from editkit.hypernet.examples import examples, split
-from editkit.hypernet.learner import LearningState
+from editkit.hypernet.learning import LearningState
 from editkit.hypernet.store import PAIR, read_header, save_trained
 from editkit.model.editable import EditableModel
 from editkit.model.tokens import encode, encode_prompts, encode_with_target
