@@ -13,6 +13,7 @@ from editkit.analysis.write import ANALYSES, analyse
 from editkit.errors import ConfigError
 from editkit.report.write import report
 
+pytestmark = pytest.mark.slow
 SMALL = {"edges": 100, "steps": 2}
 
 
@@ -31,7 +32,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).folder
 
 
-@pytest.mark.slow
 def test_every_analysis_is_written_and_shown_on_the_page(run: Path, tmp_path: Path) -> None:
     for what in ANALYSES:
         for view in (None, "prune"):

@@ -33,6 +33,7 @@ def example(language: str, name: str) -> str:
     return str(code)
 
 
+@pytest.mark.slow
 def test_a_users_editor_restraint_dataset_and_task_run_from_an_empty_folder(
     tmp_path: Path,
 ) -> None:
