@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.paths import ROOT
 
 PAGE = Path(os.environ.get("EDITKIT_EXTENDING", ROOT / "docs/extending.md"))
