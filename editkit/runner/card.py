@@ -77,7 +77,7 @@ def run_card(
     edits = edits_by_step(records.steps).get(step)
     shown = view or left_view(records)
     lines = [
-        *_front(base, form),
+        *_front(str((config.get("model") or {}).get("id")), form),
         "",
         f"# {escape_cell(names['model'])}, edited",
         "",
@@ -118,9 +118,10 @@ def run_card(
 
 def session_card(model: EditableModel, *, editor: str, num_edits: int) -> str:
     """The card of a model that a session edited: nothing was measured."""
-    base = base_name({"model": {"id": model.network.config.name_or_path or model.name}})
+    model_id = model.network.config.name_or_path or model.name
+    base = base_name({"model": {"id": model_id}})
     lines = [
-        *_front(base, "model"),
+        *_front(model_id, "model"),
         "",
         f"# {escape_cell(base)}, edited",
         "",
@@ -155,8 +156,12 @@ def left_view(records: RunRecords) -> str:
 def base_name(config: Mapping[str, Any]) -> str:
     """The id of the base model. Of a path the last part: folders of a machine stay private."""
     model_id = str((config.get("model") or {}).get("id") or "?")
-    is_path = model_id.startswith(("/", "~", ".")) or model_id.count("/") > 1
-    return Path(model_id).name if is_path else model_id
+    return Path(model_id).name if _is_path(model_id) else model_id
+
+
+def _is_path(model_id: str) -> bool:
+    is_local = model_id.startswith(("/", "~", ".")) or model_id.count("/") > 1
+    return is_local or Path(model_id).exists()
 
 
 def _run_name(folder: Path) -> str:
@@ -164,8 +169,8 @@ def _run_name(folder: Path) -> str:
     return "/".join(folder.resolve().parts[-3:])
 
 
-def _front(base: str, form: str) -> list[str]:
-    """The front matter, in YAML."""
+def _front(model_id: str, form: str) -> list[str]:
+    """The front matter, in YAML. The hub links a base model that it has."""
     import yaml
 
     front: dict[str, Any] = {
@@ -173,9 +178,9 @@ def _front(base: str, form: str) -> list[str]:
         "pipeline_tag": "text-generation",
         "tags": ["knowledge-editing", "model-editing", "editkit"],
     }
-    if ON_HUB.fullmatch(base):
+    if ON_HUB.fullmatch(model_id) and not _is_path(model_id):
         relation = "finetune" if form == "model" else "adapter"
-        front = {"base_model": base, "base_model_relation": relation} | front
+        front = {"base_model": model_id, "base_model_relation": relation} | front
     return ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---"]
 
 

@@ -59,7 +59,8 @@ def test_a_card_tells_what_was_edited_and_measured(run: Path, tmp_path: Path) ->
     export(run, tmp_path / "out", view="prune")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "transformers" and "editkit" in card.data.tags
-    assert card.data.base_model == "base"  # of a folder its name alone
+    assert card.data.base_model is None  # a folder is no model of the hub
+    assert "| base model | base |" in card.text  # its name alone
     text = card.text
     assert str(tmp_path) not in text
     for fact in ("| editor | rome |", "| restraint | prune |", "| dataset | world |", "d1" * 32):
