@@ -75,7 +75,8 @@ class Memory:
     def plus(self, keys_IN: torch.Tensor, prior: Prior, *, dtype: SolveDtype = "float64") -> Memory:
         """The memory with more keys. `dtype` is its storage dtype, the same in all calls."""
         _, columns_JN = self._woodbury(prior.whiten(keys_IN.double()))
-        columns_JN = columns_JN.to(getattr(torch, dtype))
+        # A product depends in its last bits on the layout, and a checkpoint keeps none.
+        columns_JN = columns_JN.to(getattr(torch, dtype)).contiguous()
         factor_JR = (
             columns_JN
             if self.factor_JR is None

@@ -61,7 +61,9 @@ class Encore(AbstractSolveRestraint):
         for module in moments.by_module:
             values_I, vectors_II = torch.linalg.eigh(moments.second_moment(module))
             state[f"{module}.eigenvalues"] = values_I
-            state[f"{module}.eigenvectors"] = vectors_II.to(getattr(torch, moments.dtype))
+            # A product depends in its last bits on the layout, and a checkpoint keeps none.
+            vectors_II = vectors_II.to(getattr(torch, moments.dtype)).contiguous()
+            state[f"{module}.eigenvectors"] = vectors_II
         return state
 
     def solve(self, problem: LeastSquares, state: TensorState, moments: Moments) -> LowRank:

@@ -8,7 +8,6 @@ import torch
 from editkit.errors import OptionError
 from editkit.restraints.base import Restraints
 from editkit.restraints.simie import SimIE
-from editkit.runner.checkpoint import RunState
 from editkit.runner.loop import run_edits
 from editkit.stats.least_squares import LeastSquares
 from tests.support.fakes import trajectory
@@ -66,25 +65,6 @@ def test_a_first_edit_with_a_small_ridge_does_at_its_keys_what_memit_does() -> N
     wanted = plain.total(module).dense()
     direction = torch.linalg.svd(total.double()).Vh[0]
     assert relative(total.double() @ direction, wanted.double() @ direction) < 1e-4
-
-
-def test_a_run_resumed_from_any_checkpoint_has_the_bits_of_a_whole_one() -> None:
-    def job() -> object:
-        model, editor = tiny_model("gpt2"), memit(layers=(0, 1), target={"steps": 3})
-        asked = [replace(each, id=f"s/{index}") for index, each in enumerate(requests(4))]
-        return replace(
-            trajectory(model, asked, editor=editor, milestones=()),
-            restraints=Restraints(solve=SimIE(ridge=0.1)),
-            moments=model_moments(model, editor.modules(model)),
-        )
-
-    whole = list(run_edits(job()))  # type: ignore[arg-type]
-    states = [event for event in whole if isinstance(event, RunState)]
-    for state in states[:-1]:
-        rest = list(run_edits(job(), RunState.from_checkpoint(state.checkpoint({}))))  # type: ignore[arg-type]
-        last = next(event for event in reversed(rest) if isinstance(event, RunState))
-        for name, total in states[-1].totals.items():
-            assert torch.equal(last.totals[name].dense(), total.dense())
 
 
 def test_a_ridge_that_is_not_positive_is_refused() -> None:
