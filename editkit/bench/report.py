@@ -42,6 +42,7 @@ def measurements() -> dict[str, Callable[[Options], Comparison]]:
         "ultraedit": solves.measure_ultraedit,
         "sphere": solves.measure_sphere,
         "lyaplock": solves.measure_lyaplock,
+        "simie": solves.measure_simie,
     }
 
 

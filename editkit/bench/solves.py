@@ -4,6 +4,8 @@
     sphere       the leading directions of the rows by eigenvectors of I x I, or of O x O
     lyaplock     a batch while the queue rests: the published formulas with an I x I system and a
                  dense update, or the recursion; both with what they do after the batch
+    simie        the third batch: an edit of W_0 and its merge by two I x I systems, or by the
+                 factorised C and the recursion; both with what they do after the batch
 
 Keys, residuals, matrix and second moment are random. Results are compared as updates, dense.
 
@@ -21,6 +23,7 @@ from editkit.linalg.lowrank import dense
 from editkit.linalg.recursive import Memory, ridge
 from editkit.restraints.base import Norms
 from editkit.restraints.lyaplock import LyapLock
+from editkit.restraints.simie import SimIE
 from editkit.restraints.sphere import Sphere
 from editkit.stats.least_squares import LeastSquares
 from editkit.stats.store import Moments, SecondMoment
@@ -59,6 +62,14 @@ def _compared(
         expected = timing.run("plain", plain)
         difference = max(difference, relative_difference(expected, timing.run("ours", ours)))
     return timing.comparison(relative_difference=difference)
+
+
+def _second_moment(given: _Given) -> tuple[torch.Tensor, Moments]:
+    """A random C, also as the statistics of the matrix."""
+    factor_II = given.normal(given.size, given.size) / given.size**0.5
+    c_II = factor_II @ factor_II.T
+    c_II.diagonal().add_(0.1)
+    return c_II, Moments({NAME: SecondMoment(NAME, c_II, 10 * given.size)})
 
 
 def measure_ultraedit(options: Options) -> Comparison:
@@ -101,10 +112,7 @@ def measure_sphere(options: Options) -> Comparison:
 def measure_lyaplock(options: Options) -> Comparison:
     """The third batch of a run whose queue rests, with the bookkeeping after it."""
     given = _Given(options, options.batch)
-    factor_II = given.normal(given.size, given.size) / given.size**0.5
-    c_II = factor_II @ factor_II.T
-    c_II.diagonal().add_(0.1)
-    moments = Moments({NAME: SecondMoment(NAME, c_II, 10 * given.size)})
+    c_II, moments = _second_moment(given)
     restraint = LyapLock(alpha=BOUND)
     state, total_OI = restraint.init(None, moments), torch.zeros_like(given.matrix_OI)
     history_II = torch.zeros_like(c_II)
@@ -143,6 +151,47 @@ def measure_lyaplock(options: Options) -> Comparison:
         update = restraint.solve(asked, state, moments)
         # The total stays as it was: the bookkeeping takes as long with any.
         restraint.observe(replace(asked, update=update), state, moments)
+        return dense(update)
+
+    return _compared(options, plain, ours)
+
+
+def measure_simie(options: Options) -> Comparison:
+    """The third batch of a run, with the bookkeeping after it."""
+    given = _Given(options, options.batch)
+    c_II, moments = _second_moment(given)
+    restraint = SimIE(ridge=RIDGE)
+    state, total_OI = restraint.init(None, moments), torch.zeros_like(given.matrix_OI)
+    history_II = RIDGE * torch.eye(given.size, dtype=c_II.dtype, device=c_II.device)
+
+    def problem(keys_IN: torch.Tensor, values_ON: torch.Tensor) -> LeastSquares:
+        return LeastSquares(
+            module=NAME,
+            keys_IN=keys_IN,
+            residuals_ON=values_ON - total_OI @ keys_IN,  # the step takes off what is written
+            weight=WEIGHT,
+            total=lambda columns: total_OI @ columns,
+        )
+
+    for _ in range(2):
+        keys_IN, values_ON = given.batch()
+        asked = problem(keys_IN, values_ON)
+        total_OI = total_OI + dense(restraint.solve(asked, state, moments))
+        state = restraint.observe(asked, state, moments)
+        history_II = history_II + keys_IN @ keys_IN.T
+    keys_IN, values_ON = given.batch()
+
+    def plain() -> torch.Tensor:
+        gram_II = keys_IN @ keys_IN.T
+        alone_OI = torch.linalg.solve(WEIGHT * c_II + gram_II, keys_IN @ values_ON.T).T
+        wanted_OI = (alone_OI - total_OI) @ gram_II
+        found_OI: torch.Tensor = torch.linalg.solve(history_II + gram_II, wanted_OI.T).T
+        return found_OI
+
+    def ours() -> torch.Tensor:
+        asked = problem(keys_IN, values_ON)
+        update = restraint.solve(asked, state, moments)
+        restraint.observe(asked, state, moments)
         return dense(update)
 
     return _compared(options, plain, ours)

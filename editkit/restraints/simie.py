@@ -30,7 +30,6 @@ from editkit.stats.least_squares import LeastSquares, least_squares
 
 if TYPE_CHECKING:
     from editkit.linalg.lowrank import LowRank
-    from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
     from editkit.types import TensorState
 
@@ -54,7 +53,7 @@ class SimIE(AbstractSolveRestraint):
     def memory(self, work: Workload) -> SolveMemory:
         return history_memory(work)
 
-    def init(self, model: EditableModel, moments: Moments) -> TensorState:
+    def init(self, model: object, moments: Moments) -> TensorState:
         """No history. Raises ConfigError for a second moment that cannot be inverted."""
         moments.factorise_all()
         return {}
