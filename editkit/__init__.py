@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from editkit.editors.base import AbstractSideEditor as AbstractSideEditor
     from editkit.editors.base import Plan as Plan
     from editkit.editors.base import Step as Step
+    from editkit.editors.crispedit import CrispEdit as CrispEdit
     from editkit.editors.emmet import Emmet as Emmet
     from editkit.editors.ft import Ft as Ft
     from editkit.editors.grace import Grace as Grace
@@ -82,6 +83,7 @@ else:
         "AbstractUpdateRestraint": "restraints.base",
         "AlphaEdit": "restraints.alphaedit",
         "ConfigError": "errors",
+        "CrispEdit": "editors.crispedit",
         "D4S": "restraints.d4s",
         "Eac": "restraints.eac",
         "EditRequest": "types",

@@ -64,7 +64,8 @@ class Statistics:
             {
                 module: read(self.path(module), key, device=device, keep=keep)
                 for module, key in self.keys.items()
-            }
+            },
+            documents=self.documents,
         )
 
     @property

@@ -104,12 +104,14 @@ class Moments:
     by_module: Mapping[str, SecondMoment] = field(default_factory=dict)
     # `solve.dtype`, the dtype of the I x I matrices in solves; second moments are float64
     dtype: SolveDtype = "float64"
+    documents: tuple[str, ...] = ()  # that they were collected over; none for imported ones
 
     def solved_in(self, dtype: SolveDtype) -> Moments:
         """The same second moments for least squares in another dtype."""
         return Moments(
             {module: replace(moment, dtype=dtype) for module, moment in self.by_module.items()},
             dtype,
+            self.documents,
         )
 
     def factorise_all(self) -> None:

@@ -21,6 +21,7 @@ LAYERS = {
     "pmet": [0, 1, 2],
     "kn": [0, 1, 2],
     "ft": [1],
+    "crispedit": [1],
     "locft": [1],
     "malmen": [0, 1, 2],
     "alphaedit": [0, 1, 2],

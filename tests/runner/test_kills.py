@@ -28,7 +28,7 @@ def test_trials_cover_every_allowed_pair_and_every_signal() -> None:
     assert {
         f"{editor}-none"
         for editor in (
-            *("adalora", "alphaedit", "d4s", "emmet", "ft", "grace", "kn"),
+            *("adalora", "alphaedit", "crispedit", "d4s", "emmet", "ft", "grace", "kn"),
             *("locft", "lora", "lora_merged", "malmen", "memit", "memoe", "memoir"),
             *("mend", "pmet", "rledit", "rome", "t_patcher", "ultraedit", "wise"),
         )

@@ -55,6 +55,7 @@ QUICK = {
     "ike": ("editor.demonstrations=1",),
     "serac": ("editor.pair=untrained",),
     "kn": ("editor.steps=2", "editor.refine=none", "editor.answer=predicted"),
+    "crispedit": ("editor.epochs=2", "editor.texts=20"),
     "locft": ("editor.epochs=2",),
     "mend": ("editor.hypernetwork=asset:mend/tiny-gpt2",),
     "eac": ("restraint.eac.steps_search=1", "restraint.eac.steps_retrain=2"),

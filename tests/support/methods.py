@@ -19,6 +19,7 @@ from editkit.stats.least_squares import LeastSquares
 from editkit.stats.store import Moments, SecondMoment
 from editkit.targets.settings import TargetSettings
 from editkit.types import EditRequest
+from tests.support.helpers import SENTENCES
 
 
 def noise(*shape: int, seed: int) -> torch.Tensor:
@@ -46,13 +47,14 @@ def moments_of(matrices: dict[str, torch.Tensor]) -> Moments:
 
 
 def model_moments(model: Any, modules: Sequence[str]) -> Moments:
-    """Second moments for a model's matrices, not its own."""
-    return moments_of(
+    """Second moments for a model's matrices, not its own, with texts."""
+    moments = moments_of(
         {
             name: second_moment(model.weight(name).shape[1], seed=seed)
             for seed, name in enumerate(modules)
         }
     )
+    return replace(moments, documents=SENTENCES)
 
 
 def step(
