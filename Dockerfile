@@ -7,7 +7,7 @@ FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends git python3 python3-venv \
+    && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/editkit

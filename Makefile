@@ -84,8 +84,8 @@ docs: setup  ## Build the documentation into site/; a broken link or reference i
 .PHONY: dist
 dist: setup  ## Build the sdist and the wheel into dist/, and check how an index would show them (twine)
 	rm -rf dist
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
-	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt twine
+	$(BIN)/python -m hatchling build -d dist
 	$(BIN)/twine check --strict dist/*
 
 .PHONY: image

@@ -115,5 +115,5 @@ class _told:
         library = type(error).__module__.partition(".")[0]  # huggingface_hub asks through it
         if isinstance(error, OSError) or library in ("httpx", "httpcore"):
             problem = f"the hub does not answer ({type(error).__name__})"
-            fix = "repeat the command: files that are there are not sent again"
+            fix = "repeat the command later, with a new folder if --to was written"
             raise ConfigError(message("--push", problem, fix=fix)) from None
