@@ -26,7 +26,8 @@ from tiny_batches import batches
 from tiny_models import Model, build_model, build_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from editkit.datasets.world import TASKS, World, generate_world, task_items
+from editkit.datasets.world import TASKS, generate_world, task_items
+from editkit.datasets.world_words import World
 
 ASSETS = Path(__file__).resolve().parent.parent / "editkit" / "assets"
 

@@ -12,7 +12,8 @@ import torch
 from tiny_models import NUM_POSITIONS
 from transformers import PreTrainedTokenizerBase
 
-from editkit.datasets.world import Part, World, documents
+from editkit.datasets.world import Part, documents
+from editkit.datasets.world_words import World
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from editkit.datasets.world import World, corpus
+from editkit.datasets.world import corpus
+from editkit.datasets.world_words import World
 
 Model = Any  # a causal language model of transformers
 NUM_POSITIONS = 256

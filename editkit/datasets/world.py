@@ -22,44 +22,15 @@ from editkit.datasets.world_words import (
     OBJECTS,
     RELATIONS,
     TWO_HOPS,
+    Fact,
     Relation,
     TwoHop,
+    World,
     invent_names,
     invent_surnames,
 )
 from editkit.errors import ConfigError, OptionError, message
 from editkit.types import EditRequest, Probe
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fact:
-    """A fact of the world with its wordings."""
-
-    subject: str
-    relation: Relation
-    object: str
-    trained: tuple[str, ...]  # prompts that occur in the corpus
-    held_out: tuple[str, ...]  # prompts that do not
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """The prompts of the fact in all wordings of its relation, in the relation's order."""
-        return tuple(wording.replace("{}", self.subject) for wording in self.relation.wordings)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """All facts in a fixed order. `two_hops` are questions that the corpus may contain."""
-
-    seed: int
-    first_names: tuple[str, ...]
-    relations: tuple[Relation, ...]
-    facts: tuple[Fact, ...]
-    two_hops: tuple[Probe, ...]
-
-    def objects_of(self, relation: str) -> dict[str, str]:
-        """Subject -> object of one relation."""
-        return {fact.subject: fact.object for fact in self.facts if fact.relation.name == relation}
 
 
 def generate_world(

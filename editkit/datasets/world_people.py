@@ -14,13 +14,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from editkit.datasets.world_words import TWO_HOPS, Relation, invent_surnames, num_surnames
+from editkit.datasets.world_words import (
+    TWO_HOPS,
+    Fact,
+    Relation,
+    World,
+    invent_surnames,
+    num_surnames,
+)
 from editkit.types import EditRequest, Probe
-
-if TYPE_CHECKING:
-    from editkit.datasets.world import Fact, World
 
 CHUNK = 260  # people
 NEIGHBOURS = 6

@@ -1,4 +1,4 @@
-"""The words of the bundled world: relations with their wordings and objects, and generators of
+"""The world as a value, and its words: relations with their wordings and objects, and generators of
 pronounceable names.
 
 A wording ends before the object, which follows after one blank. The first wording is the prompt of
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+
+from editkit.types import Probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,37 @@ class TwoHop:
     first: str
     second: str
     wording: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """A fact of the world with its wordings."""
+
+    subject: str
+    relation: Relation
+    object: str
+    trained: tuple[str, ...]  # prompts that occur in the corpus
+    held_out: tuple[str, ...]  # prompts that do not
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of the fact in all wordings of its relation, in the relation's order."""
+        return tuple(wording.replace("{}", self.subject) for wording in self.relation.wordings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """All facts in a fixed order. `two_hops` are questions that the corpus may contain."""
+
+    seed: int
+    first_names: tuple[str, ...]
+    relations: tuple[Relation, ...]
+    facts: tuple[Fact, ...]
+    two_hops: tuple[Probe, ...]
+
+    def objects_of(self, relation: str) -> dict[str, str]:
+        """Subject -> object of one relation."""
+        return {fact.subject: fact.object for fact in self.facts if fact.relation.name == relation}
 
 
 def listed(words: str) -> tuple[str, ...]:

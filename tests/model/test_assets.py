@@ -13,7 +13,8 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import editkit
-from editkit.datasets.world import TASKS, World, generate_world, task_items
+from editkit.datasets.world import TASKS, generate_world, task_items
+from editkit.datasets.world_words import World
 
 ASSETS = Path(editkit.__file__).parent / "assets"
 MODELS = sorted(path.parent.name for path in ASSETS.glob("*/card.json"))
