@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.api.composing import kept_generators
+from editkit.api.keeping import SessionLedger, begin_ledger
 from editkit.api.method import RestraintChoice, choose_method
 from editkit.api.probing import (
     Measures,
@@ -22,11 +22,12 @@ from editkit.api.probing import (
 )
 from editkit.api.requests import batch_of, request_of
 from editkit.api.result import EditResult
+from editkit.api.state import SessionState
 from editkit.api.unedited import require_none_beside, unedited
 from editkit.editors.base import AbstractAnyEditor, AbstractEditor, Step
 from editkit.errors import ConfigError, OptionError, keys_under, message
 from editkit.lazy import torch
-from editkit.linalg.spectral import Spectrum, extreme_singular_values
+from editkit.linalg.spectral import extreme_singular_values
 from editkit.linalg.total import Total
 from editkit.resources.stopwatch import Stopwatch
 from editkit.runner.card import session_card
@@ -46,30 +47,15 @@ from editkit.runner.step import (
 )
 from editkit.stats.build import build as build_moments
 from editkit.stats.store import Moments
-from editkit.types import EditRequest, Probe, TensorState
+from editkit.types import EditRequest, Probe
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
-    from editkit.model.history import Mark
-    from editkit.model.side_value import AbstractBeside
     from editkit.stats.corpus import StatsConfig
 
 log = logging.getLogger(__name__)
 # A text on which scoring and generation are compared with the network itself.
 SAMPLE = "The first railway between the two cities was opened in 1830, and it is still in use."
-
-
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    """Everything besides the weights that the next edit depends on."""
-
-    mark: Mark | None  # of the edit that led here; None: no edit of the session yet
-    editor: TensorState
-    solve: TensorState
-    spectra: Mapping[str, Spectrum]
-    generators: TensorState
-    sides: tuple[AbstractBeside, ...] = ()  # that the session put beside the weights
-    requests: tuple[EditRequest, ...] = ()  # of that edit
 
 
 class Session:
@@ -164,7 +150,7 @@ class Session:
             editor_state, solve_state = first_states(
                 model, self.editor, self.restraints, self._moments
             )
-            start = _State(
+            start = SessionState(
                 mark=None,
                 editor=editor_state,
                 solve=solve_state,
@@ -172,6 +158,19 @@ class Session:
                 generators=generator_states(),
             )
         self._history = [start]
+        self._ledger: SessionLedger | None = None
+
+    def keep_ledger(self, folder: str | Path, *, author: str | None = None) -> None:
+        """Keeps every edit from now on in a new folder, for `editkit ledger`, beside its author.
+
+        Raises:
+            ConfigError: the folder is not empty, the editor edits no weights, or the model has
+                edits already.
+        """
+        self._current()
+        self._ledger = begin_ledger(
+            folder, self.model, self.editor, self.restraints, self.modules, author=author
+        )
 
     @property
     def num_edits(self) -> int:
@@ -187,6 +186,7 @@ class Session:
         subject: str | None = None,
         target: str | None = None,
         pool: Sequence[EditRequest] = (),
+        note: str | None = None,
     ) -> EditResult:
         """Edits one batch of requests in, or one fact given by prompt, subject and target.
 
@@ -196,6 +196,7 @@ class Session:
             prompt: with "{}" in the place of the subject: "The capital of {} is".
             target: bare text without a leading blank.
             pool: other requests, of which IKE's demonstrations are made, and T-Patcher's memories.
+            note: written beside the edit in the ledger.
 
         Raises:
             ConfigError: a request is invalid, longer than the model's context length, one of too
@@ -248,7 +249,7 @@ class Session:
                         step, self.editor, self.restraints, applied, state.solve
                     )
                     with clock.phase("restrain"):
-                        self._restrain(len(self._history))
+                        self._restrain()
                     generators = generator_states()
         except BaseException:
             model.undo()  # a part of the batch may be written
@@ -267,6 +268,14 @@ class Session:
                 nonfinite=nonfinite,
                 broken=broken,
             )
+        kept = None
+        if self._ledger is not None:
+            updates = {module: update for module, (update, _) in applied.updates.items()}
+            try:
+                kept = self._ledger.keep(batch, updates, restrained=self._due(), note=note)
+            except BaseException:
+                model.undo()  # what is not in the ledger is not in the model
+                raise
         with clock.phase("telemetry"):
             spectra = state.spectra
             if applied.side is None:
@@ -276,7 +285,7 @@ class Session:
                 }
             telemetry = describe(model, spectra, applied.updates)
         self._history.append(
-            _State(
+            SessionState(
                 mark=mark,
                 editor=editor_state,
                 solve=solve_state,
@@ -284,6 +293,7 @@ class Session:
                 generators=generators,
                 sides=applied.sides,
                 requests=batch,
+                kept=kept,
             )
         )
         return EditResult(
@@ -307,6 +317,7 @@ class Session:
             problem = "the last edit of the model is not one of this session"
             raise ConfigError(message("undo", problem, fix="use model.undo()"))
         self.model.undo()
+        self._current()
 
     def measure(self) -> Measures:
         """Efficacy of this session's edits that are in the model, generalization on the paraphrases
@@ -358,21 +369,28 @@ class Session:
         with self.model.temporarily(correction):
             yield
 
-    def _current(self) -> _State:
+    def _current(self) -> SessionState:
         """The state after the last edit that was not undone."""
         marks = set(self.model.marks)
         while self._history[-1].mark is not None and self._history[-1].mark not in marks:
-            self._history.pop()
+            undone = self._history.pop()
+            if self._ledger is not None and undone.kept is not None:
+                self._ledger.undone(undone.kept)
         return self._history[-1]
 
     def _totals(self) -> dict[str, Total]:
         return {module: self.model.total(module) for module in self.modules}
 
-    def _restrain(self, number: int) -> None:
-        """Writes the restrained totals into the model after step `number`, where that is due."""
-        for restraint in self.restraints.totals.values():
-            if restraint.is_due(number):
-                restrain_totals(self.model, restraint, self._totals(), self._base_sigma_max)
+    def _due(self) -> tuple[str, ...]:
+        """The restraints on the total that act after the edit that is being made."""
+        number, totals = len(self._history), self.restraints.totals
+        return tuple(name for name, restraint in totals.items() if restraint.is_due(number))
+
+    def _restrain(self) -> None:
+        """Writes the restrained totals into the model, where that is due."""
+        for name in self._due():
+            restraint = self.restraints.totals[name]
+            restrain_totals(self.model, restraint, self._totals(), self._base_sigma_max)
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -59,7 +59,8 @@ class Bench:
         return Bench(run=self.run, state=state)
 
     def step(self, number: int) -> tuple[StepRecord, RunState]:
-        return take_step(self.run, number, self.state)
+        record, _, state = take_step(self.run, number, self.state)
+        return record, state
 
 
 def bench_of(

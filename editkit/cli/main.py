@@ -20,6 +20,7 @@ from editkit.cli import (
     collect,
     evaluate,
     export,
+    ledger,
     ls,
     probe,
     pull,
@@ -116,6 +117,7 @@ app.command("report", rich_help_panel=RESULTS)(report.report)
 app.command("analyse", rich_help_panel=RESULTS)(analyse.analyse)
 app.command("collect", rich_help_panel=RESULTS)(collect.collect)
 app.command("export", rich_help_panel=RESULTS)(export.export)
+app.add_typer(ledger.app, name="ledger", rich_help_panel=RESULTS)
 app.command("push", rich_help_panel=RESULTS)(wandb.push)
 app.command("dashboard", rich_help_panel=RESULTS)(wandb.dashboard)
 

@@ -87,6 +87,7 @@ def build(
         on_collapse=settings.on_collapse,
         folder=place.folder,
         config=place.config,
+        ledger=settings.ledger,
     )
 
 

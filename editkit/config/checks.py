@@ -9,7 +9,7 @@ from typing import Any
 from editkit.config.experiment import Settings
 from editkit.config.parts import Parts
 from editkit.datasets.base import LoadedDataset
-from editkit.editors.base import AbstractAnyEditor
+from editkit.editors.base import AbstractAnyEditor, AbstractSideEditor
 from editkit.errors import ConfigError, message
 from editkit.evaluation.base import AbstractEvaluator, AbstractSuite
 from editkit.model.load import ModelConfig
@@ -66,9 +66,26 @@ def check_combination(
                 fix=f"set batch_size={settings.edits}",
             )
         )
+    if settings.ledger.keep:
+        _check_ledger(parts, settings, name, kind)
     outputs = settings.paths.outputs
     if obstacle := not_writable(Path(outputs).expanduser()):
         parts.problems.add(message("paths.outputs", obstacle, got=outputs))
+
+
+def _check_ledger(
+    parts: Parts, settings: Settings, name: str, kind: type[AbstractAnyEditor[Any]] | None
+) -> None:
+    """A ledger needs updates of weights that add up."""
+    if settings.rollback:
+        problem = "with rollback=true every batch is taken back, so there is no sum of edits"
+        fix = "set ledger.keep=false or rollback=false"
+        parts.problems.add(message("ledger.keep", problem, got=True, fix=fix))
+    if kind is not None and issubclass(kind, AbstractSideEditor):
+        problem = f"what {name} puts beside the weights is one state and no sum of updates"
+        expected = "an editor of weights"
+        fix = "set ledger.keep=false; `editkit.Session.undo` takes back the last edit"
+        parts.problems.add(message("ledger.keep", problem, got=True, expected=expected, fix=fix))
 
 
 def check_model(parts: Parts, model: ModelConfig | None) -> None:

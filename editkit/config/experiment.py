@@ -63,6 +63,15 @@ class Solve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LedgerOptions:
+    """Whether a run keeps each edit's factors, and what is written beside them."""
+
+    keep: bool = False
+    author: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Paths:
     """Folders that are written to."""
 
@@ -88,6 +97,7 @@ class Settings:
     telemetry: Every
     solve: Solve
     paths: Paths
+    ledger: LedgerOptions = LedgerOptions()
 
     def problems(self) -> list[str]:
         """The values that are out of range. They are returned and not raised, so that the rest of
@@ -158,6 +168,7 @@ class Experiment:
     on_collapse: Literal["stop", "continue"]
     folder: Path  # outputs/<experiment_name>/<name>-<hash>/seed<k>
     config: Mapping[str, Any]  # resolved, plain values; building it again gives the same experiment
+    ledger: LedgerOptions = LedgerOptions()
 
     @property
     def edits(self) -> int:

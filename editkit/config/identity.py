@@ -15,7 +15,7 @@ from typing import Any
 # its own folder.
 UNHASHED = (
     *("name", "experiment_name", "seed", "paths", "checkpoint", "resume", "retry_failed"),
-    *("when_locked", "tracker", "runtime", "recipe"),
+    *("when_locked", "tracker", "runtime", "recipe", "ledger"),
     *("stats.folder", "stats.save_every_s", "stats.remote", "stats.remote_timeout_s"),
     "evaluation.thresholds",
     *("model.device_map", "model.allow_pickle", "editor.train", "editor.trajectory"),

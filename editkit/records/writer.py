@@ -1,4 +1,5 @@
-"""The record files of a run: `steps.jsonl` and `evals.jsonl`, one JSON object a line.
+"""The record files of a run: `steps.jsonl`, `evals.jsonl` and, on request, `ledger.jsonl`, one JSON
+object a line.
 
 Records are only ever appended. A checkpoint holds the lengths of the files. Resuming from it
 truncates them to these lengths, so that a killed run leaves no duplicate and no partial line.
@@ -12,10 +13,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from editkit.errors import ConfigError, message
 from editkit.files import file_name, write_atomically
+from editkit.records.ledger import LEDGER, LedgerRecord, LedgerWriter
 from editkit.types import EvalRecord, SampleRecord, StepRecord, as_json
 
 STEPS, EVALS = "steps.jsonl", "evals.jsonl"
@@ -30,14 +32,24 @@ def save_samples(record: SampleRecord, folder: Path) -> Path:
 
 
 class RecordFiles:
-    """Both files, open for appending."""
+    """Both files, and that of the ledger of a run that keeps one, open for appending."""
 
-    def __init__(self, folder: Path, record_bytes: Mapping[str, int]) -> None:
-        """Truncates the files to `record_bytes`, or to nothing if their name is not there. Raises
-        ConfigError if a file is shorter.
+    def __init__(
+        self,
+        folder: Path,
+        record_bytes: Mapping[str, int],
+        ledger: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Truncates the files to `record_bytes`, or to nothing if their name is not there.
+
+        Args:
+            ledger: the head of the ledger; None: none is kept.
+
+        Raises:
+            ConfigError: a file is shorter.
         """
         self._files: dict[str, IO[bytes]] = {}
-        for name in (STEPS, EVALS):
+        for name in (STEPS, EVALS, *(() if ledger is None else (LEDGER,))):
             path, length = folder / name, record_bytes.get(name, 0)
             size = path.stat().st_size if path.exists() else 0
             if size < length:
@@ -53,6 +65,13 @@ class RecordFiles:
             file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the run)
             file.truncate(length)
             self._files[name] = file
+        self._ledger = None if ledger is None else LedgerWriter(folder=folder, head=ledger)
+
+    def append_block(self, record: LedgerRecord) -> None:
+        """Writes the factors of a block, then its line."""
+        assert self._ledger is not None
+        self._files[LEDGER].write(self._ledger.line(record))
+        self._files[LEDGER].flush()
 
     def append(self, record: StepRecord | EvalRecord) -> None:
         name = STEPS if isinstance(record, StepRecord) else EVALS

@@ -21,6 +21,7 @@ from editkit.datasets.separators import joined
 from editkit.files import out_of_space_number, write_atomically
 from editkit.lazy import torch
 from editkit.model.load import ModelConfig, require_device
+from editkit.records.ledger import LedgerRecord
 from editkit.records.tracker import AbstractTracker, RunInfo, Status
 from editkit.records.writer import STEPS, RecordFiles, save_samples
 from editkit.resources.estimate import free_bytes, require_fit
@@ -107,7 +108,7 @@ class AbstractWork(abc.ABC, Generic[StateT]):
     @abc.abstractmethod
     def events(
         self, state: StateT | None
-    ) -> Iterator[StepRecord | EvalRecord | SampleRecord | StateT]:
+    ) -> Iterator[StepRecord | EvalRecord | SampleRecord | LedgerRecord | StateT]:
         """Works from the beginning (`state` None) or from a checkpoint. Yields records in the order
         in which they are written, and a state where a checkpoint is due. The last event is the
         state in which the work ended.
@@ -128,6 +129,10 @@ class AbstractWork(abc.ABC, Generic[StateT]):
         """The number that is not finite, if that is what an error reports; None for every other
         error.
         """
+
+    def ledger(self) -> Mapping[str, Any] | None:
+        """The head of the ledger that the work keeps; None if it keeps none."""
+        return None
 
     def save_results(self) -> None:
         """Writes files besides records and checkpoints. Also called after a stop or an error."""
@@ -238,7 +243,10 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
         num_lost = 0
         if checkpoint is not None:
             num_lost = steps_after(folder / STEPS, record_bytes.get(STEPS, 0))
-        records, tracker = RecordFiles(folder, record_bytes), Guarded(settings.tracker)
+        records, tracker = (
+            RecordFiles(folder, record_bytes, work.ledger()),
+            Guarded(settings.tracker),
+        )
         config = yaml.safe_dump(dict(settings.config), sort_keys=False)
         write_atomically(folder / CONFIG, config.encode())
         (folder / FAILED).unlink(missing_ok=True)
@@ -252,7 +260,9 @@ class AbstractSession(abc.ABC, Generic[SettingsT, StateT]):
         del checkpoint, state  # of a training, its tensors are several times the network's size
         try:
             for event in events:
-                if isinstance(event, StepRecord | EvalRecord | SampleRecord):
+                if isinstance(event, LedgerRecord):
+                    records.append_block(event)
+                elif isinstance(event, StepRecord | EvalRecord | SampleRecord):
                     write_record(event, folder, records, tracker)
                 else:
                     write_checkpoint(work.checkpoint(event, records.sync()), folder / STATE)

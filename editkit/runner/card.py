@@ -77,7 +77,7 @@ def run_card(
     edits = edits_by_step(records.steps).get(step)
     shown = view or left_view(records)
     lines = [
-        *_front(str((config.get("model") or {}).get("id")), form),
+        *front(str((config.get("model") or {}).get("id")), form),
         "",
         f"# {escape_cell(names['model'])}, edited",
         "",
@@ -94,7 +94,7 @@ def run_card(
         "## Measurements",
         "",
         *_measurements(records, shown, edits),
-        *([] if adapter is None else _factors(adapter)),
+        *([] if adapter is None else factors_of(adapter)),
         "## Limits",
         "",
         *(f"- {limit}" for limit in _limits(records, form, provenance)),
@@ -102,7 +102,7 @@ def run_card(
         "## How to load it",
         "",
         "```python",
-        _loading(form, base, has_sides),
+        loading(form, base, has_sides),
         "```",
         "",
         "`FOLDER` is this folder, or its name on the hub."
@@ -121,7 +121,7 @@ def session_card(model: EditableModel, *, editor: str, num_edits: int) -> str:
     model_id = model.network.config.name_or_path or model.name
     base = base_name({"model": {"id": model_id}})
     lines = [
-        *_front(model_id, "model"),
+        *front(model_id, "model"),
         "",
         f"# {escape_cell(base)}, edited",
         "",
@@ -136,7 +136,7 @@ def session_card(model: EditableModel, *, editor: str, num_edits: int) -> str:
         "## How to load it",
         "",
         "```python",
-        _loading("model", base, bool(model.sides)),
+        loading("model", base, bool(model.sides)),
         "```",
         "",
     ]
@@ -169,7 +169,7 @@ def _run_name(folder: Path) -> str:
     return "/".join(folder.resolve().parts[-3:])
 
 
-def _front(model_id: str, form: str) -> list[str]:
+def front(model_id: str, form: str) -> list[str]:
     """The front matter, in YAML. The hub links a base model that it has."""
     import yaml
 
@@ -228,7 +228,8 @@ def _kept(table: Table, view: str, edits: int | None) -> Table:
     return replace(table, rows=tuple(ends), columns=tuple(titles))
 
 
-def _factors(adapter: Adapter) -> list[str]:
+def factors_of(adapter: Adapter) -> list[str]:
+    """The section about the exactness of factors."""
     rows = [
         f"| `{name}` | {factor.rank} | {adapter.errors[name]:.2g} |"
         for name, factor in adapter.factors.items()
@@ -263,7 +264,8 @@ def _limits(records: RunRecords, form: str, provenance: Mapping[str, Any]) -> li
     return limits
 
 
-def _loading(form: str, base: str, has_sides: bool) -> str:
+def loading(form: str, base: str, has_sides: bool) -> str:
+    """The lines of Python that load a folder."""
     if form == "model" and has_sides:
         return LOAD_SIDES
     return LOADING[form].replace("BASE", base)

@@ -19,7 +19,7 @@ from editkit.model.load import ModelConfig
 from editkit.records.reader import RunRecords, load_run
 from editkit.records.views import trajectory_view
 from editkit.restraints.base import AbstractRestraint, AbstractTotalRestraint
-from editkit.runner.adapter import adapter_of, products, write_adapter
+from editkit.runner.adapter import Adapter, adapter_of, products, write_adapter
 from editkit.runner.card import run_card, write_card
 from editkit.runner.checkpoint import RunState, load_state
 from editkit.runner.inputs import MODEL
@@ -57,6 +57,21 @@ def export(
             cannot be written in this form.
     """
     records = load_run(run)
+    problems = option_problems(to, form=form, rank=rank)
+    model, state = _edited(records, view, problems, device="cpu")
+
+    def card(adapter: Adapter | None) -> str:
+        sides = bool(model.sides)
+        return run_card(
+            records, step=state.step, view=view, adapter=adapter, form=form, has_sides=sides
+        )
+
+    about = _about(records, state, view)
+    return write_edited(model, to, about=about, card=card, form=form, rank=rank)
+
+
+def option_problems(to: Path, *, form: str, rank: int | None) -> Problems:
+    """What is wrong with the options of an export, without the model."""
     problems = Problems()
     if form not in get_args(Form):
         expected = f"one of {', '.join(get_args(Form))}"
@@ -70,15 +85,32 @@ def export(
                 "--to", f"{to} exists and is not empty", fix="name a new folder, or an empty one"
             )
         )
-    model, state = _edited(records, view, problems, device="cpu")
-    about, step = _about(records, state, view), state.step
+    return problems
+
+
+def write_edited(
+    model: EditableModel,
+    to: Path,
+    *,
+    about: Mapping[str, Any],
+    card: Callable[[Adapter | None], str],
+    form: Form,
+    rank: int | None,
+) -> dict[str, float]:
+    """Writes an edited model in one of the forms of `export`, and returns the same.
+
+    Args:
+        about: the content of editkit.json.
+        card: gives the content of README.md, from the factors that are written; None for a model.
+
+    Raises:
+        ConfigError: the edits cannot be written in this form, or the folder cannot be written.
+    """
     if form == "model":
-        card = run_card(records, step=step, view=view, has_sides=bool(model.sides))
-        save_model(model, to, about=about, card=card)
+        save_model(model, to, about=about, card=card(None))
         return {}
     adapter = adapter_of(model, model.totals() or products(model.sides), rank=rank)
-    card = run_card(records, step=step, view=view, adapter=adapter, form=form)
-    _write(to, about, card, lambda folder: write_adapter(adapter, folder, form=form))
+    _write(to, about, card(adapter), lambda folder: write_adapter(adapter, folder, form=form))
     return adapter.errors
 
 
@@ -102,7 +134,7 @@ def _edited(
     """The same of records that were read. `problems` are those of the caller's own arguments."""
     run = records.folder
     config = construct(records.config.get("model"), "model", ModelConfig, problems)
-    added = () if view is None else _added(records.config.get("restraint"), view, problems)
+    added = () if view is None else added_by(records.config.get("restraint"), view, problems)
     if config is None or problems.messages:
         raise ConfigError(
             [
@@ -149,7 +181,7 @@ def _edited(
     return model, state
 
 
-def _added(nodes: Any, view: str, problems: Problems) -> tuple[AbstractTotalRestraint, ...]:
+def added_by(nodes: Any, view: str, problems: Problems) -> tuple[AbstractTotalRestraint, ...]:
     """The restraints that make this view of the edits, in their order. Adds to `problems` if the
     run has no such view.
     """

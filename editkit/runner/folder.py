@@ -12,6 +12,7 @@ from typing import Any
 
 from editkit.errors import OutOfSpace, message
 from editkit.files import write_atomically
+from editkit.records.ledger import FACTORS, LEDGER
 from editkit.records.writer import EVALS, STEPS
 from editkit.runner.checkpoint import LATEST, read_pointer
 from editkit.runner.provenance import PROVENANCE
@@ -72,7 +73,7 @@ def steps_after(path: Path, num_bytes: int) -> int:
 
 def remove_unfinished(folder: Path) -> None:
     """Removes the files that killed sessions were writing. The caller holds the folder's lock."""
-    for place in (folder, folder / STATE, folder / "samples"):
+    for place in (folder, folder / STATE, folder / "samples", folder / FACTORS):
         for path in place.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -83,9 +84,9 @@ def clear(folder: Path, results: Sequence[str] = ()) -> None:
     The order matters. A process killed at any point leaves work that resumes as before, or work
     that has not begun; never half of complete work.
     """
-    for name in (DONE, FAILED, f"{STATE}/{LATEST}", STEPS, EVALS, PROVENANCE, CONFIG):
+    for name in (DONE, FAILED, f"{STATE}/{LATEST}", STEPS, EVALS, LEDGER, PROVENANCE, CONFIG):
         (folder / name).unlink(missing_ok=True)
-    for name in (STATE, "figures", "samples", "wandb"):
+    for name in (STATE, FACTORS, "figures", "samples", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in results:
         (folder / name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The loop: it applies batches of edits one after another and yields records. It neither logs nor
 writes; the session does.
 
-It yields a `StepRecord` after every step, `EvalRecord`s and `SampleRecord`s at milestones, and the
+It yields a `StepRecord` after every step, its `LedgerRecord` if a ledger is kept, `EvalRecord`s and
 `RunState` if a checkpoint is due. Resuming from a yielded state gives the same records and the same
 bits as an uninterrupted run.
 """
@@ -15,13 +15,21 @@ from editkit.editors.base import AbstractEditor
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
 from editkit.model.shortcuts import Shortcuts
+from editkit.records.ledger import LedgerRecord
 from editkit.runner.checkpoint import RunState, generator_states, restore_generators
 from editkit.runner.measure import evaluate, measure, measure_batch, measure_weights, note
 from editkit.runner.plan import Collapse, Trajectory
-from editkit.runner.step import attach, describe, first_states, restrain_totals, take_step
+from editkit.runner.step import (
+    AppliedBatch,
+    attach,
+    describe,
+    first_states,
+    restrain_totals,
+    take_step,
+)
 from editkit.types import EvalRecord, SampleRecord, StepRecord
 
-Event = StepRecord | EvalRecord | SampleRecord | RunState
+Event = StepRecord | EvalRecord | SampleRecord | LedgerRecord | RunState
 
 
 def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]:
@@ -50,13 +58,15 @@ def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]
             run.model.restore(origin.totals)
             attach(run.model, run.editor, origin.editor)
             before = replace(state, totals=origin.totals, editor=origin.editor, solve=origin.solve)
-        record, state_after = take_step(run, step, before)
+        record, batch, state_after = take_step(run, step, before)
         if record.nonfinite and run.on_collapse == "stop":
             yield state  # the last finite one: resuming from it meets the same collapse again
             yield record
             raise Collapse(record)
         state = note(run, state_after) if run.notes_every_step else state_after
         yield record
+        if run.ledger.keep:
+            yield block_of(run, step, batch)
         if run.rollback and run.schedule.batch_size > 1:
             yield from measure_batch(run, state)
         if run.schedule.is_measured(step):
@@ -75,6 +85,21 @@ def run_edits(run: Trajectory, state: RunState | None = None) -> Iterator[Event]
             yield state
         if stopping:
             return
+
+
+def block_of(run: Trajectory, step: int, batch: AppliedBatch) -> LedgerRecord:
+    """The entry of a step in the ledger."""
+    totals = run.restraints.totals.items()
+    is_last = step == run.schedule.last_step
+    return LedgerRecord(
+        step=step,
+        requests=run.batch(step),
+        updates={module: update for module, (update, _) in batch.updates.items()},
+        restrained=tuple(name for name, restraint in totals if restraint.is_due(step)),
+        ends=tuple(name for name, each in totals if is_last and each.apply_at == "end"),
+        author=run.ledger.author,
+        note=run.ledger.note,
+    )
 
 
 def begin(run: Trajectory) -> RunState:

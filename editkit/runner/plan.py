@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from editkit.config.experiment import LedgerOptions
 from editkit.config.schedule import Schedule
 from editkit.datasets.base import LoadedDataset
 from editkit.editors.base import AbstractAnyEditor
@@ -62,6 +63,7 @@ class Trajectory:
     # digests of what is read besides the configuration (`editkit.runner.inputs`)
     inputs: Mapping[str, str] = field(default_factory=dict)
     peaks: Peaks = field(default_factory=Peaks)  # the memory of each phase
+    ledger: LedgerOptions = field(default_factory=LedgerOptions)
     # asked at every step's end: save and leave?
     should_stop: Callable[[], bool] = field(default=lambda: False)
 

@@ -12,10 +12,11 @@ from editkit.config.experiment import Experiment
 from editkit.datasets.groups import without_split_groups
 from editkit.datasets.separators import joined
 from editkit.editors.base import AbstractEditor
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, message
 from editkit.evaluation.unmatchable import warnings as unmatchable_warnings
 from editkit.lazy import torch
 from editkit.linalg.spectral import extreme_singular_values
+from editkit.records.ledger import LEDGER
 from editkit.records.tracker import RunInfo
 from editkit.report.figures.run_figures import draw_figures
 from editkit.runner.base import AbstractSession, AbstractWork, load_model
@@ -63,6 +64,7 @@ class RunSession(AbstractSession[Experiment, RunState]):
     """The session of a run."""
 
     def state(self, checkpoint: Checkpoint) -> RunState:
+        require_same_ledger(checkpoint, keeps=self.settings.ledger.keep)
         return RunState.from_checkpoint(checkpoint)
 
     def prepare(
@@ -77,6 +79,10 @@ class RunSession(AbstractSession[Experiment, RunState]):
         recorded = read_provenance(self.settings.folder).get("editor") or {}
         if problems := self.settings.editor.changed_since(recorded):
             raise ConfigError([f"editor.{problem}" for problem in problems])
+        if self.settings.ledger.keep and not (self.settings.folder / LEDGER).exists():
+            problem = f"{self.settings.folder} is done and kept no ledger"
+            fix = "make its edits anew with resume=never"
+            raise ConfigError(message("ledger.keep", problem, got=True, fix=fix))
         return f"already done: {self.settings.folder} (resume=never runs it anew)"
 
 
@@ -120,6 +126,21 @@ class RunWork(AbstractWork[RunState]):
         events = run_edits(self.trajectory, state)
         return map(_on_imported, events) if self.trajectory.moments.imported else events
 
+    def ledger(self) -> dict[str, Any] | None:
+        experiment, model = self.experiment, self.trajectory.model
+        if not experiment.ledger.keep:
+            return None
+        config = experiment.config
+        return {
+            "kind": "run",
+            "model": config["model"],
+            "fingerprint": model.fingerprint,
+            "modules": {name: list(total.shape) for name, total in model.totals().items()},
+            "editor": config["editor"],
+            "restraint": config.get("restraint") or {},
+            "dataset": {"name": config["dataset"].get("name"), "digest": experiment.data.digest},
+        }
+
     def checkpoint(self, state: RunState, record_bytes: Mapping[str, int]) -> Checkpoint:
         return state.checkpoint(record_bytes)
 
@@ -154,6 +175,15 @@ class RunWork(AbstractWork[RunState]):
 
     def draw(self) -> None:
         draw_figures(self.experiment.folder)
+
+
+def require_same_ledger(checkpoint: Checkpoint, *, keeps: bool) -> None:
+    """Raises ConfigError if a resumed run would keep a part of a ledger."""
+    kept = LEDGER in checkpoint.record_bytes
+    if checkpoint.record_bytes and kept != keeps:
+        problem = f"the run began {'with' if kept else 'without'} a ledger"
+        fix = f"resume it with ledger.keep={str(kept).lower()}, or start anew with resume=never"
+        raise ConfigError(message("ledger.keep", problem, got=keeps, expected=str(kept), fix=fix))
 
 
 def _on_imported(event: Event) -> Event:
@@ -288,4 +318,5 @@ def prepare(
         inputs={**inputs, **statistics, **measuring},
         should_stop=should_stop,
         peaks=peaks,
+        ledger=experiment.ledger,
     )

@@ -179,8 +179,12 @@ def next_states(
     return editor_state, solve_state
 
 
-def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord, RunState]:
-    """The record of one step and the state after it. The only writes are `model.apply`."""
+def take_step(
+    run: Trajectory, number: int, state: RunState
+) -> tuple[StepRecord, AppliedBatch, RunState]:
+    """The record of one step, its batch and the state after it. The only writes are
+    `model.apply`.
+    """
     model, requests, clock = run.model, run.batch(number), Stopwatch(run.model.device, run.peaks)
     step = Step(
         model=model,
@@ -239,7 +243,7 @@ def take_step(run: Trajectory, number: int, state: RunState) -> tuple[StepRecord
         spectra=spectra,
         rng=generator_states(),
     )
-    return record, state
+    return record, batch, state
 
 
 def restrain_totals(

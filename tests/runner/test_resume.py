@@ -14,6 +14,7 @@ import torch
 from editkit.config.build import build
 from editkit.config.compose import compose
 from editkit.errors import ConfigError
+from editkit.records.ledger import read_ledger
 from editkit.records.writer import EVALS, STEPS, RecordFiles
 from editkit.runner.checkpoint import load_state
 from editkit.runner.session import RunSession
@@ -34,6 +35,7 @@ RUN = (
         "edits=12",
         "milestones=[0,4,12]",
         "checkpoint.every=3",
+        "ledger.keep=true",
         "editor.context_lengths=[[5,2]]",
         "editor.target.steps=4",
     ),
@@ -73,6 +75,11 @@ def test_a_run_killed_at_random_moments_writes_the_records_and_weights_of_an_und
     killed = finish(outputs, arguments(outputs))
     for name in (STEPS, EVALS):
         assert records(killed, name) == records(undisturbed, name)
+    for block, other in zip(
+        *(read_ledger(folder).blocks for folder in (killed, undisturbed)), strict=True
+    ):
+        assert block.content == other.content
+        assert block.path.read_bytes() == other.path.read_bytes()
     ours, theirs = load_state(killed / "state"), load_state(undisturbed / "state")
     assert ours.step == theirs.step == 12
     for module, total in ours.totals.items():

@@ -1,0 +1,1 @@
+"""What `editkit ledger` does with ledgers: show, revert, compare and merge them."""
