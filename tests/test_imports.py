@@ -16,7 +16,7 @@ ORDER = (
     *("restraints", "editors", "evaluation"),
     *("config", "report", "trackers", "wandb"),
     *("runner", "bench", "training", "analysis"),
-    *("sweeps", "tuning", "api", "ledger", "lm_eval", "cli", "roof"),
+    *("sweeps", "tuning", "api", "ledger", "certify", "lm_eval", "cli", "roof"),
 )
 MOST_LOOSE_FILES = 6
 

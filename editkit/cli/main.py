@@ -17,6 +17,7 @@ from editkit import __version__
 from editkit.cli import (
     analyse,
     bench,
+    certify,
     collect,
     evaluate,
     export,
@@ -117,6 +118,8 @@ app.command("report", rich_help_panel=RESULTS)(report.report)
 app.command("analyse", rich_help_panel=RESULTS)(analyse.analyse)
 app.command("collect", rich_help_panel=RESULTS)(collect.collect)
 app.command("export", rich_help_panel=RESULTS)(export.export)
+app.command("certify", rich_help_panel=RESULTS)(certify.certify)
+app.command("verify", rich_help_panel=RESULTS)(certify.verify)
 app.add_typer(ledger.app, name="ledger", rich_help_panel=RESULTS)
 app.command("push", rich_help_panel=RESULTS)(wandb.push)
 app.command("dashboard", rich_help_panel=RESULTS)(wandb.dashboard)

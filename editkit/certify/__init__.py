@@ -1,0 +1,1 @@
+"""Certificates of a run's numbers: written, verified, and collected in a leaderboard."""
