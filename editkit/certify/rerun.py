@@ -21,8 +21,10 @@ from editkit.config.build import build
 from editkit.config.experiment import Experiment
 from editkit.editors.base import AbstractEditor
 from editkit.errors import ConfigError, message
+from editkit.lazy import torch
 from editkit.ledger.replay import Restrained, totals_of
 from editkit.linalg.total import Total
+from editkit.model.shortcuts import Shortcuts
 from editkit.records.ledger import LEDGER, Ledger, read_ledger
 from editkit.records.reader import RunRecords, load_run
 from editkit.runner.checkpoint import RunState, load_state
@@ -195,6 +197,8 @@ class _Work:
         records: RunRecords,
         device: str | None,
     ) -> _Work:
+        if experiment.runtime.threads:
+            torch.set_num_threads(experiment.runtime.threads)
         model = experiment.model.load(device or "cpu")
         inputs = certificate.section("inputs")
         stated = (inputs.get("model") or {}).get("fingerprint")
@@ -202,6 +206,7 @@ class _Work:
             problem = "this is not the certified model"
             got, expected = model.fingerprint, str(stated)
             raise ConfigError(message("model.id", problem, got=got, expected=expected))
+        model.shortcuts = Shortcuts.from_report(state.shortcuts)
         by_id = {request.id: request for request in experiment.data.requests}
         ids: Sequence[str] = records.provenance["requests"]
         if missing := [name for name in ids if name not in by_id]:
