@@ -65,7 +65,7 @@ def pages() -> dict[str, str]:
         made[name] = with_fields((ROOT / "docs" / name).read_text())
     made["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text()
     made["changelog.md"] = (ROOT / "CHANGELOG.md").read_text()
-    for name in ("benchmarks/pairs.md", "benchmarks/real.md"):
+    for name in ("benchmarks/pairs.md", "benchmarks/real.md", "benchmarks/long.md"):
         made[name] = (ROOT / name).read_text()
     return made
 
