@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
-from editkit.model.paths import Graph, Pass
+from editkit.model.path_passes import Pass, embeddings_of, gradients, run
+from editkit.model.paths import Graph
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
@@ -66,15 +67,15 @@ def passes_of(graph: Graph, fact: Fact, *, noise: float, seed: int) -> Passes:
         noise: in standard deviations of the embeddings.
     """
     model = graph.model
-    embeddings_TD = graph.embeddings(fact.ids)
+    embeddings_TD = embeddings_of(graph, fact.ids)
     scale = noise * float(model.network.get_input_embeddings().weight.float().std())
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(len(fact.subject), embeddings_TD.shape[1], generator=generator)
     corrupted_TD = embeddings_TD.clone()
     corrupted_TD[list(fact.subject)] += scale * drawn.to(embeddings_TD)
     return Passes(
-        clean=graph.run(fact.ids),
-        corrupted=graph.run(fact.ids, embeddings_TD=corrupted_TD),
+        clean=run(graph, fact.ids),
+        corrupted=run(graph, fact.ids, embeddings_TD=corrupted_TD),
         embeddings_TD=embeddings_TD,
         corrupted_TD=corrupted_TD,
     )
@@ -85,7 +86,7 @@ def scores(graph: Graph, fact: Fact, passes: Passes, *, steps: int) -> torch.Ten
     gradient_RTD: torch.Tensor | None = None
     for step in range(1, steps + 1):
         at_TD = torch.lerp(passes.corrupted_TD, passes.embeddings_TD, step / steps)
-        grads = torch.stack(graph.gradients(fact.ids, fact.value, embeddings_TD=at_TD))
+        grads = torch.stack(gradients(graph, fact.ids, fact.value, embeddings_TD=at_TD))
         gradient_RTD = grads if gradient_RTD is None else gradient_RTD + grads
     assert gradient_RTD is not None
     moved_STD = passes.clean.sources_STD - passes.corrupted.sources_STD
@@ -101,7 +102,7 @@ def require_parts(graph: Graph, fact: Fact, passes: Passes) -> None:
     moved_TD = one.stream_TD - other.stream_TD
     parts_TD = (one.sources_STD - other.sources_STD).sum(dim=0)
     kept_RS = graph.existing_RS.float()
-    along_V = graph.run(fact.ids, other=other, kept_RS=kept_RS).logits_V
+    along_V = run(graph, fact.ids, other=other, kept_RS=kept_RS).logits_V
     errors = (
         (moved_TD - parts_TD).norm() / moved_TD.norm(),
         (along_V - one.logits_V).norm() / (one.logits_V - other.logits_V).norm(),
@@ -161,7 +162,7 @@ def acdc(
         return sum(
             float(
                 fact.value(
-                    graph.run(fact.ids, other=passes.corrupted, kept_RS=edges_RS.float()).logits_V
+                    run(graph, fact.ids, other=passes.corrupted, kept_RS=edges_RS.float()).logits_V
                 )
             )
             for fact, passes in facts

@@ -34,6 +34,7 @@ from editkit.analysis.base import UNEDITED, AbstractAnalysis, Subject, Table
 from editkit.analysis.lens import first_tokens
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
+from editkit.model.path_passes import run
 from editkit.model.paths import INPUT, Graph
 from editkit.model.tokens import encode_with_targets, fill, subject_position
 
@@ -253,21 +254,21 @@ def _carried(
     """
     logits: dict[str, list[torch.Tensor]] = {"full": [], "circuit": [], "none": []}
     for fact, each in zip(facts, passes, strict=True):
-        alone = graph.run(fact.ids, other=each.corrupted, kept_RS=kept_RS.float())
-        for what, run in (("full", each.clean), ("circuit", alone), ("none", each.corrupted)):
-            logits[what].append(run.logits_V.float())
-    found: dict[str, dict[str, float]] = {}
+        alone = run(graph, fact.ids, other=each.corrupted, kept_RS=kept_RS.float())
+        for what, found in (("full", each.clean), ("circuit", alone), ("none", each.corrupted)):
+            logits[what].append(found.logits_V.float())
+    means: dict[str, dict[str, float]] = {}
     for what, of in logits.items():
         pairs = list(zip(facts, of, strict=True))
-        found[what] = {
+        means[what] = {
             "value": sum(float(fact.value(each)) for fact, each in pairs) / len(pairs),
             "nll": -sum(float(each.log_softmax(-1)[fact.answer]) for fact, each in pairs)
             / len(pairs),
             "hit": sum(_hits(each, fact.answer) for fact, each in pairs) / len(pairs),
         }
-    lowest = found["none"]["value"]
-    share = (found["circuit"]["value"] - lowest) / ((found["full"]["value"] - lowest) or 1.0)
-    return {**found, "share": share}
+    lowest = means["none"]["value"]
+    share = (means["circuit"]["value"] - lowest) / ((means["full"]["value"] - lowest) or 1.0)
+    return {**means, "share": share}
 
 
 def _hits(logits_V: torch.Tensor, answer: int) -> bool:

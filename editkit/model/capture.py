@@ -1,5 +1,5 @@
-"""Hooks on modules: reading their inputs and outputs, and changing their outputs. No other file
-registers hooks, but `editkit.model.beside`, whose hooks stay.
+"""Hooks on modules: reading their inputs and outputs, and changing their outputs. Other
+files that register hooks are those of sides, whose hooks stay, and `editkit.model.path_passes`.
 
     with torch.no_grad(), capture(model, inputs=[down_projection], outputs=[mlp]) as captured:
         model.final_hidden(batch)  # stops once both tensors are captured

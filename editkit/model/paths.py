@@ -20,20 +20,18 @@ Shape letters: S sources, R readers, T tokens, D width of the stream, H heads, P
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from editkit.errors import ConfigError, message
 from editkit.lazy import torch
-from editkit.model.path_hooks import KINDS, LOGITS, MLP, Gradients, Recording, embedded
 
 if TYPE_CHECKING:
     from editkit.model.editable import EditableModel
 
-INPUT = "input"
+INPUT, MLP, LOGITS = "input", "m", "logits"
+KINDS = ("q", "k", "v")
 # (norm before the attention, norm before the MLP) of a block
 NORMS = (("input_layernorm", "post_attention_layernorm"), ("ln_1", "ln_2"), ("ln_1", "ln_1"))
 FUSED = "c_attn"  # queries, keys and values side by side: GPT-2
@@ -48,15 +46,6 @@ class Reader:
     kind: str  # "q", "k", "v", "m" or "logits"
     head: int
     num_sources: int  # the first so many sources stand before it
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pass:
-    """A forward pass of one text."""
-
-    sources_STD: torch.Tensor
-    stream_TD: torch.Tensor  # before the final norm
-    logits_V: torch.Tensor  # at the last token
 
 
 class Graph:
@@ -146,61 +135,6 @@ class Graph:
         group = 1 if reader.kind == "q" else self.num_heads // self.num_key_heads
         return tuple(first + reader.head * group + place for place in range(group))
 
-    # Passes
-
-    def run(
-        self,
-        ids: Sequence[int],
-        *,
-        embeddings_TD: torch.Tensor | None = None,
-        other: Pass | None = None,
-        kept_RS: torch.Tensor | None = None,
-    ) -> Pass:
-        """A pass over one text.
-
-        Args:
-            embeddings_TD: in place of the embeddings of the tokens.
-            other: where sources come from along the edges that are not kept.
-            kept_RS: by reader and source, 1 for an edge that is kept. Values between 0 and 1 mix.
-        """
-        recording = Recording(self, None if other is None else other.sources_STD, kept_RS)
-        embeddings = (
-            contextlib.nullcontext() if embeddings_TD is None else embedded(self, embeddings_TD)
-        )
-        with torch.no_grad(), embeddings, recording.hooked():
-            logits_V = self._logits(ids)
-        return Pass(torch.cat(recording.noted), recording.stream_TD, logits_V)
-
-    def gradients(
-        self,
-        ids: Sequence[int],
-        value: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        embeddings_TD: torch.Tensor,
-    ) -> list[torch.Tensor]:
-        """The gradient (T, D) of `value(logits)` in each reader's own residual stream, in one pass
-        and one backward pass.
-        """
-        taken = Gradients(self)
-        with torch.enable_grad(), embedded(self, embeddings_TD):
-            with taken.hooked():
-                logits_V = self._logits(ids)
-            return taken.in_streams(value(logits_V))
-
-    def embeddings(self, ids: Sequence[int]) -> torch.Tensor:
-        """(T, D): the embeddings of the tokens, as the network reads them."""
-        ids_T = torch.tensor(list(ids), device=self.model.device)
-        with torch.no_grad():
-            embedded_TD: torch.Tensor = self.model.network.get_input_embeddings()(ids_T)
-        return embedded_TD
-
     def module(self, layer: int, name: str) -> torch.nn.Module:
         """A module of a block."""
         return self.model.module(f"{self.model.family.block(layer)}.{name}")
-
-    def _logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """(V,) at the last token."""
-        base = self.model.module(self.model.family.base)
-        ids_1T = torch.tensor([list(ids)], device=self.model.device)
-        hidden_1TD = base(input_ids=ids_1T, use_cache=False).last_hidden_state
-        return self.model.hidden_to_logits(hidden_1TD[0, -1:])[0]

@@ -20,6 +20,7 @@ from editkit.analysis.attribution import (
 )
 from editkit.errors import ConfigError
 from editkit.model.editable import EditableModel
+from editkit.model.path_passes import run
 from editkit.model.paths import Graph
 from tests.support.helpers import KINDS, Kind, tiny_model
 
@@ -43,9 +44,9 @@ def test_the_parts_make_the_network(kind: Kind) -> None:
     assert float((passes.corrupted.logits_V - plain_V).norm()) > 1e-3
     require_parts(graph, fact, passes)
     kept_RS = graph.existing_RS.double()
-    with_all = graph.run(fact.ids, other=passes.corrupted, kept_RS=kept_RS)
+    with_all = run(graph, fact.ids, other=passes.corrupted, kept_RS=kept_RS)
     assert torch.allclose(with_all.logits_V, plain_V, atol=1e-9)
-    without = graph.run(fact.ids, other=passes.corrupted, kept_RS=0 * kept_RS)
+    without = run(graph, fact.ids, other=passes.corrupted, kept_RS=0 * kept_RS)
     assert torch.allclose(without.logits_V, passes.corrupted.logits_V, atol=1e-9)
 
 
@@ -70,7 +71,7 @@ def test_a_score_is_the_derivative_along_its_edge(kind: Kind) -> None:
         for amount in (step, -step):
             mixed_RS = kept_RS.clone()
             mixed_RS[row, source] = 1 - amount
-            mixed = graph.run(fact.ids, other=passes.corrupted, kept_RS=mixed_RS)
+            mixed = run(graph, fact.ids, other=passes.corrupted, kept_RS=mixed_RS)
             values.append(float(fact.value(mixed.logits_V)))
         derivative = (values[1] - values[0]) / (2 * step)
         assert float(score_RS[row, source]) == pytest.approx(
@@ -129,7 +130,7 @@ def test_acdc_keeps_what_a_value_needs() -> None:
     kept_RS = acdc(graph, [(sign, passes)], threshold=change / 50)
     assert 0 < int(kept_RS.sum()) < int(graph.existing_RS.sum()) / 2
     assert not bool((kept_RS & ~graph.existing_RS).any())
-    found = graph.run(sign.ids, other=passes.corrupted, kept_RS=kept_RS.double()).logits_V
+    found = run(graph, sign.ids, other=passes.corrupted, kept_RS=kept_RS.double()).logits_V
     full, empty = (sign.value(each.logits_V) for each in (passes.clean, passes.corrupted))
     assert float((sign.value(found) - empty) / (full - empty)) > 0.5
 

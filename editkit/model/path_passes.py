@@ -1,23 +1,85 @@
-"""The hooks of `editkit.model.paths`: what notes sources, composes the streams of readers, and
-takes what gradients are asked for.
+"""Passes through the graph of `editkit.model.paths`, with hooks: what notes sources, composes the
+streams of readers, and takes what gradients are asked for.
 
-Shape letters: as there.
+Shape letters: as there, and V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from editkit.lazy import torch
 from editkit.model.matrices import matrix_of
+from editkit.model.paths import KINDS, LOGITS, MLP, Graph, Reader
 
-if TYPE_CHECKING:
-    from editkit.model.paths import Graph, Reader
 
-KINDS = ("q", "k", "v")
-MLP, LOGITS = "m", "logits"
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """A forward pass of one text."""
+
+    sources_STD: torch.Tensor
+    stream_TD: torch.Tensor  # before the final norm
+    logits_V: torch.Tensor  # at the last token
+
+
+def run(
+    graph: Graph,
+    ids: Sequence[int],
+    *,
+    embeddings_TD: torch.Tensor | None = None,
+    other: Pass | None = None,
+    kept_RS: torch.Tensor | None = None,
+) -> Pass:
+    """A pass over one text.
+
+    Args:
+        embeddings_TD: in place of the embeddings of the tokens.
+        other: where sources come from along the edges that are not kept.
+        kept_RS: by reader and source, 1 for an edge that is kept. Values between 0 and 1 mix.
+    """
+    recording = Recording(graph, None if other is None else other.sources_STD, kept_RS)
+    embeddings = (
+        contextlib.nullcontext() if embeddings_TD is None else embedded(graph, embeddings_TD)
+    )
+    with torch.no_grad(), embeddings, recording.hooked():
+        logits_V = _logits(graph, ids)
+    return Pass(torch.cat(recording.noted), recording.stream_TD, logits_V)
+
+
+def gradients(
+    graph: Graph,
+    ids: Sequence[int],
+    value: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    embeddings_TD: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The gradient (T, D) of `value(logits)` in each reader's own residual stream, in one pass and
+    one backward pass.
+    """
+    taken = Gradients(graph)
+    with torch.enable_grad(), embedded(graph, embeddings_TD):
+        with taken.hooked():
+            logits_V = _logits(graph, ids)
+        return taken.in_streams(value(logits_V))
+
+
+def embeddings_of(graph: Graph, ids: Sequence[int]) -> torch.Tensor:
+    """(T, D): the embeddings of the tokens, as the network reads them."""
+    ids_T = torch.tensor(list(ids), device=graph.model.device)
+    with torch.no_grad():
+        embedded_TD: torch.Tensor = graph.model.network.get_input_embeddings()(ids_T)
+    return embedded_TD
+
+
+def _logits(graph: Graph, ids: Sequence[int]) -> torch.Tensor:
+    """(V,) at the last token."""
+    base = graph.model.module(graph.model.family.base)
+    ids_1T = torch.tensor([list(ids)], device=graph.model.device)
+    hidden_1TD = base(input_ids=ids_1T, use_cache=False).last_hidden_state
+    return graph.model.hidden_to_logits(hidden_1TD[0, -1:])[0]
 
 
 class Recording:
