@@ -36,6 +36,7 @@ LATER: dict[str, Any] = {
     "dataset.occurrence": "first",
     "dataset.facts": None,
     "editor.target.products": "float32",
+    "editor.warm_up": 0,
 }
 # Former paths of configured classes, and where each class is now. The first former path of a class
 # is its stable name. A class that moves again gets one more line.

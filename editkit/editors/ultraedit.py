@@ -15,6 +15,9 @@ The right-hand form has the size of the batch's tokens and gives D in factors. N
 gradients over n - O - 1, once more than O + 1 tokens were seen, with eigenvalues of at least 1e-6.
 Until then, and for the inputs throughout, it is the diagonal.
 
+With `warm_up` the statistics begin with those of requests of the dataset that are not edited
+(StableEdit: 20 batches of its training data, of which only statistics are kept here).
+
 Statistics are exact: unbiased, in float64, independent of how tokens come in batches, and part of
 the run's state. Differs from the published code, whose variance of a batch is n / (n - 1) times too
 large, and not a number for a single target token, for good. Here fewer than two tokens have no
@@ -28,7 +31,7 @@ Shape letters: O d_out, I d_in, Z = I + O, T target tokens of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -42,9 +45,10 @@ from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.linalg.recursive import Memory, ridge
 from editkit.resources.workload import REQUEST, TARGET_TOKENS, EditorMemory, Workload
-from editkit.types import TensorState
+from editkit.types import EditRequest, TensorState
 
 if TYPE_CHECKING:
+    from editkit.datasets.base import LoadedDataset
     from editkit.model.editable import EditableModel
     from editkit.stats.store import Moments
 
@@ -76,6 +80,7 @@ class UltraEdit(AbstractEditor[UltraEditPlan]):
     ridge: float  # a
     mini_batch: int
     whiten: Literal["diagonal", "full"]
+    warm_up: int = 0
 
     def __post_init__(self) -> None:
         problems = [
@@ -83,9 +88,23 @@ class UltraEdit(AbstractEditor[UltraEditPlan]):
             for name in ("step_size", "ridge", "mini_batch")
             if not 0 < getattr(self, name) < math.inf
         ]
+        if self.warm_up < 0:
+            got, expected = self.warm_up, "0 for none"
+            problems.append(message("warm_up", "must not be negative", got=got, expected=expected))
         problems += choice_problems(self.layers, self.matrices, self.layers_of)
         if problems:
             raise OptionError(problems)
+
+    def check_requests(self, data: LoadedDataset, requests: Sequence[EditRequest]) -> list[str]:
+        """Refuses a warm-up for which the dataset has too few other requests."""
+        edited = {request.id for request in requests}
+        others = sum(request.id not in edited for request in data.requests)
+        if others >= self.warm_up:
+            return []
+        problem = "too few requests of the dataset are not edited"
+        fix = "make fewer edits, or set editor.warm_up lower"
+        got, expected = f"{others} of {len(data.requests)}", f"at least {self.warm_up}"
+        return [message("warm_up", problem, got=got, expected=expected, fix=fix)]
 
     def modules(self, model: EditableModel) -> tuple[str, ...]:
         """As `chosen_matrices`."""
@@ -118,11 +137,12 @@ class UltraEdit(AbstractEditor[UltraEditPlan]):
 
     def plan(self, step: Step) -> UltraEditPlan:
         """Observes the batch and finds the updates of all matrices. The weights are only read."""
+        before = self._warmed_up(step)
         features, log_p_B = requests_features(
             step.model, self.modules(step.model), step.requests, self.mini_batch
         )
         shapes = _shapes(step.model, features)
-        state, maps = dict(step.state), {}
+        state, maps = dict(before), {}
         for shape in dict.fromkeys(shapes.values()):
             name, own = name_of(shape), [features[key] for key in shapes if shapes[key] == shape]
             normaliser = Normaliser.from_state(name, state).plus(joined(own))
@@ -143,6 +163,22 @@ class UltraEdit(AbstractEditor[UltraEditPlan]):
 
     def observe(self, step: Step, plan: UltraEditPlan) -> TensorState:
         return plan.statistics
+
+    def _warmed_up(self, step: Step) -> TensorState:
+        """The state; before the first edit with the statistics of the warm-up."""
+        modules, state = self.modules(step.model), dict(step.state)
+        shapes = _shapes(step.model, modules)
+        names = dict.fromkeys(map(name_of, shapes.values()))
+        if any(float(state[f"{name}.inputs.count"]) for name in names):
+            return state
+        asked = step.pool[: self.warm_up]
+        for start in range(0, len(asked), self.mini_batch):
+            part = asked[start : start + self.mini_batch]
+            features, _ = requests_features(step.model, modules, part, self.mini_batch)
+            for name in names:
+                own = [features[key] for key in modules if name_of(shapes[key]) == name]
+                state |= Normaliser.from_state(name, state).plus(joined(own)).state(name)
+        return state
 
     def _update(self, features: Factors, of_inputs: Normal, of_gradients: Normal) -> LowRank:
         """D with one column a token, float32."""

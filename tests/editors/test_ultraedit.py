@@ -214,6 +214,24 @@ def test_a_run_resumed_from_any_checkpoint_has_the_bits_of_a_whole_one(whiten: A
         assert figures == [e.modules for e in whole if isinstance(e, StepRecord)][-len(figures) :]
 
 
+def test_statistics_begin_with_those_of_requests_that_are_not_edited() -> None:
+    model, [asked, *others] = tiny_model("gpt2"), requests(3)
+    editor, warm = ultraedit(mini_batch=1), ultraedit(mini_batch=1, warm_up=2)
+    state = editor.init(model, Moments())
+    plan = warm.plan(step(model, [asked], state=state, pool=tuple(others)))
+    for each in others:  # a run without updates
+        state = editor.plan(step(model, [each], state=state)).statistics
+    wanted = editor.plan(step(model, [asked], state=state))
+    for name, update in wanted.updates.items():
+        torch.testing.assert_close(plan.updates[name].dense(), update.dense())
+    again = warm.plan(step(model, [asked], state=plan.statistics, pool=tuple(others)))
+    once = editor.plan(step(model, [asked], state=plan.statistics))
+    for name, tensor in once.statistics.items():
+        assert torch.equal(again.statistics[name], tensor), "the warm-up happens once"
+    with pytest.raises(OptionError, match="warm_up: must not be negative"):
+        ultraedit(warm_up=-1)
+
+
 def test_a_request_without_a_subject_is_edited_as_the_same_prompt_with_one() -> None:
     model, editor, [asked] = tiny_model("llama"), ultraedit(), requests(1)
     bare = replace(asked, prompt=asked.full_prompt, subject="")
