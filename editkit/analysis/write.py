@@ -13,6 +13,7 @@ from typing import Any
 from editkit.analysis.base import AbstractAnalysis, Table, open_run
 from editkit.analysis.circuit import Circuit
 from editkit.analysis.failures import Failures
+from editkit.analysis.influence import Influence
 from editkit.analysis.lens import Lens
 from editkit.analysis.objectives import Objectives
 from editkit.analysis.recall import Recall
@@ -23,7 +24,7 @@ from editkit.report.analyses import FOLDER
 from editkit.report.figures.print_sheets import save
 
 ANALYSES: dict[str, type[AbstractAnalysis]] = {
-    kind.name: kind for kind in (Lens, Update, Failures, Recall, Circuit, Objectives)
+    kind.name: kind for kind in (Lens, Update, Failures, Recall, Circuit, Influence, Objectives)
 }
 
 

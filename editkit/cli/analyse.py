@@ -16,7 +16,8 @@ def analyse(
             help="lens: ranks of the old and new answers after each block. update: what was"
             " written, by neuron and as words. failures: what the model says where an edit failed."
             " recall: hidden states of recalled facts on two components. circuit: the heads and"
-            " MLPs that carry the facts. objectives: the perplexity of the targets."
+            " MLPs that carry the facts. influence: which edits damaged which unrelated prompts."
+            " objectives: the perplexity of the targets."
         ),
     ],
     view: Annotated[
@@ -32,7 +33,8 @@ def analyse(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps of a circuit's integrated gradients, by default 5.", show_default=False
+            help="Steps of integrated gradients: of a circuit, by default 5; of influence, 8.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:

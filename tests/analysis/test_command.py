@@ -23,6 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return editkit.run(
         f"paths.outputs={tmp_path_factory.mktemp('outputs')}",
         "evaluation.timings=[milestone]",
+        "ledger.keep=true",
         model="tiny-gpt2",
         editor="ft",
         restraint="prune",
@@ -34,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_analysis_is_written_and_shown_on_the_page(run: Path, tmp_path: Path) -> None:
     for what in ANALYSES:
-        for view in (None, "prune"):
+        for view in (None, "prune")[: 1 + (what != "influence")]:
             path, tables = analyse(
                 run, what, view=view, requests=6, options=SMALL if what == "circuit" else None
             )
@@ -45,7 +46,7 @@ def test_every_analysis_is_written_and_shown_on_the_page(run: Path, tmp_path: Pa
             assert path.with_suffix(".png").exists() == (what != "objectives")
     report([run], tmp_path / "page")
     page = (tmp_path / "page" / "report.html").read_text()
-    assert page.count("<img alt=") == 2 * (len(ANALYSES) - 1)
+    assert page.count("<img alt=") == 2 * (len(ANALYSES) - 1) - 1
     (run / "analysis" / "lens-prune.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"lens-prune\.json: no analysis"):
         report([run], tmp_path / "page")
@@ -53,7 +54,8 @@ def test_every_analysis_is_written_and_shown_on_the_page(run: Path, tmp_path: Pa
 
 def test_what_cannot_be_analysed_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="expected one of lens, update, failures, recall, circuit, objectives"
+        ConfigError,
+        match="expected one of lens, update, failures, recall, circuit, influence, objectives",
     ):
         analyse(run, "heat")
     with pytest.raises(ConfigError, match="--requests: too few edits to be compared"):
@@ -68,6 +70,10 @@ def test_what_cannot_be_analysed_is_refused(run: Path, tmp_path: Path) -> None:
         analyse(run, "lens", requests=0)
     other = tmp_path / "seed0"
     shutil.copytree(run, other)
+    (other / "ledger.jsonl").unlink()
+    with pytest.raises(ConfigError, match="2 problems") as refused:
+        analyse(other, "influence", view="prune")
+    assert "no ledger of its edits" in str(refused.value)
     provenance = json.loads((other / "provenance.json").read_text())
     provenance["dataset"]["digest"] = "another"
     (other / "provenance.json").write_text(json.dumps(provenance))

@@ -9,6 +9,7 @@ import torch
 
 from editkit.analysis.base import Subject
 from editkit.analysis.failures import class_of
+from editkit.analysis.influence import influences
 from editkit.analysis.lens import PLACES, read_lens
 from editkit.analysis.objectives import log_probabilities, perplexity
 from editkit.analysis.recall import Recall, final_states
@@ -227,3 +228,51 @@ def test_the_perplexity_of_targets(kind: Kind) -> None:
         assert values == pytest.approx(expected, rel=1e-3)
     assert perplexity([-1.0, -3.0]) == pytest.approx(2.718281828**2)
     assert perplexity([-5000.0]) == float("inf")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_influences_are_derivatives_and_add_up(kind: Kind) -> None:
+    model = tiny_model(kind)
+    modules = [model.family.down_projection(layer) for layer in (0, 1)]
+    model.edit(modules)
+    generator = torch.Generator().manual_seed(2)
+    blocks = []
+    for place in range(3):
+        block = {}
+        for module in modules[: 1 + place % 2]:
+            rows, columns = model.weight(module).shape
+            left_OR = 0.3 * torch.randn(rows, 1, generator=generator)
+            block[module] = LowRank(left_OR, torch.randn(columns, 1, generator=generator))
+        blocks.append(block)
+    dense = {modules[0]: 0.05 * torch.randn(model.weight(modules[0]).shape, generator=generator)}
+    blocks.append(dense)
+    probes = [request.neighbours[0] for request in REQUESTS[:3]]
+
+    def values() -> torch.Tensor:
+        requests = [
+            EditRequest(id="", prompt=p.prompt, subject="", target=p.answer) for p in probes
+        ]
+        return torch.tensor([sum(of) for of in log_probabilities(model, requests)])
+
+    before_P = values()
+    for block in blocks:
+        for module, update in block.items():
+            model.apply(module, update)
+    influence_PN = influences(model, blocks, probes, steps=24)
+    changes_P = values() - before_P
+    assert influence_PN.sum(dim=1).tolist() == pytest.approx(changes_P.tolist(), rel=0.02, abs=0.01)
+    # One point on the path: the derivative at the middle, along each block by itself
+    middle_PN = influences(model, blocks, probes, steps=1)
+    totals = model.totals()
+    step = 1e-2
+    for place, block in enumerate(blocks):
+        moved = []
+        for amount in (step, -step):
+            corrections = {module: -0.5 * totals[module].dense() for module in modules}
+            for module, update in block.items():
+                dense_OI = update.dense() if isinstance(update, LowRank) else update
+                corrections[module] = corrections[module] + amount * dense_OI
+            with model.temporarily(corrections):
+                moved.append(values())
+        slopes_P = (moved[0] - moved[1]) / (2 * step)
+        assert middle_PN[:, place].tolist() == pytest.approx(slopes_P.tolist(), rel=0.02, abs=0.01)

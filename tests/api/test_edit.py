@@ -124,6 +124,7 @@ def test_one_fact_is_edited_in_and_taken_back(model: editkit.EditableModel) -> N
         model.undo()
 
 
+@pytest.mark.slow
 def test_edits_continue_on_the_edited_weights_and_undo_is_a_stack(
     model: editkit.EditableModel, facts: tuple[editkit.EditRequest, ...]
 ) -> None:

@@ -58,6 +58,7 @@ def test_the_stream_takes_back_the_edit_that_breaks_a_canary(
     assert "edited in a session" in (tmp_path / "edited" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = executed(NOTEBOOK, tmp_path, monkeypatch)

@@ -52,6 +52,7 @@ def test_all_mistakes_of_the_command_are_reported_together() -> None:
     assert keys == ["model", "base", "model.dtype", "editor", "batch_size", "rollback"]
 
 
+@pytest.mark.slow
 def test_the_exported_model_of_a_run_gives_the_numbers_of_that_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,10 +13,10 @@ from editkit.datasets.forms import LETTERS, Form, Forms
 from editkit.datasets.world import WorldDataset
 from editkit.errors import ConfigError
 
-FACTS = Facts(name="facts", split="report", order="file", limit=60)
+FACTS = Facts(name="facts", split="report", order="file", limit=24)
 
 
-def forms(form: Form, source: AbstractDataset = FACTS, limit: int | None = 40) -> Forms:
+def forms(form: Form, source: AbstractDataset = FACTS, limit: int | None = 20) -> Forms:
     return Forms(name="forms", form=form, source=source, order="file", limit=limit)
 
 
@@ -29,7 +29,7 @@ def options_of(prompt: str) -> dict[str, str]:
 def test_a_choice_has_the_new_answer_the_old_one_and_two_more() -> None:
     plain, chosen = FACTS.load(0).requests, forms("choice").load(0)
     assert chosen.variant["form"] == "choice" and chosen.variant["source"] == "facts"
-    assert len(chosen.requests) == 40
+    assert len(chosen.requests) == 20
     letters = set()
     for before, request in zip(plain, chosen.requests, strict=False):
         options = options_of(request.prompt)
@@ -60,7 +60,7 @@ def test_a_judgement_is_wrong_before_the_edit_and_stays_wrong_of_neighbours() ->
 
 def test_the_generated_form_is_the_request_with_fewer_questions() -> None:
     plain, same = FACTS.load(0).requests, forms("generation", limit=None).load(0).requests
-    assert len(same) == 60
+    assert len(same) == 24
     for before, request in zip(plain, same, strict=True):
         assert (request.prompt, request.target) == (before.prompt, before.target)
         assert not request.portability and not request.generation_prompts

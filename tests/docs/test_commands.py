@@ -142,15 +142,17 @@ def hydra_arguments(words: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def cells(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The overrides of runs of a grid: all that the command names, and of a preset's own grid so
-    many that each value comes once.
+    """The overrides of runs of a grid: all that the command names but the seeds after the first,
+    and of a preset's own grid so many that each value comes once.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     present = [
         f"{key}={STANDS_FOR[key]}" if (key := word.partition("=")[0]) in STANDS_FOR else word
-        for word in overrides
+        for word in (
+            each.partition(",")[0] if each.startswith("seed=") else each for each in overrides
+        )
     ]
     named = dict(word.split("=", 1) for word in present)
     own: list[list[str]] = [[]]

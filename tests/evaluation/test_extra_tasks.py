@@ -69,6 +69,7 @@ def test_fluency_without_nltk_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_without_tasks_needs_none_of_the_packages(tmp_path: Path) -> None:
     arguments = ["run", "edits=1", "milestones=[1]", "suite=none", "tracker=none"]
     done = editkit_without(list(PACKAGES), arguments, tmp_path)

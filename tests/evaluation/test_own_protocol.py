@@ -84,6 +84,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_sixth_protocol_is_one_file_and_one_yaml(folder: Path) -> None:
     done = run(folder, "+protocol=margin", "evaluation.protocols=[probability,margin]")
     assert done.returncode == 0, done.stderr

@@ -65,6 +65,7 @@ def test_a_run_that_an_earlier_version_finished_is_done(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_an_earlier_version_began_ends_in_the_same_bits(tmp_path: Path) -> None:
     folder = earlier("half", tmp_path / "resumed")
     done = run(tmp_path / "resumed")

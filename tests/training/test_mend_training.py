@@ -360,6 +360,7 @@ def training_of(folder: Path, *overrides: str) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_training_writes_what_a_run_writes_and_a_hypernetwork_that_a_run_takes(
     tmp_path: Path,
 ) -> None:

@@ -117,6 +117,7 @@ def test_a_search_writes_its_table_and_a_recipe_that_runs(tune: Call) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_resumes_to_the_same_table(tune: Call) -> None:
     code, out, _ = tune(*SMALL, program=("-c", INTERRUPTED))
     assert code == 130
@@ -156,6 +157,7 @@ def test_a_killed_search_resumes_to_the_table_of_an_uninterrupted_one(
     assert table() == resumed
 
 
+@pytest.mark.slow
 def test_views_of_one_sequence_are_edited_once(tune: Call) -> None:
     code, _, err = tune(
         *TINY, "restraint=prune", "tune.sequential=2", "restraint.prune.alpha=1.6,2.7"
@@ -238,6 +240,7 @@ def test_the_sequence_is_edited_in_batches_and_single_edits_one_by_one() -> None
     assert "a sequence of 50 edits in batches of 10" in objective(tuning, found)
 
 
+@pytest.mark.slow
 def test_a_dataset_with_a_part_for_tuning_is_tuned_on_that_part() -> None:
     facts = [*TINY, "dataset=facts", "tune.trials=1", "dataset.order=shuffled"]
     tuning = prepare(facts, None)
@@ -259,6 +262,7 @@ def test_a_model_without_a_recipe_is_tuned_from_the_space_alone() -> None:
         assert editor["layers"] == list(range(editor["layers"][0], editor["layers"][-1] + 1))
 
 
+@pytest.mark.slow
 def test_the_restraints_numbers_are_searched_if_one_is_chosen() -> None:
     with_eac = prepare(["model=tiny-llama", "editor=rome", "restraint=eac", "tune.trials=1"], None)
     assert {each.key for each in with_eac.dimensions} == {
