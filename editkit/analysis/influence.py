@@ -9,7 +9,7 @@ the updates of block i and D their sum,
 The influences of all blocks add up to the change, up to the error of K points, which is told. An
 edit of a batch shares the block of the batch.
 
-Shape letters: P prompts, N blocks, T tokens, R rank, O d_out, I d_in.
+Shape letters: P prompts, B blocks, T tokens, R rank, O d_out, I d_in.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Influence(AbstractAnalysis):
         ledger = read_ledger(subject.records.folder)
         blocks = [block.load() for block in ledger.blocks]
         probes = [each.neighbours[0] for each in subject.requests if each.neighbours]
-        influence_PN = influences(subject.model, blocks, probes, steps=self.steps)
+        influence_PB = influences(subject.model, blocks, probes, steps=self.steps)
         values = {}
         for name in subject.models():
             requests = [as_request(probe) for probe in probes]
@@ -80,24 +80,24 @@ class Influence(AbstractAnalysis):
                 {"prompt": probe.prompt, "answer": probe.answer, "change": change}
                 for probe, change in zip(probes, changes, strict=True)
             ],
-            "influence": influence_PN.tolist(),
+            "influence": influence_PB.tolist(),
             "error": max(
-                abs(float(of_N.sum()) - change)
-                for of_N, change in zip(influence_PN, changes, strict=True)
+                abs(float(of_B.sum()) - change)
+                for of_B, change in zip(influence_PB, changes, strict=True)
             ),
         }
 
     def tables(self, results: Mapping[str, Any]) -> Sequence[Table]:
-        influence_PN = torch.tensor(results["influence"])
+        influence_PB = torch.tensor(results["influence"])
         blocks, prompts = results["blocks"], results["prompts"]
-        total_N = influence_PN.clamp(max=0).sum(dim=0)
-        worst = total_N.argsort()[:SHOWN].tolist()
+        total_B = influence_PB.clamp(max=0).sum(dim=0)
+        worst = total_B.argsort()[:SHOWN].tolist()
         damaged = sorted(range(len(prompts)), key=lambda place: prompts[place]["change"])[:SHOWN]
         rows = []
         for place in damaged:
-            first = influence_PN[place].argsort()[:3].tolist()
+            first = influence_PB[place].argsort()[:3].tolist()
             named = ", ".join(
-                f"{blocks[block]['id']} ({influence_PN[place, block]:+.2f})" for block in first
+                f"{blocks[block]['id']} ({influence_PB[place, block]:+.2f})" for block in first
             )
             prompt = prompts[place]
             rows.append((prompt["prompt"], prompt["answer"], f"{prompt['change']:+.2f}", named))
@@ -111,8 +111,8 @@ class Influence(AbstractAnalysis):
                     (
                         str(blocks[block]["id"]),
                         ", ".join(blocks[block]["requests"][:3]),
-                        f"{total_N[block]:+.2f}",
-                        str(int((influence_PN[:, block] < -0.1).sum())),
+                        f"{total_B[block]:+.2f}",
+                        str(int((influence_PB[:, block] < -0.1).sum())),
                     )
                     for block in worst
                 ),
@@ -150,8 +150,8 @@ def influences(
     *,
     steps: int,
 ) -> torch.Tensor:
-    """(P, N) float32 on the CPU: the part of each block in the change of each answer's log p."""
-    influence_PN = torch.zeros(len(probes), len(blocks))
+    """(P, B) float32 on the CPU: the part of each block in the change of each answer's log p."""
+    influence_PB = torch.zeros(len(probes), len(blocks))
     sums = {
         module: sum(
             (_dense(block[module]) for block in blocks if module in block),
@@ -164,14 +164,14 @@ def influences(
         left = 1 - (step + 0.5) / steps
         with model.temporarily({module: -left * total for module, total in sums.items()}):
             for row, sequence in enumerate(sequences):
-                influence_PN[row] += _along(model, blocks, sequence) / steps
-    return influence_PN
+                influence_PB[row] += _along(model, blocks, sequence) / steps
+    return influence_PB
 
 
 def _along(
     model: EditableModel, blocks: Sequence[Mapping[str, Update]], sequence: Any
 ) -> torch.Tensor:
-    """(N,): the derivative of the answer's log p along each block's updates."""
+    """(B,): the derivative of the answer's log p along each block's updates."""
     modules = model.edited_modules
     batch = pad([sequence.ids], device=model.device, prompts=[sequence.start])
     with torch.enable_grad(), capture_for_gradients(model, modules) as captured:
@@ -180,13 +180,13 @@ def _along(
         ids_K = torch.tensor(sequence.target_ids, device=logits_KV.device)
         value = logits_KV.float().log_softmax(-1).gather(1, ids_K[:, None]).sum()
         grads = torch.autograd.grad(value, [captured.outputs[module] for module in modules])
-    found_N = torch.zeros(len(blocks))
+    found_B = torch.zeros(len(blocks))
     for module, grad_1TO in zip(modules, grads, strict=True):
         grad_TO, keys_TI = grad_1TO[0].float(), captured.inputs[module][0].float()
         for place, block in enumerate(blocks):
             if module in block:
-                found_N[place] += float((grad_TO * _times(block[module], keys_TI)).sum())
-    return found_N
+                found_B[place] += float((grad_TO * _times(block[module], keys_TI)).sum())
+    return found_B
 
 
 def _times(update: Update, keys_TI: torch.Tensor) -> torch.Tensor:

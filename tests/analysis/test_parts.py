@@ -258,11 +258,11 @@ def test_influences_are_derivatives_and_add_up(kind: Kind) -> None:
     for block in blocks:
         for module, update in block.items():
             model.apply(module, update)
-    influence_PN = influences(model, blocks, probes, steps=24)
+    influence_PB = influences(model, blocks, probes, steps=24)
     changes_P = values() - before_P
-    assert influence_PN.sum(dim=1).tolist() == pytest.approx(changes_P.tolist(), rel=0.02, abs=0.01)
+    assert influence_PB.sum(dim=1).tolist() == pytest.approx(changes_P.tolist(), rel=0.02, abs=0.01)
     # One point on the path: the derivative at the middle, along each block by itself
-    middle_PN = influences(model, blocks, probes, steps=1)
+    middle_PB = influences(model, blocks, probes, steps=1)
     totals = model.totals()
     step = 1e-2
     for place, block in enumerate(blocks):
@@ -275,4 +275,4 @@ def test_influences_are_derivatives_and_add_up(kind: Kind) -> None:
             with model.temporarily(corrections):
                 moved.append(values())
         slopes_P = (moved[0] - moved[1]) / (2 * step)
-        assert middle_PN[:, place].tolist() == pytest.approx(slopes_P.tolist(), rel=0.02, abs=0.01)
+        assert middle_PB[:, place].tolist() == pytest.approx(slopes_P.tolist(), rel=0.02, abs=0.01)
