@@ -132,8 +132,15 @@ class Influence(AbstractAnalysis):
         largest = float(np.quantile(np.abs(image), 0.99)) or 1.0
         figure = Figure(figsize=(7.0, 4.4), layout="constrained")
         axis = figure.add_subplot()
+        prompts, edits = image.shape
         shown = axis.imshow(
-            image, aspect="auto", cmap="RdBu", vmin=-largest, vmax=largest, interpolation="nearest"
+            image,
+            extent=(0.5, edits + 0.5, prompts + 0.5, 0.5),
+            aspect="auto",
+            cmap="RdBu",
+            vmin=-largest,
+            vmax=largest,
+            interpolation="nearest",
         )
         axis.set_xlabel("edits, in their order", fontsize=9)
         axis.set_ylabel("unrelated prompts", fontsize=9)
