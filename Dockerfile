@@ -24,9 +24,9 @@ COPY . .
 RUN pip install ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} -c constraints.txt \
     '.[tasks,gguf,peft,report]'
 
-# Runs, statistics and the hub's files go to a volume: docker run -v "$PWD:/work" editkit run ...
-ENV EDITKIT_CACHE=/work/.cache/editkit \
-    HF_HOME=/work/.cache/huggingface
-WORKDIR /work
+# Runs, statistics and the hub's files go to a volume: docker run -v "$PWD:/runs" editkit run ...
+ENV EDITKIT_CACHE=/runs/.cache/editkit \
+    HF_HOME=/runs/.cache/huggingface
+WORKDIR /runs
 ENTRYPOINT ["editkit"]
 CMD ["--help"]

@@ -1,27 +1,77 @@
-"""Files of datasets that are no JSON list: folders of files, JSON lines, tables of values separated
-by commas, and objects of records by name.
+"""Datasets of records in files, and files that are no JSON list: folders of files, JSON lines,
+tables of values separated by commas, and objects of records by name.
 """
 
 from __future__ import annotations
 
+import abc
 import bisect
 import csv
 import hashlib
 import io
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from editkit.datasets.base import AbstractDataset, LoadedDataset, OnBadRecord, Order, load_records
+from editkit.datasets.fields import Fields
 from editkit.datasets.records import (
     Malformed,
     Reader,
     Records,
+    find_records,
     parsed,
     read_bytes,
     read_json,
     read_json_lines,
 )
 from editkit.errors import ConfigError, message
+from editkit.types import EditRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractRecordFiles(AbstractDataset):
+    """A dataset whose records lie in a file, in one of several places. They are parsed alone."""
+
+    advice: ClassVar[str]  # a sentence about where the files are, for the error message
+    read: ClassVar[Reader] = staticmethod(read_json)
+
+    name: str
+    path: str | None
+    files: tuple[str, ...]  # the first of them that exists in $EDITKIT_DATA is used if path is null
+    id: str | None  # hub dataset, used if there is no file
+    order: Order
+    limit: int | None
+    on_bad_record: OnBadRecord
+
+    @property
+    def file_on_hub(self) -> str | None:
+        """The file of the hub's repository, as in `find_records`."""
+        return None
+
+    @abc.abstractmethod
+    def parse(self, fields: Fields, index: int) -> list[EditRequest]:
+        """The requests of a record. Problems stay in the findings of the fields."""
+
+    def load(self, seed: int) -> LoadedDataset:
+        return load_records(
+            find_records(
+                path=self.path,
+                files=self.files,
+                hub_id=self.id,
+                hub_file=self.file_on_hub,
+                advice=self.advice,
+                read=self.read,
+            ),
+            self.parse,
+            name=self.name,
+            order=self.order,
+            seed=seed,
+            limit=self.limit,
+            on_bad_record=self.on_bad_record,
+        )
 
 
 def read_list_or_lines(path: Path, /, *, key: str) -> Records:

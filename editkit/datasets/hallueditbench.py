@@ -21,56 +21,30 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
-from editkit.datasets.base import (
-    AbstractFullPrompts,
-    LoadedDataset,
-    OnBadRecord,
-    Order,
-    load_records,
-)
+from editkit.datasets.base import AbstractFullPrompts
 from editkit.datasets.fields import Fields
-from editkit.datasets.files import read_csv, read_folder
-from editkit.datasets.records import find_records
+from editkit.datasets.files import AbstractRecordFiles, read_csv, read_folder
+from editkit.datasets.records import Reader
 from editkit.types import EditRequest, Probe
 
-_ADVICE = (
-    "The files: https://github.com/llm-editing/HalluEditBench, folder "
-    "data/questions/hallucination_final"
-)
 _HOPS = {2: "two_hop", 3: "three_hop", 4: "four_hop", 5: "five_hop", 6: "six_hop"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalluEditBench(AbstractFullPrompts):
+class HalluEditBench(AbstractRecordFiles, AbstractFullPrompts):
     """Facts that a model hallucinates, with questions of eleven kinds."""
 
-    name: str
+    advice: ClassVar[str] = (
+        "The files: https://github.com/llm-editing/HalluEditBench, folder "
+        "data/questions/hallucination_final"
+    )
+    read: ClassVar[Reader] = functools.partial(read_folder, read=read_csv, suffix="csv")
+
     path: str | None  # the table of a topic, or the folder of a model's topics
-    files: tuple[str, ...]  # the first of them that exists in $EDITKIT_DATA is used if path is null
-    id: str | None  # hub dataset, used if there is no file
-    order: Order
-    limit: int | None
-    on_bad_record: OnBadRecord
 
-    def load(self, seed: int) -> LoadedDataset:
-        return load_records(
-            find_records(
-                path=self.path,
-                files=self.files,
-                hub_id=self.id,
-                advice=_ADVICE,
-                read=functools.partial(read_folder, read=read_csv, suffix="csv"),
-            ),
-            self._parse,
-            name=self.name,
-            order=self.order,
-            seed=seed,
-            limit=self.limit,
-            on_bad_record=self.on_bad_record,
-        )
-
-    def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
+    def parse(self, fields: Fields, index: int) -> list[EditRequest]:
         prompt, subject = self.located(fields, "question", self.subject_of(fields, "subject"))
         target = fields.text("object")
         paraphrase = fields.filled("paraphrased_question")

@@ -15,45 +15,23 @@ WenDingY/QAEdit. The paper judges freely generated answers: the protocol `genera
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from editkit.datasets.base import (
-    AbstractFullPrompts,
-    LoadedDataset,
-    OnBadRecord,
-    Order,
-    load_records,
-)
+from editkit.datasets.base import AbstractFullPrompts
 from editkit.datasets.fields import Fields
-from editkit.datasets.records import find_records
+from editkit.datasets.files import AbstractRecordFiles
 from editkit.types import EditRequest, Probe
-
-_ADVICE = "The files: https://github.com/WanliYoung/Revisit-Editing-Evaluation, folder data"
 
 
 @dataclass(frozen=True, kw_only=True)
-class QAEdit(AbstractFullPrompts):
+class QAEdit(AbstractRecordFiles, AbstractFullPrompts):
     """Questions with their right answers, a rephrased question and unrelated questions."""
 
-    name: str
-    path: str | None
-    files: tuple[str, ...]  # the first of them that exists in $EDITKIT_DATA is used if path is null
-    id: str | None  # hub dataset, used if there is no file
-    order: Order
-    limit: int | None
-    on_bad_record: OnBadRecord
+    advice: ClassVar[str] = (
+        "The files: https://github.com/WanliYoung/Revisit-Editing-Evaluation, folder data"
+    )
 
-    def load(self, seed: int) -> LoadedDataset:
-        return load_records(
-            find_records(path=self.path, files=self.files, hub_id=self.id, advice=_ADVICE),
-            self._parse,
-            name=self.name,
-            order=self.order,
-            seed=seed,
-            limit=self.limit,
-            on_bad_record=self.on_bad_record,
-        )
-
-    def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
+    def parse(self, fields: Fields, index: int) -> list[EditRequest]:
         prompt, subject = self.located(fields, "prompt", self.subject_of(fields, "subject"))
         unrelated = tuple(
             Probe(prompt=part.text("loc"), answer=part.text("loc_ans"))

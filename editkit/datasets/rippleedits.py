@@ -23,19 +23,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-from editkit.datasets.base import (
-    AbstractDataset,
-    LoadedDataset,
-    OnBadRecord,
-    Order,
-    load_records,
-)
 from editkit.datasets.fields import Fields, shortened
-from editkit.datasets.records import find_records
+from editkit.datasets.files import AbstractRecordFiles
 from editkit.types import EditRequest, Probe
-
-_ADVICE = "The files: https://github.com/edenbiran/RippleEdits, folder data/benchmark"
 
 _PORTABILITY = {
     "Logical_Generalization": "logical_generalization",
@@ -74,29 +66,14 @@ _AROUND = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RippleEdits(AbstractDataset):
+class RippleEdits(AbstractRecordFiles):
     """Edits with tests of their consequences."""
 
-    name: str
-    path: str | None
-    files: tuple[str, ...]  # the first of them that exists in $EDITKIT_DATA is used if path is null
-    id: str | None  # hub dataset, used if there is no file
-    order: Order
-    limit: int | None
-    on_bad_record: OnBadRecord
+    advice: ClassVar[str] = (
+        "The files: https://github.com/edenbiran/RippleEdits, folder data/benchmark"
+    )
 
-    def load(self, seed: int) -> LoadedDataset:
-        return load_records(
-            find_records(path=self.path, files=self.files, hub_id=self.id, advice=_ADVICE),
-            self._parse,
-            name=self.name,
-            order=self.order,
-            seed=seed,
-            limit=self.limit,
-            on_bad_record=self.on_bad_record,
-        )
-
-    def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
+    def parse(self, fields: Fields, index: int) -> list[EditRequest]:
         if not any(isinstance(fields.get(kind), list) for kind in (*_PORTABILITY, *_LOCALITY)):
             fields.note("record", "has no tests", expected=f"lists {', '.join(_PORTABILITY)}, ...")
         before, subject, after, target = _taken_apart(fields)

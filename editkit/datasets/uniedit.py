@@ -27,20 +27,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-from editkit.datasets.base import (
-    AbstractFullPrompts,
-    LoadedDataset,
-    OnBadRecord,
-    Order,
-    load_records,
-)
+from editkit.datasets.base import AbstractFullPrompts
 from editkit.datasets.fields import Fields, shortened
-from editkit.datasets.files import read_folder, read_objects
-from editkit.datasets.records import find_records
+from editkit.datasets.files import AbstractRecordFiles, read_folder, read_objects
+from editkit.datasets.records import Reader
 from editkit.types import EditRequest, Probe
 
-_ADVICE = "The files: https://huggingface.co/datasets/qizhou/UniEdit"
 _EDITED, _REVERSED = ["h_e", "r_e", "t_e"], ["t_e", "r_e", "h_e", "b"]
 _PARAPHRASE = "paraphrase"
 # What the published reader appends to the question whether two chains end equally.
@@ -48,37 +42,20 @@ _YES_OR_NO = "The answer is (Yes/No):"
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniEdit(AbstractFullPrompts):
+class UniEdit(AbstractRecordFiles, AbstractFullPrompts):
     """Facts with one question that depends on the edit and one that does not."""
 
-    name: str
+    advice: ClassVar[str] = "The files: https://huggingface.co/datasets/qizhou/UniEdit"
+    read: ClassVar[Reader] = functools.partial(read_folder, read=read_objects)
+
     path: str | None  # the file of a discipline, or a folder of such files
-    files: tuple[str, ...]  # the first of them that exists in $EDITKIT_DATA is used if path is null
-    id: str | None  # hub dataset, used if there is no file
     hub_file: str | None  # the file in its repository; <folder>/*.json: all of a folder
-    order: Order
-    limit: int | None
-    on_bad_record: OnBadRecord
 
-    def load(self, seed: int) -> LoadedDataset:
-        return load_records(
-            find_records(
-                path=self.path,
-                files=self.files,
-                hub_id=self.id,
-                hub_file=self.hub_file,
-                advice=_ADVICE,
-                read=functools.partial(read_folder, read=read_objects),
-            ),
-            self._parse,
-            name=self.name,
-            order=self.order,
-            seed=seed,
-            limit=self.limit,
-            on_bad_record=self.on_bad_record,
-        )
+    @property
+    def file_on_hub(self) -> str | None:
+        return self.hub_file
 
-    def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
+    def parse(self, fields: Fields, index: int) -> list[EditRequest]:
         subject = self.subject_of(fields, "edit.subject")
         target = fields.text("edit.target")
         prompt, subject = self.located(fields, "edit.prompt", subject)

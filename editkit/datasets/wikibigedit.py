@@ -19,54 +19,30 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
-from editkit.datasets.base import (
-    AbstractFullPrompts,
-    LoadedDataset,
-    OnBadRecord,
-    Order,
-    load_records,
-)
+from editkit.datasets.base import AbstractFullPrompts
 from editkit.datasets.fields import Fields
-from editkit.datasets.files import read_folder, read_list_or_lines
-from editkit.datasets.records import find_records
+from editkit.datasets.files import AbstractRecordFiles, read_folder, read_list_or_lines
+from editkit.datasets.records import Reader
 from editkit.types import EditRequest, Probe
-
-_ADVICE = "The files: https://huggingface.co/datasets/lukasthede/WikiBigEdit"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WikiBigEdit(AbstractFullPrompts):
+class WikiBigEdit(AbstractRecordFiles, AbstractFullPrompts):
     """Changed facts of Wikidata, period by period."""
 
-    name: str
+    advice: ClassVar[str] = "The files: https://huggingface.co/datasets/lukasthede/WikiBigEdit"
+    read: ClassVar[Reader] = functools.partial(read_folder, read=read_list_or_lines)
+
     path: str | None  # a file, or a folder of files, whose names are in the order of the periods
-    files: tuple[str, ...]  # the first of them that exists in $EDITKIT_DATA is used if path is null
-    id: str | None  # hub dataset, used if there is no file
     hub_file: str | None  # the file in its repository; *.json: all
-    order: Order
-    limit: int | None
-    on_bad_record: OnBadRecord
 
-    def load(self, seed: int) -> LoadedDataset:
-        return load_records(
-            find_records(
-                path=self.path,
-                files=self.files,
-                hub_id=self.id,
-                hub_file=self.hub_file,
-                advice=_ADVICE,
-                read=functools.partial(read_folder, read=read_list_or_lines),
-            ),
-            self._parse,
-            name=self.name,
-            order=self.order,
-            seed=seed,
-            limit=self.limit,
-            on_bad_record=self.on_bad_record,
-        )
+    @property
+    def file_on_hub(self) -> str | None:
+        return self.hub_file
 
-    def _parse(self, fields: Fields, index: int) -> list[EditRequest]:
+    def parse(self, fields: Fields, index: int) -> list[EditRequest]:
         from_pipeline = fields.get("update") is None and fields.get("src") is not None
         question, answer = ("src", "alt") if from_pipeline else ("update", "ans")
         target = fields.text(answer)

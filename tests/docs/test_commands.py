@@ -26,10 +26,10 @@ from tests.support.paths import ROOT
 # Commands that no test can check, each with the reason.
 UNCHECKED = {
     "source .venv/bin/activate": "a shell's own command",
-    "docker run --rm -v '$PWD:/work' editkit run experiment=demo": "wants an image",
+    "docker run --rm -v '$PWD:/runs' editkit run experiment=demo": "wants an image",
     "docker build --build-arg BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04 --build-arg TORCH_INDEX="
     " -t editkit:cuda .": "downloads a base image; tests/test_packaging.py reads its arguments",
-    "docker run --rm --gpus all -v '$PWD:/work' editkit:cuda run experiment=demo runtime=cuda": "wants an image",
+    "docker run --rm --gpus all -v '$PWD:/runs' editkit:cuda run experiment=demo runtime=cuda": "wants an image",
     "uvx --from '.[tasks]' editkit run experiment=demo": "another program, which downloads",
     "pip install .": "the package installs; tests/cli/test_cli.py unpacks its wheel",
     "pip install '.[tasks,report]'": "test_an_extra_that_a_page_names_exists",
