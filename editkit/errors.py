@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -34,6 +35,24 @@ def message(
     if not fix:
         return sentence
     return f"{sentence} Fix: {fix}" + ("" if fix.endswith("?") else ".")
+
+
+def not_positive(options: object, *names: str) -> list[str]:
+    """A problem for each of these options that is not positive and finite."""
+    return [
+        message(name, "must be positive", got=getattr(options, name))
+        for name in names
+        if not 0 < getattr(options, name) < math.inf
+    ]
+
+
+def negative(options: object, *names: str, expected: str | None = None) -> list[str]:
+    """A problem for each of these options that is negative or not finite."""
+    return [
+        message(name, "must not be negative", got=getattr(options, name), expected=expected)
+        for name in names
+        if not 0 <= getattr(options, name) < math.inf
+    ]
 
 
 def _shown(value: object) -> str:

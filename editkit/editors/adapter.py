@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from editkit.editors.low_rank_side import LowRankSide
-from editkit.errors import OptionError, message
+from editkit.errors import OptionError, message, negative
 from editkit.lazy import torch
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ class Allocation:
             problem, got = "no steps are left for the allocation", [self.warmup, self.final]
             expected = "warmup and final of at least 0, together less than 1"
             problems.append(message("warmup", problem, got=got, expected=expected))
-        problems += [
-            message(name, "must not be negative", got=getattr(self, name))
-            for name in ("every", "orthogonality")
-            if not 0 <= getattr(self, name) < math.inf
-        ]
+        problems += negative(self, "every", "orthogonality")
         if problems:
             raise OptionError(problems)
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from editkit.editors.base import AbstractEditor, Plan, Step
-from editkit.errors import OptionError, message
+from editkit.errors import OptionError, message, negative
 from editkit.lazy import torch
 from editkit.model.capture import add_to_matrix
 from editkit.model.tokens import TargetSequence, encode_with_targets, pad
@@ -89,11 +89,7 @@ class Ft(AbstractEditor[FtPlan]):
         if self.norm_constraint is not None and not self.norm_constraint > 0:
             got, fix = self.norm_constraint, "set a positive bound, or null for none"
             problems.append(message("norm_constraint", "must be positive", got=got, fix=fix))
-        problems += [
-            message(name, "must not be negative", got=getattr(self, name), expected="0 for none")
-            for name in ("l1", "l2")
-            if not 0 <= getattr(self, name) < math.inf
-        ]
+        problems += negative(self, "l1", "l2", expected="0 for none")
         if problems:
             raise OptionError(problems)
 

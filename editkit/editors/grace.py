@@ -28,7 +28,7 @@ from editkit.editors.beside import Matrix, layer_problems, matrix_beside
 from editkit.editors.codebook import Codebook, Replaced
 from editkit.editors.ft import log_probabilities
 from editkit.editors.replaced_output import Forward, compare_replaced, replaced_forward
-from editkit.errors import OptionError, message
+from editkit.errors import OptionError, message, not_positive
 from editkit.lazy import torch
 from editkit.model.capture import capture
 from editkit.model.tokens import encode_with_targets
@@ -84,11 +84,7 @@ class Grace(AbstractSideEditor[GracePlan]):
     stop_loss: float
 
     def __post_init__(self) -> None:
-        problems = [
-            message(name, "must be positive", got=getattr(self, name))
-            for name in ("radius", "steps", "lr")
-            if not 0 < getattr(self, name) < math.inf
-        ]
+        problems = not_positive(self, "radius", "steps", "lr")
         problems += layer_problems(self.layers)
         if not 0 <= self.stop_loss < math.inf:
             expected = "0 for none"

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from editkit.editors.base import AbstractEditor, Plan, Step
-from editkit.errors import ConfigError, OptionError, message
+from editkit.errors import ConfigError, OptionError, message, negative
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.model.contexts import sample_contexts
@@ -94,11 +94,7 @@ class Kn(AbstractEditor[KnPlan]):
             for name in ("steps", "rows_at_once")
             if not getattr(self, name) > 0
         ]
-        problems += [
-            message(name, "must not be negative", got=getattr(self, name))
-            for name in ("subtract", "add")
-            if not 0 <= getattr(self, name) < math.inf
-        ]
+        problems += negative(self, "subtract", "add")
         problems += [
             message(name, "out of range", got=getattr(self, name), expected="a share, 0 to 1")
             for name in ("threshold", "share")

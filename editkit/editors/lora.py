@@ -38,7 +38,7 @@ from editkit.editors.base import (
 )
 from editkit.editors.ft import log_probabilities
 from editkit.editors.low_rank_side import LowRankSide
-from editkit.errors import ConfigError, OptionError, message
+from editkit.errors import ConfigError, OptionError, message, not_positive
 from editkit.lazy import torch
 from editkit.linalg.lowrank import LowRank
 from editkit.model.families import require_layers
@@ -81,11 +81,7 @@ class AbstractLora(AbstractAnyEditor[LoraPlan]):
     allocation: Allocation | None = None
 
     def __post_init__(self) -> None:
-        problems = [
-            message(name, "must be positive", got=getattr(self, name))
-            for name in ("rank", "alpha", "steps", "lr")
-            if not 0 < getattr(self, name) < math.inf
-        ]
+        problems = not_positive(self, "rank", "alpha", "steps", "lr")
         if not 0 <= self.dropout < 1:
             expected = "at least 0 and less than 1"
             problems.append(message("dropout", "out of range", got=self.dropout, expected=expected))

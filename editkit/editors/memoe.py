@@ -36,7 +36,7 @@ from editkit.editors.base import AbstractSideEditor, Plan, Step
 from editkit.editors.beside import Matrix, layer_problems, matrix_beside, without_own
 from editkit.editors.bypass import Bypass
 from editkit.editors.ft import log_probabilities
-from editkit.errors import OptionError, message
+from editkit.errors import OptionError, message, negative, not_positive
 from editkit.lazy import torch
 from editkit.model.beside import NONE, AbstractSide, Place, Prompts, added_at
 from editkit.resources.workload import REQUEST, EditorMemory, Workload
@@ -79,17 +79,11 @@ class Memoe(AbstractSideEditor[MemoePlan]):
     stop_loss: float
 
     def __post_init__(self) -> None:
-        problems = [
-            message(name, "must be positive", got=getattr(self, name))
-            for name in ("experts", "weight", "router_std", "steps", "lr")
-            if not 0 < getattr(self, name) < math.inf
-        ]
+        problems = not_positive(self, "experts", "weight", "router_std", "steps", "lr")
         problems += layer_problems(self.layers)
-        problems += [
-            message(name, "must not be negative", got=getattr(self, name), expected="0 for none")
-            for name in ("noise", "balance", "expert_std", "stop_loss")
-            if not 0 <= getattr(self, name) < math.inf
-        ]
+        problems += negative(
+            self, "noise", "balance", "expert_std", "stop_loss", expected="0 for none"
+        )
         if not 1 <= self.top_k <= max(self.experts, 1):
             expected = f"1 to {self.experts}, the number of experts"
             problems.append(

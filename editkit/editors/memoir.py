@@ -28,7 +28,7 @@ from editkit.editors.base import AbstractSideEditor, Plan, Step
 from editkit.editors.beside import Matrix, inputs_of, layer_problems, matrix_beside, without_own
 from editkit.editors.ft import log_probabilities
 from editkit.editors.masked_memory import MaskedMemory
-from editkit.errors import ConfigError, OptionError, message
+from editkit.errors import ConfigError, OptionError, message, negative, not_positive
 from editkit.lazy import torch
 from editkit.model.contexts import sample_contexts
 from editkit.model.tokens import PLACE, encode_prompts, encode_with_targets
@@ -72,22 +72,14 @@ class Memoir(AbstractSideEditor[MemoirPlan]):
     stop_loss: float
 
     def __post_init__(self) -> None:
-        problems = [
-            message(name, "must be positive", got=getattr(self, name))
-            for name in ("columns", "steps", "lr", "clip")
-            if not 0 < getattr(self, name) < math.inf
-        ]
+        problems = not_positive(self, "columns", "steps", "lr", "clip")
         problems += layer_problems(self.layers)
         if not 0 < self.least_overlap <= 1:
             share, expected = self.least_overlap, "above 0, at most 1"
             problems.append(
                 message("least_overlap", "is not a share", got=share, expected=expected)
             )
-        problems += [
-            message(name, "must not be negative", got=getattr(self, name), expected="0 for none")
-            for name in ("weight_decay", "stop_loss")
-            if not 0 <= getattr(self, name) < math.inf
-        ]
+        problems += negative(self, "weight_decay", "stop_loss", expected="0 for none")
         if not sum(count for _, count in self.background) > 0:
             expected = "at least one text"
             got = [list(pair) for pair in self.background]

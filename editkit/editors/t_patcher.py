@@ -34,7 +34,7 @@ from editkit.editors.base import AbstractSideEditor, Plan, Step
 from editkit.editors.beside import inputs_of, layer_problems, without_own
 from editkit.editors.patches import Activation, Patches
 from editkit.editors.replaced_output import Forward, added, compare_replaced, replaced_forward
-from editkit.errors import ConfigError, OptionError, message
+from editkit.errors import ConfigError, OptionError, message, negative, not_positive
 from editkit.lazy import torch
 from editkit.model.capture import capture
 from editkit.model.contexts import sample_contexts
@@ -87,17 +87,11 @@ class TPatcher(AbstractSideEditor[TPatcherPlan]):
     stop_loss: float
 
     def __post_init__(self) -> None:
-        problems = [
-            message(name, "must be positive", got=getattr(self, name))
-            for name in ("memory_top", "steps", "lr")
-            if not 0 < getattr(self, name) < math.inf
-        ]
+        problems = not_positive(self, "memory_top", "steps", "lr")
         problems += layer_problems(self.layers) if self.layers is not None else []
-        problems += [
-            message(name, "must not be negative", got=getattr(self, name), expected="0 for none")
-            for name in ("pool", "act_weight", "memory_weight", "stop_loss")
-            if not 0 <= getattr(self, name) < math.inf
-        ]
+        problems += negative(
+            self, "pool", "act_weight", "memory_weight", "stop_loss", expected="0 for none"
+        )
         problems += [
             message(name, "not finite", got=getattr(self, name), expected="a number")
             for name in ("beta", "gamma")

@@ -34,7 +34,7 @@ from editkit.editors.base import AbstractSideEditor, Plan, Step
 from editkit.editors.beside import Matrix, inputs_of, layer_problems, matrix_beside, without_own
 from editkit.editors.ft import answers_log_probabilities
 from editkit.editors.memories import Memories
-from editkit.errors import OptionError, message
+from editkit.errors import OptionError, message, negative, not_positive
 from editkit.lazy import torch
 from editkit.linalg.ties import ties
 from editkit.model.contexts import sample_contexts
@@ -88,22 +88,16 @@ class Wise(AbstractSideEditor[WisePlan]):
     stop_change: float
 
     def __post_init__(self) -> None:
-        problems = [
-            message(name, "must be positive", got=getattr(self, name))
-            for name in ("act_ratio", "shard", "steps", "lr", "norm_constraint")
-            if not 0 < getattr(self, name) < math.inf
-        ]
+        problems = not_positive(self, "act_ratio", "shard", "steps", "lr", "norm_constraint")
         problems += layer_problems(self.layers)
         problems += [
             message(name, "is not a share", got=getattr(self, name), expected="above 0, at most 1")
             for name in ("mask_ratio", "density")
             if not 0 < getattr(self, name) <= 1
         ]
-        problems += [
-            message(name, "must not be negative", got=getattr(self, name))
-            for name in ("alpha", "beta", "gamma", "weight_decay", "stop_loss", "stop_change")
-            if not 0 <= getattr(self, name) < math.inf
-        ]
+        problems += negative(
+            self, "alpha", "beta", "gamma", "weight_decay", "stop_loss", "stop_change"
+        )
         if self.merge_every < 0 or self.merge_every % max(self.shard, 1):
             expected = f"0 for never, or a multiple of shard ({self.shard})"
             problems.append(
