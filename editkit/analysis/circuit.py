@@ -36,7 +36,7 @@ from editkit.errors import ConfigError, message
 from editkit.lazy import torch
 from editkit.model.path_passes import run
 from editkit.model.paths import INPUT, Graph
-from editkit.model.tokens import encode_with_targets, fill, subject_position
+from editkit.model.tokens import encode_with_targets, fill, subject_positions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -212,19 +212,14 @@ def facts_of(model: EditableModel, requests: Sequence[EditRequest], *, new: bool
     facts = []
     for request, sequence, old in zip(requests, sequences, olds, strict=True):
         place = fill(request.prompt, request.subject)
-        last = min(subject_position(sequence, place), sequence.start - 1)
-        first = next(
-            index
-            for index in range(sequence.encoded.num_special, last + 1)
-            if sequence.encoded.spans[index][1] > place.subject_start
-        )
+        subject = [at for at in subject_positions(sequence, place) if at < sequence.start]
         target = sequence.target_ids[0]
         assert old is not None
         facts.append(
             Fact(
                 id=request.id,
                 ids=sequence.ids[: sequence.start],
-                subject=tuple(range(first, last + 1)),
+                subject=tuple(subject),
                 answer=target if new else old,
                 other=(old if new else target) if old != target else None,
             )

@@ -320,6 +320,19 @@ def subject_position(encoded: Encoded | TargetSequence, filled: FilledPrompt) ->
         ) from None
 
 
+def subject_positions(sequence: TargetSequence, filled: FilledPrompt) -> tuple[int, ...]:
+    """The indices of the subject's tokens, in the unpadded sequence. Raises ConfigError as
+    `subject_position`.
+    """
+    last = subject_position(sequence, filled)
+    first = next(
+        index
+        for index in range(sequence.encoded.num_special, last + 1)
+        if sequence.encoded.spans[index][1] > filled.subject_start
+    )
+    return tuple(range(first, last + 1))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptBatch:
     """A batch of padded sequences. Padding changes no result, because padded positions are masked

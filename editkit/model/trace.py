@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 from editkit.lazy import torch
 from editkit.model.capture import capture, change_outputs
-from editkit.model.tokens import encode_with_targets, fill, pad, subject_position
+from editkit.model.tokens import encode_with_targets, fill, pad, subject_positions
 from editkit.types import EditRequest
 
 if TYPE_CHECKING:
@@ -114,17 +114,10 @@ def facts_of(model: EditableModel, requests: Sequence[EditRequest]) -> tuple[Fac
     probes = [request.probe(answer=request.target_old or "") for request in requests]
     sequences = encode_with_targets(model.tokenizer, probes, chat=model.chat)
     for request, sequence in zip(requests, sequences, strict=True):
-        place = fill(request.prompt, request.subject)
-        last = subject_position(sequence, place)
-        first = next(
-            index
-            for index in range(sequence.encoded.num_special, last + 1)
-            if sequence.encoded.spans[index][1] > place.subject_start
-        )
         facts.append(
             Fact(
                 ids=sequence.ids[: sequence.start],
-                subject=tuple(range(first, last + 1)),
+                subject=subject_positions(sequence, fill(request.prompt, request.subject)),
                 token=sequence.target_ids[0],
             )
         )
